@@ -1,0 +1,263 @@
+"""Statistics of paired win rates: pure functions on arrays, no models, no files, no printing.
+
+The unit is the *prompt*: several samples of one prompt resemble each other, so a bootstrap over samples gives an
+interval that is too narrow (Miller 2024, arXiv 2411.00640). Every interval here resamples whole prompts, and both
+models' samples of a prompt stay together (paired). Percentile intervals; no normal approximation, which is not to be
+trusted under a few hundred prompts (Bowyer et al. 2025, arXiv 2503.01747).
+
+Scores that are NaN mean "could not be scored": they are left out and counted, never read as 0 or as a tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri
+
+Array = NDArray[np.float64]
+
+_CHUNK = 1 << 22  # resampled values held at once: 32 MiB
+_ENUMERATE_UP_TO = 14  # 2^14 sign patterns are fewer than the resamples one would draw
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the limits of its interval, in the unit of what is estimated."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often model A beats model B on the same prompts. Rates are shares in [0, 1].
+
+    Attributes:
+        prompts: prompts that count (at least one pair of samples could be scored on both sides).
+        prompts_excluded: prompts left out because no pair could be scored.
+        pairs: sample pairs that count; each prompt weighs the same however many pairs it has.
+        pairs_excluded: sample pairs left out because a score was NaN.
+        rate: mean over prompts of (win share + tie share / 2), with its paired bootstrap interval over prompts.
+        rate_ties_dropped: won / (won + lost) with the same weights and resamples; None if every pair is a tie.
+        standard_error: sd (ddof 1) of the prompt scores / sqrt(prompts); None for one prompt.
+        wilson: Wilson's score interval with `prompts` trials. Conservative here, and the one to read when there are
+            few prompts or all came out alike, because then the bootstrap interval is too narrow.
+        p_value: two-sided sign-flip permutation test of "A and B are exchangeable".
+        prompt_outcomes: prompts (won, tied, lost): prompt score above, at, below one half.
+        pair_outcomes: sample pairs (won, tied, lost).
+        level: confidence level of all intervals.
+        resamples: bootstrap resamples, and random sign patterns where they are too many to enumerate.
+        seed: seed of both.
+    """
+
+    prompts: int
+    prompts_excluded: int
+    pairs: int
+    pairs_excluded: int
+    rate: Interval
+    rate_ties_dropped: Interval | None
+    standard_error: float | None
+    wilson: Interval
+    p_value: float
+    prompt_outcomes: tuple[int, int, int]
+    pair_outcomes: tuple[int, int, int]
+    level: float
+    resamples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class MeanDifference:
+    """Mean score of both sides over prompts that have a scored sample on both, and the paired difference a - b."""
+
+    mean_a: float
+    mean_b: float
+    difference: Interval
+    prompts: int
+
+
+def preferences(scores_a: ArrayLike, scores_b: ArrayLike) -> Array:
+    """All sample pairs of one prompt: 1[a > b] + 0.5 * 1[a == b].
+
+    Args:
+        scores_a: [I] scores of model A's samples.
+        scores_b: [J] scores of model B's samples.
+
+    Returns:
+        [I, J] preferences for A; NaN where either score is NaN.
+    """
+    a = np.asarray(scores_a, dtype=np.float64)[:, None]
+    b = np.asarray(scores_b, dtype=np.float64)[None, :]
+    return np.where(np.isnan(a) | np.isnan(b), np.nan, (a > b) + 0.5 * (a == b))
+
+
+def bootstrap_means(columns: ArrayLike, resamples: int, rng: np.random.Generator) -> Array:
+    """Means of bootstrap resamples of rows; the columns of a row stay together.
+
+    Args:
+        columns: [n, k], one row per prompt (cluster), one column per quantity.
+        resamples: number of resamples, R.
+        rng: source of randomness.
+
+    Returns:
+        [R, k] column means of n rows drawn with replacement.
+    """
+    values = np.asarray(columns, dtype=np.float64)
+    n = len(values)
+    out = np.empty((resamples, values.shape[1]))
+    step = max(1, _CHUNK // n)
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        times_drawn = rng.multinomial(n, np.full(n, 1 / n), size=size)  # [size, n]: how often each row was drawn
+        out[start : start + size] = times_drawn @ values / n
+    return out
+
+
+def percentile_interval(estimate: float, draws: ArrayLike, level: float = 0.95) -> Interval:
+    """Percentile bootstrap interval: the central `level` share of the resampled estimates."""
+    tail = (1 - level) / 2
+    low, high = np.quantile(np.asarray(draws), [tail, 1 - tail])
+    return Interval(float(estimate), float(low), float(high))
+
+
+def wilson_interval(mean: float, n: int, level: float = 0.95) -> Interval:
+    """Wilson's (1927) score interval of a share `mean` in n independent trials.
+
+    For trials with values anywhere in [0, 1] it is conservative, because their variance is at most mean * (1 - mean).
+    """
+    z = float(ndtri(1 - (1 - level) / 2))
+    shrink = 1 + z**2 / n
+    centre = (mean + z**2 / (2 * n)) / shrink
+    half = z / shrink * float(np.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2)))
+    return Interval(float(mean), max(0.0, centre - half), min(1.0, centre + half))
+
+
+def sign_flip_p_value(differences: ArrayLike, resamples: int, rng: np.random.Generator) -> float:
+    """Two-sided permutation test of a mean paired difference of 0: flip each prompt's sign at random.
+
+    If the two models were exchangeable, swapping their names on a prompt would change nothing but this sign. All 2^n
+    patterns are enumerated for n <= 14; otherwise p = (1 + hits) / (1 + resamples), which is never 0.
+
+    Args:
+        differences: [n] paired differences, one per prompt.
+        resamples: random sign patterns when they are not enumerated.
+        rng: source of randomness; unused when enumerated.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    n = len(values)
+    observed = abs(values.sum()) - 1e-9 * np.abs(values).sum()  # a tie up to rounding counts as at least as extreme
+    if n <= _ENUMERATE_UP_TO:
+        bits = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+        return float(np.mean(np.abs((1 - 2 * bits) @ values) >= observed))
+    hits, step = 0, max(1, _CHUNK // n)
+    for start in range(0, resamples, step):
+        signs = 1 - 2 * rng.integers(0, 2, size=(min(step, resamples - start), n), dtype=np.int8)
+        hits += int(np.sum(np.abs(signs @ values) >= observed))
+    return (1 + hits) / (1 + resamples)
+
+
+def win_rate_of_preferences(
+    matrices: Sequence[Array], *, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> WinRate:
+    """Win rate of A from the preferences of all sample pairs of each prompt.
+
+    Args:
+        matrices: one [I, J] array per prompt with values in [0, 1] (1 = A better, 0.5 = tie) or NaN; sizes may differ.
+        resamples: bootstrap resamples.
+        seed: seed of the resampling, not of any model.
+        level: confidence level.
+
+    Raises:
+        ValueError: no prompt has a pair that could be scored.
+    """
+    decided = [np.asarray(m)[~np.isnan(m)] for m in matrices]
+    used = [m for m in decided if m.size]
+    if not used:
+        raise ValueError("no prompt has a pair of samples that could be scored")
+    # Per prompt: score, and the shares won, tied, lost. [n, 4]
+    rows = np.array([[m.mean(), (m > 0.5).mean(), (m == 0.5).mean(), (m < 0.5).mean()] for m in used])
+    score, won, _, lost = rows.T
+    n, mean = len(rows), float(score.mean())
+    rng = np.random.default_rng(seed)
+    draws = bootstrap_means(rows, resamples, rng)
+    dropped = None
+    if won.sum() + lost.sum() > 0:
+        drawn_decided = draws[:, 1] + draws[:, 3]
+        kept = drawn_decided > 0  # a resample of tied prompts alone says nothing about decided pairs
+        ratio = draws[kept, 1] / drawn_decided[kept]
+        dropped = percentile_interval(won.sum() / (won.sum() + lost.sum()), ratio, level)
+    pairs = np.concatenate(used)
+    return WinRate(
+        prompts=n,
+        prompts_excluded=len(matrices) - n,
+        pairs=len(pairs),
+        pairs_excluded=sum(np.asarray(m).size for m in matrices) - len(pairs),
+        rate=percentile_interval(mean, draws[:, 0], level),
+        rate_ties_dropped=dropped,
+        standard_error=float(score.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
+        wilson=wilson_interval(mean, n, level),
+        p_value=sign_flip_p_value(score - 0.5, resamples, rng),
+        prompt_outcomes=_outcomes(score),
+        pair_outcomes=_outcomes(pairs),
+        level=level,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def _outcomes(values: Array) -> tuple[int, int, int]:
+    return int((values > 0.5).sum()), int((values == 0.5).sum()), int((values < 0.5).sum())
+
+
+def win_rate(
+    scores_a: Sequence[ArrayLike],
+    scores_b: Sequence[ArrayLike],
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> WinRate:
+    """Win rate of A over B from scalar scores; every sample of A meets every sample of B of the same prompt.
+
+    Args:
+        scores_a: per prompt, the scores [I] of A's samples.
+        scores_b: per prompt, the scores [J] of B's samples.
+        resamples: as in `win_rate_of_preferences`.
+        seed: as there.
+        level: as there.
+    """
+    matrices = [preferences(a, b) for a, b in zip(scores_a, scores_b, strict=True)]
+    return win_rate_of_preferences(matrices, resamples=resamples, seed=seed, level=level)
+
+
+def mean_difference(
+    scores_a: Sequence[ArrayLike],
+    scores_b: Sequence[ArrayLike],
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> MeanDifference:
+    """Mean score of each side, and their paired difference with a bootstrap interval over prompts.
+
+    A prompt's score is the mean of its samples that could be scored; prompts without one on either side are left out.
+
+    Raises:
+        ValueError: no prompt is left.
+    """
+    rows = []
+    for a, b in zip(scores_a, scores_b, strict=True):
+        scored = [side[~np.isnan(side)] for side in (np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))]
+        if all(side.size for side in scored):
+            rows.append([side.mean() for side in scored])
+    if not rows:
+        raise ValueError("no prompt has a scored sample on both sides")
+    values = np.array(rows)  # [n, 2]
+    mean_a, mean_b = values.mean(axis=0)
+    draws = bootstrap_means(values, resamples, np.random.default_rng(seed))
+    difference = percentile_interval(mean_a - mean_b, draws[:, 0] - draws[:, 1], level)
+    return MeanDifference(float(mean_a), float(mean_b), difference, len(values))

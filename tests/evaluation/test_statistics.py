@@ -1,0 +1,199 @@
+"""Win-rate statistics against enumeration, closed forms and simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from evaluation.statistics import (
+    bootstrap_means,
+    mean_difference,
+    percentile_interval,
+    preferences,
+    sign_flip_p_value,
+    wilson_interval,
+    win_rate,
+    win_rate_of_preferences,
+)
+
+NAN = float("nan")
+
+
+def test_preferences_of_all_pairs():
+    # a = 1 beats 0, ties 1, loses to 2; a = 2 beats 0 and 1, ties 2; NaN decides nothing.
+    got = preferences([1, 2, NAN], [0, 1, 2])
+    np.testing.assert_array_equal(got, [[1, 0.5, 0], [1, 1, 0.5], [NAN, NAN, NAN]])
+    np.testing.assert_array_equal(preferences([1], [NAN, 0]), [[NAN, 1]])
+
+
+def test_counts_and_rates_by_hand():
+    """Four prompts, worked by hand.
+
+    1: a (3, 1) against b (2, 2): win, win, loss, loss      -> score 1/2, shares 1/2, 0, 1/2
+    2: a (1, 1) against b (0, 1): win, tie, win, tie        -> score 3/4, shares 1/2, 1/2, 0
+    3: a (5, NaN) against b (4, 9): win, loss; two left out -> score 1/2, shares 1/2, 0, 1/2
+    4: a (NaN) against b (1): left out
+    rate = (1/2 + 3/4 + 1/2) / 3 = 7/12; won 3/2, lost 1: ties dropped 3/5.
+    Scores have sd sqrt(((1/12)^2 * 2 + (1/6)^2) / 2) = sqrt(1/48): standard error sqrt(1/48) / sqrt(3) = 1/12.
+    """
+    got = win_rate([[3, 1], [1, 1], [5, NAN], [NAN]], [[2, 2], [0, 1], [4, 9], [1]], resamples=2000)
+    assert (got.prompts, got.prompts_excluded, got.pairs, got.pairs_excluded) == (3, 1, 10, 3)
+    assert got.rate.estimate == pytest.approx(7 / 12)
+    assert got.rate_ties_dropped is not None
+    assert got.rate_ties_dropped.estimate == pytest.approx(3 / 5)
+    assert got.standard_error == pytest.approx(1 / 12)
+    assert got.prompt_outcomes == (1, 2, 0)
+    assert got.pair_outcomes == (5, 2, 3)
+    # Differences from one half are (0, 1/4, 0): both signs of the only non-zero one are as extreme.
+    assert got.p_value == 1.0
+
+
+def test_identical_models_are_at_one_half_and_swapping_mirrors():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(30, 3)), rng.normal(size=(30, 2))
+    same = win_rate(list(a), list(a), resamples=1000)
+    assert same.rate.estimate == 0.5
+    assert (same.rate.low, same.rate.high, same.p_value) == (0.5, 0.5, 1.0)
+    forward, backward = (win_rate(list(x), list(y), resamples=1000) for x, y in ((a, b), (b, a)))
+    assert forward.rate.estimate == pytest.approx(1 - backward.rate.estimate)
+    assert forward.rate.low == pytest.approx(1 - backward.rate.high)
+    assert forward.p_value == pytest.approx(backward.p_value)
+    assert forward.prompt_outcomes == backward.prompt_outcomes[::-1]
+
+
+def test_all_ties_have_no_rate_without_ties():
+    got = win_rate([[1.0], [2.0]], [[1.0], [2.0]], resamples=100)
+    assert got.rate_ties_dropped is None
+    assert got.prompt_outcomes == (0, 2, 0)
+
+
+def test_nothing_scored_is_an_error():
+    with pytest.raises(ValueError, match="no prompt has a pair"):
+        win_rate([[NAN]], [[1.0]])
+    with pytest.raises(ValueError, match="both sides"):
+        mean_difference([[NAN]], [[1.0]])
+
+
+def test_soft_preferences_count_as_wins_above_one_half():
+    got = win_rate_of_preferences([np.array([[0.9, 0.6]]), np.array([[0.2]])], resamples=100)
+    assert got.rate.estimate == pytest.approx((0.75 + 0.2) / 2)
+    assert got.prompt_outcomes == (1, 0, 1)
+
+
+def test_bootstrap_means_follow_the_enumerated_distribution():
+    """n = 4: all 4^4 resamples enumerated, every value's probability against its frequency (5 standard errors)."""
+    values = np.array([0.0, 0.25, 0.5, 1.0])
+    exact = Counter(round(float(np.mean(r)), 6) for r in itertools.product(values, repeat=4))
+    draws = bootstrap_means(values[:, None], 40_000, np.random.default_rng(1))[:, 0]
+    seen = Counter(np.round(draws, 6).tolist())
+    assert set(seen) == set(exact)
+    for value, ways in exact.items():
+        p = ways / 4**4
+        assert seen[value] / 40_000 == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / 40_000))
+
+
+def test_percentile_interval_equals_the_binomial_quantiles():
+    """Ten prompts, 7 won: a resample wins Binomial(10, 0.7).
+
+    P(<= 3) = 0.0106 < 0.025 < 0.0473 = P(<= 4) and P(<= 9) = 1 - 0.7^10 = 0.9718 < 0.975: limits 4/10 and 10/10.
+    """
+    got = win_rate([[1.0]] * 7 + [[0.0]] * 3, [[0.0]] * 7 + [[1.0]] * 3, resamples=40_000)
+    assert (got.rate.estimate, got.rate.low, got.rate.high) == pytest.approx((0.7, 0.4, 1.0))
+    assert got.rate_ties_dropped == got.rate
+
+
+def test_ratio_without_ties_against_enumeration():
+    """Three prompts (win, tie, loss): 27 resamples enumerated; those of ties alone (1 of 27) are left out."""
+    outcomes = np.array([[1, 0], [0, 0], [0, 1]])  # won, lost
+    exact = [s[0] / s.sum() for r in itertools.product(outcomes, repeat=3) if (s := np.sum(r, axis=0)).sum()]
+    expected = percentile_interval(0.5, exact, 0.4)  # 30 % and 70 % points: away from the distribution's steps
+    got = win_rate([[1.0], [1.0], [0.0]], [[0.0], [1.0], [1.0]], resamples=20_000, level=0.4).rate_ties_dropped
+    assert len(exact) == 26
+    assert got is not None
+    assert (got.estimate, got.low, got.high) == pytest.approx((0.5, expected.low, expected.high))
+
+
+def test_same_seed_same_numbers_and_chunks_do_not_matter(monkeypatch):
+    values = np.random.default_rng(2).normal(size=(20, 2))
+    whole = bootstrap_means(values, 500, np.random.default_rng(3))
+    monkeypatch.setattr("evaluation.statistics._CHUNK", 100)
+    np.testing.assert_array_equal(whole, bootstrap_means(values, 500, np.random.default_rng(3)))
+    # Closed form: the mean of a resample has mean x-bar and variance (population variance) / n.
+    assert whole.mean(axis=0) == pytest.approx(values.mean(axis=0), abs=5 * values.std() / math.sqrt(20 * 500))
+    assert whole.var(axis=0) == pytest.approx(values.var(axis=0) / 20, rel=0.3)
+
+
+@pytest.mark.parametrize(("mean", "n"), [(0.0, 5), (0.3, 10), (0.65, 128), (1.0, 8)])
+def test_wilson_limits_solve_its_defining_equation(mean, n):
+    """Limits p solve |mean - p| = z sqrt(p (1 - p) / n) (Wilson 1927), found here by root finding."""
+    got = wilson_interval(mean, n)
+    for p in (got.low, got.high):
+        assert abs(mean - p) == pytest.approx(1.959963984540054 * math.sqrt(p * (1 - p) / n), abs=1e-9)
+    assert 0 <= got.low <= mean <= got.high <= 1
+    assert got.low < got.high  # unlike the bootstrap's, never of width 0
+
+
+@pytest.mark.parametrize("n", [1, 5, 14])
+def test_sign_flip_enumerated_closed_form(n):
+    # All differences equal: only "all plus" and "all minus" are as extreme.
+    assert sign_flip_p_value(np.full(n, 0.3), 10, np.random.default_rng(0)) == 2 / 2**n
+
+
+def test_sign_flip_enumerated_against_loops():
+    values = [0.5, -0.25, 0.1, 0.0, 0.7, 0.3]
+    flips = list(itertools.product((1, -1), repeat=6))
+    as_extreme = sum(
+        abs(sum(s * v for s, v in zip(f, values, strict=True))) >= abs(sum(values)) - 1e-12 for f in flips
+    )
+    assert sign_flip_p_value(values, 10, np.random.default_rng(0)) == as_extreme / 64
+
+
+def test_sign_flip_sampled_agrees_with_the_binomial_sign_test():
+    values = np.array([1.0] * 27 + [-1.0] * 13)
+    got = sign_flip_p_value(values, 20_000, np.random.default_rng(4))
+    expected = stats.binomtest(27, 40).pvalue
+    assert got == pytest.approx(expected, abs=5 * math.sqrt(expected * (1 - expected) / 20_000))
+    assert sign_flip_p_value(np.ones(100), 999, np.random.default_rng(5)) == 1 / 1000  # never 0
+
+
+def test_mean_difference_by_hand():
+    got = mean_difference([[1, 3], [NAN, 4], [NAN]], [[0], [1, 2], [5]], resamples=20_000)
+    # Prompt means (2, 0) and (4, 1.5); the third has nothing on the first side.
+    assert (got.mean_a, got.mean_b, got.prompts) == (3.0, 0.75, 2)
+    # Differences 2 and 2.5: resample means 2 (1/4), 2.25 (1/2), 2.5 (1/4).
+    assert (got.difference.estimate, got.difference.low, got.difference.high) == pytest.approx((2.25, 2.0, 2.5))
+
+
+def _correlated_scores(rng, prompts: int, samples: int, effect: float):
+    """Scores with a prompt effect of the difference: samples of one prompt move together."""
+    shift = effect + rng.normal(size=(prompts, 1))
+    return shift + 0.5 * rng.normal(size=(prompts, samples)), 0.5 * rng.normal(size=(prompts, samples))
+
+
+def test_resampling_prompts_is_wider_than_resampling_samples():
+    """Closed form: with ICC rho and m samples a prompt, the variance is inflated by 1 + (m - 1) rho."""
+    a, b = _correlated_scores(np.random.default_rng(6), 200, 8, 0.2)
+    wins = (a > b).astype(float)  # [200, 8]: 8 sample pairs of each prompt
+    rng = np.random.default_rng(7)
+    by_prompt = bootstrap_means(wins.mean(axis=1, keepdims=True), 2000, rng).std()
+    by_sample = bootstrap_means(wins.reshape(-1, 1), 2000, rng).std()
+    between, within = wins.mean(axis=1).var(ddof=1), wins.var(axis=1, ddof=1).mean()
+    icc = (between - within / 8) / (between - within / 8 + within)
+    assert by_prompt / by_sample > 1.5
+    assert by_prompt / by_sample == pytest.approx(math.sqrt(1 + 7 * icc), rel=0.1)
+
+
+def test_interval_covers_the_true_win_rate():
+    """Simulated: the difference of two samples is N(effect, 1 + 1/4 + 1/4), so the truth is a normal tail."""
+    effect, rng, covered, runs = 0.3, np.random.default_rng(8), 0, 300
+    truth = stats.norm.cdf(effect / math.sqrt(1.5))
+    for run in range(runs):
+        a, b = _correlated_scores(rng, 60, 2, effect)
+        got = win_rate(list(a), list(b), resamples=400, seed=run)
+        covered += got.rate.low <= truth <= got.rate.high
+    assert 0.90 <= covered / runs <= 0.98  # nominal 0.95, its standard error 0.013
