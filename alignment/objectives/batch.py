@@ -1,0 +1,131 @@
+"""`PairLogps`: the numbers an offline objective may read, one tensor per column.
+
+Not a data loader and not a forward pass: whoever scored the responses fills the columns (sums over completion tokens,
+in nats). An objective reads an optional column with `batch.column(name)`, so that a missing one is an error that says
+which and why instead of a `None` deep inside a formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+# What an objective can ask for, and the columns that satisfy it.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "reference": ("ref_chosen", "ref_rejected"),
+    "length": ("chosen_length", "rejected_length"),
+    "previous": ("prev_chosen", "prev_rejected"),
+    "calibration": ("calibration",),
+    "ref_calibration": ("ref_calibration",),
+    "calibration_length": ("calibration_length",),
+    "reward": ("reward_chosen", "reward_rejected"),
+    "preference": ("preference_chosen", "preference_rejected"),
+    "degree": ("degree_logits", "degree_labels"),
+}
+WHY: dict[str, str] = {
+    "reference": "log-probabilities under the frozen reference model",
+    "length": "numbers of completion tokens",
+    "previous": "log-probabilities under the previous iterate, the policy that generated this iteration's pairs",
+    "calibration": "log-probability of the calibration (baseline) response under the policy",
+    "ref_calibration": "log-probability of the calibration response under the reference model",
+    "calibration_length": "number of completion tokens of the calibration response",
+    "reward": "scalar scores of the two responses by a reward model",
+    "preference": "probabilities that each response beats the policy",
+    "degree": "preference-degree logits and labels",
+}
+POLICY_COLUMNS = ("chosen", "rejected", "calibration")  # the columns that carry a gradient
+DEGREE_COLUMNS = ("degree_logits", "degree_labels")
+
+
+class MissingColumn(ValueError):
+    """An optional column that an objective asked for is not in the batch."""
+
+    def __init__(self, column: str):
+        need = next((need for need, columns in NEEDS.items() if column in columns), None)
+        super().__init__(f"the batch lacks {column!r}" + (f" ({WHY[need]})" if need else ""))
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Sequence log-probabilities of B preference pairs; shape `[B]` each unless said, in nats.
+
+    A log-probability is the sum over the completion's tokens, end token included once. Half-precision columns become
+    float32 here: a bf16 number near 200 has spacing 1, more than most margins. float64 stays float64.
+
+    Attributes:
+        chosen, rejected: under the policy; these (and `calibration`) carry the gradient.
+        ref_chosen, ref_rejected: under the frozen reference.
+        chosen_length, rejected_length: completion tokens.
+        prev_chosen, prev_rejected: under the previous iterate (INPO).
+        calibration, ref_calibration, calibration_length: a third response per prompt (VPO, RPO).
+        reward_chosen, reward_rejected: scalar scores.
+        preference_chosen, preference_rejected: P(response beats the policy).
+        degree_logits, degree_labels: `[B, K, N]` and `[B, K]` (SPO only).
+
+    Raises:
+        ValueError: a column has another shape than `chosen`, or `chosen` / `rejected` is not floating point.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor | None = None
+    ref_rejected: Tensor | None = None
+    chosen_length: Tensor | None = None
+    rejected_length: Tensor | None = None
+    prev_chosen: Tensor | None = None
+    prev_rejected: Tensor | None = None
+    calibration: Tensor | None = None
+    ref_calibration: Tensor | None = None
+    calibration_length: Tensor | None = None
+    reward_chosen: Tensor | None = None
+    reward_rejected: Tensor | None = None
+    preference_chosen: Tensor | None = None
+    preference_rejected: Tensor | None = None
+    degree_logits: Tensor | None = None
+    degree_labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.columns().items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"PairLogps: {name} must be a tensor, got {type(value).__name__}")
+            if name in POLICY_COLUMNS and not value.is_floating_point():
+                raise ValueError(f"PairLogps: {name} must be floating point, got {value.dtype}")
+            if name not in DEGREE_COLUMNS and (value.dim() != 1 or value.shape != self.chosen.shape):
+                expected = list(self.chosen.shape) if self.chosen.dim() == 1 else "[B]"
+                raise ValueError(f"PairLogps: {name} has shape {list(value.shape)}, expected {expected}")
+            if value.dtype in (torch.float16, torch.bfloat16):
+                object.__setattr__(self, name, value.float())
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns that are present, by name."""
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in pairs if value is not None}
+
+    def column(self, name: str) -> Tensor:
+        """The column `name`; raises `MissingColumn` (a ValueError) if the batch lacks it."""
+        value = getattr(self, name)
+        if value is None:
+            raise MissingColumn(name)
+        return value
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PairLogps:
+        """A batch with `function` applied to every column: `batch.map(lambda column: column[index])`."""
+        return PairLogps(**{name: function(value) for name, value in self.columns().items()})
+
+    @property
+    def log_ratio_chosen(self) -> Tensor:
+        """z_w = log pi(chosen) - log ref(chosen), `[B]`."""
+        return self.chosen - self.column("ref_chosen")
+
+    @property
+    def log_ratio_rejected(self) -> Tensor:
+        """z_l = log pi(rejected) - log ref(rejected), `[B]`."""
+        return self.rejected - self.column("ref_rejected")
+
+    @property
+    def margin(self) -> Tensor:
+        """m = z_w - z_l, `[B]`."""
+        return self.log_ratio_chosen - self.log_ratio_rejected
