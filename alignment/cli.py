@@ -1,0 +1,173 @@
+"""The `alignment` command. Each subcommand is a thin wrapper: read arguments, call the library, print.
+
+Nothing heavy is imported before a subcommand that needs it runs (`alignment --help` takes a tenth of a second); no
+logic lives here. A mistake of the user's is one line on standard error and exit code 2.
+
+    alignment --help
+    alignment recipe check recipes/quickstart/dpo.yaml
+    alignment train recipes/quickstart/dpo.yaml training.learning_rate=1e-5
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignment import __version__
+from alignment.errors import UserError, run_or_exit
+
+
+def _group(help_text: str, *, needs_command: bool = True) -> typer.Typer:
+    """A command group with plain-text help: rich's boxes would double the start-up time."""
+    return typer.Typer(
+        help=help_text,
+        no_args_is_help=needs_command,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+
+app = _group("Preference alignment of language models: recipes, proved objectives, honest comparison.")
+recipe_app = _group("Check, explain and compare recipes.")
+objectives_app = _group("List objectives, show their cards, run their proofs.", needs_command=False)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(objectives_app, name="objectives")
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Such as training.learning_rate=1e-6 lora=null.", metavar="[SECTION.KEY=VALUE]..."),
+]
+
+
+def main() -> None:
+    """Entry point: run the command; a user's mistake becomes one line and exit code 2."""
+    run_or_exit(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"alignment {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _alignment(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    accelerate_config: Annotated[
+        Path | None, typer.Option("--accelerate-config", help="Such as recipes/accelerate/zero3.yaml.")
+    ] = None,
+) -> None:
+    """Train as a recipe says.
+
+    The same as `accelerate launch [--config_file FILE] scripts/train.py RECIPE [SECTION.KEY=VALUE]...`, after a check
+    of the recipe and of the files that it names.
+    """
+    from alignment.recipes import RecipeError, load_recipe
+    from alignment.recipes.inspection import missing_files
+
+    problems = missing_files(load_recipe(recipe, overrides or ()))
+    if problems:
+        raise RecipeError(problems)
+    if accelerate_config is not None and not accelerate_config.is_file():
+        raise UserError(f"--accelerate-config: {accelerate_config}: no such file")
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(accelerate_config)] if accelerate_config is not None else []
+    sys.stdout.flush()
+    os.execv(launch[0], [*launch, "-m", "alignment.trainers.run", str(recipe), *(overrides or ())])
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")]) -> None:
+    """Write a run's report.html.
+
+    Curves, win rate with its interval, samples before and after; self-contained.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder; training.output_dir of the recipe names it")
+    from evaluation.report import write_report
+
+    typer.echo(f"report: {write_report(run)}")
+
+
+@recipe_app.command()
+def check(
+    files: Annotated[
+        list[str],
+        typer.Argument(help="Recipes, then overrides for all of them.", metavar="RECIPE... [SECTION.KEY=VALUE]..."),
+    ],
+) -> None:
+    """Check recipes and the files that they name.
+
+    Every problem is a line of its own; exit code 2 if there is one. No weights are loaded.
+    """
+    from alignment.recipes.inspection import check as problems_of
+
+    overrides = [item for item in files if re.match(r"[A-Za-z_][\w.]*=", item)]
+    recipes = [item for item in files if item not in overrides]
+    if not recipes:
+        raise UserError("recipe check: name at least one recipe file")
+    failed = False
+    for path in recipes:
+        problems = problems_of(path, overrides)
+        failed |= bool(problems)
+        for problem in problems:
+            typer.echo(f"error: {problem}", err=True)
+        if not problems:
+            typer.echo(f"ok: {path}")
+    if failed:
+        raise typer.Exit(2)
+
+
+@recipe_app.command()
+def explain(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Show every value and where it came from.
+
+    That is a file and line, the command line, or a default with its source.
+    """
+    from alignment.recipes import load_recipe
+    from alignment.recipes.inspection import explain as explained
+
+    typer.echo(explained(load_recipe(recipe, overrides or ())))
+
+
+@recipe_app.command()
+def diff(first: RecipeFile, second: RecipeFile) -> None:
+    """Show the resolved values in which two recipes differ."""
+    from alignment.recipes import load_recipe
+    from alignment.recipes.inspection import diff as difference
+
+    typer.echo(difference(load_recipe(first), load_recipe(second)) or "no difference")
+
+
+@objectives_app.callback(invoke_without_command=True)
+def list_all(context: typer.Context) -> None:
+    """List objectives, show their cards, run their proofs.
+
+    Without a command: the list, with paper and what each objective needs beyond log-probabilities of the policy.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from alignment.objectives import list_objectives
+
+    cards = list_objectives()
+    width = max(len(card.name) for card in cards)
+    paper = max(len(card.paper) for card in cards)
+    for card in cards:
+        typer.echo(f"{card.name:<{width}}  {card.paper:<{paper}}  needs: {', '.join(card.needs) or 'nothing'}")

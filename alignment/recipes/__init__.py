@@ -1,0 +1,12 @@
+"""Recipes: one YAML file per method and model, strict at every depth, every error with its file and line.
+
+    from alignment.recipes import load_recipe
+    recipe = load_recipe("recipes/quickstart/dpo.yaml", ["training.learning_rate=1e-6"])
+
+Builds nothing from a recipe: models, data and trainers are made by those who read its attributes.
+"""
+
+from alignment.recipes.document import Origin, Problem, RecipeError
+from alignment.recipes.loading import Recipe, load_recipe
+
+__all__ = ["Origin", "Problem", "Recipe", "RecipeError", "load_recipe"]

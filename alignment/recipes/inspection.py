@@ -1,0 +1,136 @@
+"""What `alignment recipe check | explain | diff` print: plain lines, made for reading and for `grep`.
+
+Not the checks themselves, which `load_recipe` makes; only whether the files that a recipe names exist is looked up
+here, because `check` promises that and `load_recipe` reads nothing but recipes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment.recipes.document import Origin, Problem, RecipeError
+from alignment.recipes.loading import Recipe, load_recipe
+
+_MISSING = object()
+
+
+def check(path: str | Path, overrides: Sequence[str] = ()) -> list[Problem]:
+    """All problems of a recipe, in the order of its lines; empty if it can be used.
+
+    Beyond the schema this looks whether the local files that the recipe names exist (paths are relative to the current
+    folder). No weights are loaded and nothing is downloaded.
+    """
+    try:
+        recipe = load_recipe(path, overrides)
+    except RecipeError as failed:
+        return failed.problems
+    return missing_files(recipe)
+
+
+def missing_files(recipe: Recipe) -> list[Problem]:
+    """One problem per local file that the recipe names and that does not exist."""
+    problems = []
+    for dotted, message in _missing(recipe):
+        place = recipe.origin(dotted) or Origin(str(recipe.path))
+        problems.append(Problem(place, tuple(dotted.split(".")), message))
+    return sorted(problems)
+
+
+def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    data, evaluation = recipe.data, recipe.evaluation
+    files = {
+        "data.train": data.train if _is_local(data.train) else None,
+        "data.eval": data.eval if _is_local(data.eval) else None,
+        "data.sample.prompts": data.sample.prompts if data.sample else None,
+        "evaluation.prompts": evaluation.prompts if evaluation else None,
+    }
+    for dotted, name in files.items():
+        if name is not None and not Path(name).is_file():
+            yield dotted, f"{name}: no such file (looked in {Path.cwd()})"
+    if recipe.model.adapter is not None and not Path(recipe.model.adapter).is_dir():
+        yield "model.adapter", f"{recipe.model.adapter}: no such folder"
+    yield from (("model.name_or_path", message) for message in _missing_model(recipe.model.name_or_path))
+
+
+def _is_local(name: str | None) -> bool:
+    """A data file rather than a hub name: that is what its ending says."""
+    return name is not None and name.endswith((".json", ".jsonl"))
+
+
+def _missing_model(name: str) -> Iterator[str]:
+    if name.startswith("package://"):
+        package, _, inside = name.removeprefix("package://").partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        folders = list(spec.submodule_search_locations or []) if spec is not None else []
+        if not folders:
+            yield f"{name}: the Python package {package!r} is not installed"
+        elif not any((Path(folder) / inside).is_file() for folder in folders):
+            yield f"{name}: the package {package!r} has no file {inside!r}"
+    elif name.endswith(".gguf") and not Path(name).is_file():
+        yield f"{name}: no such file"
+    elif name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        yield f"{name}: no such folder"
+
+
+def explain(recipe: Recipe) -> str:
+    """Every value of the recipe, one line each: key, value, and the file and line or the default's source."""
+    rows = [
+        (dotted, _yaml(value), str(recipe.origin(dotted) or f"default: {default_source(recipe, dotted)}"))
+        for dotted, value in flatten(recipe.resolved())
+    ]
+    key_width = max(len(key) for key, _, _ in rows)
+    value_width = min(40, max(len(value) for _, value, _ in rows))
+    return "\n".join(f"{key:<{key_width}}  {value:<{value_width}}  {origin}" for key, value, origin in rows)
+
+
+def diff(first: Recipe, second: Recipe) -> str:
+    """The resolved values in which two recipes differ, with the origin of each; empty if there are none."""
+    before, after = dict(flatten(first.resolved())), dict(flatten(second.resolved()))
+    lines = []
+    for dotted in sorted(before | after):
+        old, new = before.get(dotted, _MISSING), after.get(dotted, _MISSING)
+        if old != new:
+            lines.append(f"{dotted}: {_side(first, dotted, old)} -> {_side(second, dotted, new)}")
+    return "\n".join(lines)
+
+
+def _side(recipe: Recipe, dotted: str, value: Any) -> str:
+    return "absent" if value is _MISSING else f"{_yaml(value)} ({recipe.origin(dotted) or 'default'})"
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values, section by section; a section that is absent is one key with null."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def default_source(recipe: Recipe, dotted: str) -> str:
+    """Where a default comes from: the schema's word for it, or the objective's card."""
+    section, _, key = dotted.partition(".")
+    if section == "objective" and key not in type(recipe.objective).model_fields:
+        return _hyperparameter_source(recipe.objective.name, key)
+    model: Any = recipe
+    *path, last = dotted.split(".")
+    for part in path:
+        model = getattr(model, part)
+    description = type(model).model_fields[last].description or ""
+    return description.partition("Default: ")[2].rstrip(".")
+
+
+def _hyperparameter_source(name: str, key: str) -> str:
+    from alignment.objectives import objective_class
+
+    rows = {row.name: row for row in objective_class(name).card.hyperparameters}
+    return rows[key].source or rows[key].meaning
+
+
+def _yaml(value: Any) -> str:
+    """The value as it would stand in a recipe."""
+    return value if isinstance(value, str) and value else json.dumps(value)

@@ -1,0 +1,204 @@
+"""`load_recipe`: a file and the command line's overrides in, a checked `Recipe` or a `RecipeError` out.
+
+No weights, no data and no accelerator are touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+
+from alignment.errors import nearest
+from alignment.recipes.document import Document, KeyPath, Origin, Problem, RecipeError
+from alignment.recipes.merge import COMMAND_LINE, apply_overrides, read_with_bases
+from alignment.recipes.sections import (
+    DataSection,
+    EvaluationSection,
+    GenerationSection,
+    LoraSection,
+    ModelSection,
+    ObjectiveSection,
+    OpenSection,
+    RewardSection,
+    Section,
+)
+from alignment.recipes.training import TrainingSection
+
+
+class Recipe(Section):
+    """A checked recipe. Attributes are the sections; `where` says which line a value came from."""
+
+    objective: ObjectiveSection = Field(description="The loss and its hyper-parameters.")
+    model: ModelSection = Field(description="What is trained, and the reference.")
+    lora: LoraSection | None = Field(None, description="Train adapters only. Default: all weights are trained.")
+    data: DataSection = Field(description="The preferences.")
+    generation: GenerationSection = Field(
+        default_factory=GenerationSection, description="How responses are drawn. Default: see its keys."
+    )
+    reward: RewardSection | None = Field(None, description="What scores responses. Default: none.")
+    training: TrainingSection = Field(description="How the optimiser runs.")
+    evaluation: EvaluationSection | None = Field(None, description="Win rate after training. Default: none.")
+
+    _document: Document = PrivateAttr(default_factory=lambda: Document("recipe"))
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Recipe:
+        if self.data.sample is not None and self.reward is None:
+            raise ValueError("data.sample needs a reward section: something has to choose between the samples")
+        if self.evaluation is not None and self.reward is None:
+            raise ValueError("evaluation needs a reward section: something has to judge the responses")
+        if self.training.eval_strategy != "no" and self.data.eval is None:
+            raise ValueError(f"training.eval_strategy {self.training.eval_strategy!r} needs data.eval")
+        return self
+
+    @property
+    def path(self) -> Path:
+        """The recipe file."""
+        return Path(self._document.source)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value, defaults included, as plain JSON-able types; as YAML it is a recipe equal to this one."""
+        return self.model_dump(mode="json")
+
+    def origin(self, dotted: str) -> Origin | None:
+        """Where the value of `training.learning_rate` was written; None for a default."""
+        return self._document.origins.get(tuple(dotted.split(".")))
+
+    def where(self, dotted: str) -> str:
+        """`FILE:LINE: training.learning_rate`, the beginning of an error message about that value."""
+        return f"{self._document.origin(tuple(dotted.split('.')))}: {dotted}"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the YAML file; its `extends` is followed.
+        overrides: `SECTION.KEY=VALUE`, values read as YAML. Changing `objective.name` or `reward.name` drops what the
+            file says in that section.
+
+    Raises:
+        RecipeError: anything is wrong; its text is the first problem with its place, `problems` has all.
+        UserError: an override is not of that form.
+    """
+    document = apply_overrides(read_with_bases(Path(path)), overrides)
+    _fill_in_paths(document)
+    try:
+        recipe = Recipe.model_validate(document.values)
+    except ValidationError as failed:
+        found = {problem.path for problem in document.problems}
+        new = [_translate(dict(e), document) for e in failed.errors(include_url=False)]
+        raise RecipeError(document.problems + [problem for problem in new if problem.path not in found]) from None
+    if document.problems:
+        raise RecipeError(document.problems)
+    recipe._document = document
+    return recipe
+
+
+def _fill_in_paths(document: Document) -> None:
+    """Name the run after the recipe unless it is named; make `objective.file` absolute."""
+    training = document.values.get("training")
+    if isinstance(training, dict) and "output_dir" not in training:
+        document.values["training"] = {"output_dir": f"runs/{Path(document.source).stem}", **training}
+    objective = document.values.get("objective")
+    if isinstance(objective, dict) and isinstance(objective.get("file"), str):
+        origin = document.origin(("objective", "file"))
+        folder = Path() if origin.source == COMMAND_LINE else Path(origin.source).parent
+        document.values["objective"] = {**objective, "file": str((folder / objective["file"]).resolve())}
+
+
+_EXPECTED = {
+    "string_type": "text",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "finite_number": "a finite number",
+    "string_too_short": "text that is not empty",
+}
+_LIMITS = {
+    "greater_than": ("gt", ">"),
+    "greater_than_equal": ("ge", ">="),
+    "less_than": ("lt", "<"),
+    "less_than_equal": ("le", "<="),
+}
+_TRUTHS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+
+
+def _translate(found: dict[str, Any], document: Document) -> Problem:
+    """One pydantic error as a problem in our words, at the line of the key that it is about."""
+    loc: KeyPath = found["loc"]
+    kind, value, ctx = found["type"], found["input"], found.get("ctx", {})
+    if kind == "extra_forbidden":
+        message = f"unknown key{nearest(str(loc[-1]), _keys_at(loc[:-1]))}"
+    elif kind == "missing":
+        what = "section" if len(loc) == 1 else "key"
+        message = f"required {what} is missing: {_description(loc)}"
+    elif kind in _EXPECTED:
+        message = f"expected {_EXPECTED[kind]}, got {_show(value)}{_type_hint(kind, value)}"
+    elif kind in _LIMITS:
+        name, sign = _LIMITS[kind]
+        message = f"must be {sign} {ctx[name]:g}, got {_show(value)}"
+    elif kind == "literal_error":
+        close = nearest(value, _choices(ctx["expected"])) if isinstance(value, str) else ""
+        close = close if close.startswith("; did") else ""
+        message = f"expected one of {ctx['expected'].replace(' or ', ', ')}; got {_show(value)}{close}"
+    elif kind in ("model_type", "dict_type", "model_attributes_type"):
+        message = f"expected a section with keys of its own, got {_show(value)}"
+    else:
+        message = found["msg"].removeprefix("Value error, ")
+    return Problem(document.origin(loc), tuple(str(part) for part in loc), message)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    text = repr(value) if not isinstance(value, bool) else str(value).lower()
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _type_hint(kind: str, value: Any) -> str:
+    """A remedy where the cause is a well-known slip of YAML."""
+    if kind == "string_type" and isinstance(value, int | float):
+        return "; put it in quotes"
+    if kind == "bool_type" and isinstance(value, str) and value.lower() in _TRUTHS:
+        return f"; write {_TRUTHS[value.lower()]}"
+    if kind in ("float_type", "int_type") and isinstance(value, str) and _is_number(value):
+        return "; write it as a plain decimal number without quotes"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _choices(expected: str) -> list[str]:
+    return [choice.strip().strip("'") for choice in expected.replace(" or ", ", ").split(",")]
+
+
+def _models_at(path: KeyPath) -> Iterator[type[Section] | type[OpenSection]]:
+    """The section models from the recipe down to `path`."""
+    model: type[Section] | type[OpenSection] = Recipe
+    yield model
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, Section | OpenSection))
+        yield model
+
+
+def _keys_at(path: KeyPath) -> list[str]:
+    keys = list(list(_models_at(path))[-1].model_fields)
+    return keys if path else [*keys, "extends"]
+
+
+def _description(path: KeyPath) -> str:
+    field = list(_models_at(path[:-1]))[-1].model_fields[str(path[-1])]
+    return (field.description or "").rstrip(".")

@@ -1,0 +1,199 @@
+"""The sections of a recipe as pydantic models: what each key means, its type, range and default's source.
+
+Strict at every depth: no unknown keys, no text for numbers, no booleans for integers (an integer does for a number).
+`training` is in `alignment.recipes.training`; the keys of `objective` and `reward` beyond `name` come from the
+registries, which are imported only when such a section is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+
+def option(default: Any, meaning: str, source: str, **constraints: Any) -> Any:
+    """A key with a default; the description says what the key means and where the default is from."""
+    return Field(default, description=f"{meaning} Default: {source}.", **constraints)
+
+
+def error(message: str, *loc: str, value: Any = None) -> InitErrorDetails:
+    """One problem at `loc` in words of our own, for `ValidationError.from_exception_data`."""
+    kind = PydanticCustomError("recipe", "{message}", {"message": message})
+    return InitErrorDetails(type=kind, loc=loc, input=value)
+
+
+def _names(value: Any) -> Any:
+    """One name, or a list of names; said in one message instead of one per member of the union."""
+    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
+        return value
+    raise ValueError(f"expected a name or a list of names, got {value!r}")
+
+
+Names = Annotated[str | list[str], BeforeValidator(_names)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A section whose keys are all listed here."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class OpenSection(BaseModel):
+    """A section some of whose keys are known elsewhere (a registry, TRL): `open_key_errors` checks those."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    @classmethod
+    def open_keys(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
+        """Defaults for open keys that are absent, and what is wrong with those that are present."""
+        raise NotImplementedError
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_open_keys(cls, data: Any, handler: Callable[[Any], Any]) -> Any:
+        if not isinstance(data, dict):
+            return handler(data)
+        defaults, problems = cls.open_keys(data)
+        try:
+            section = handler({**defaults, **data})
+        except ValidationError as failed:
+            kept = failed.errors(include_url=False)
+            problems += [
+                InitErrorDetails(type=e["type"], loc=e["loc"], input=e["input"], ctx=e.get("ctx", {})) for e in kept
+            ]
+        if problems:
+            raise ValidationError.from_exception_data(cls.__name__, problems)
+        return section
+
+
+class ModelSection(Section):
+    """The language model that training starts from; it is also the reference."""
+
+    name_or_path: Text = Field(
+        description="Hub id, folder, FILE.gguf, or package://PACKAGE/FILE.gguf (a file in an installed package)."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "Type of the weights in memory.", "alignment: exact everywhere; bfloat16 halves memory"
+    )
+    attn_implementation: Text | None = option(
+        None, "transformers' attention, such as sdpa or eager.", "transformers' own choice for the model"
+    )
+    adapter: Text | None = option(None, "Folder of a LoRA adapter to start from.", "none")
+    revision: Text | None = option(None, "Branch, tag or commit of a hub model.", "the hub's main branch")
+    trust_remote_code: bool = option(False, "Run Python code that the hub model ships.", "transformers: off")
+
+
+class LoraSection(Section):
+    """Train low-rank adapters instead of all weights; the reference is the model without them."""
+
+    r: int = option(16, "Rank.", "PEFT users' common choice; alignment-handbook's QLoRA recipes use 16", ge=1)
+    alpha: int = option(32, "Scale: the update counts alpha / r.", "twice the rank", ge=1)
+    dropout: float = option(0.0, "Dropout before the adapter.", "PEFT", ge=0, lt=1)
+    target_modules: Names = option(
+        "all-linear", "Module names, or all-linear.", "QLoRA (2305.14314): adapters on every linear layer"
+    )
+
+
+class SampleSection(Section):
+    """Build preferences by sampling the starting model and letting the reward choose (settings in `generation`)."""
+
+    prompts: Text = Field(description="Text file, one prompt a line; lines that begin with # are skipped.")
+    limit: int | None = option(None, "Use only the first so many prompts.", "all", ge=1)
+    samples_per_prompt: int = option(4, "Responses drawn per prompt.", "alignment: cost against contrast", ge=2)
+    pairs_per_prompt: int = option(1, "Pairs kept per prompt, best with worst first.", "best against worst", ge=1)
+    min_gap: float = option(0.0, "Drop pairs whose reward gap is at most this.", "drop ties only", ge=0)
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> SampleSection:
+        if 2 * self.pairs_per_prompt > self.samples_per_prompt:
+            needed = 2 * self.pairs_per_prompt
+            raise ValueError(
+                f"pairs_per_prompt {self.pairs_per_prompt} needs samples_per_prompt of at least {needed}, "
+                f"got {self.samples_per_prompt}"
+            )
+        return self
+
+
+class DataSection(Section):
+    """Where preferences come from: `train` (given) or `sample` (drawn from the model)."""
+
+    train: Text | None = option(
+        None, "Preferences: .jsonl or .json file, or hub NAME or NAME:SPLIT; columns prompt, chosen, rejected.", "none"
+    )
+    sample: SampleSection | None = option(None, "Draw the preferences from the starting model.", "none")
+    eval: Text | None = option(None, "Held-out preferences, like train.", "none")
+    max_length: int = option(1024, "Prompt and response together, in tokens; longer is cut.", "TRL 1.16", ge=2)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSection:
+        if self.train is None and self.sample is None:
+            raise ValueError("no preferences: give either train (a file or hub name) or sample (draw from the model)")
+        if self.train is not None and self.sample is not None:
+            raise ValueError("train and sample exclude each other; set the one that you do not want to null")
+        return self
+
+
+class GenerationSection(Section):
+    """How responses are drawn, for `data.sample` and for `evaluation`."""
+
+    max_new_tokens: int = option(24, "Longest response in tokens.", "alignment: sized for the CPU quick start", ge=1)
+    temperature: float = option(1.0, "Below 1 sharpens, above 1 flattens.", "the model's own distribution", gt=0)
+    top_p: float = option(1.0, "Nucleus of this probability.", "off: the model's own distribution", gt=0, le=1)
+    top_k: int = option(0, "Only the k likeliest tokens.", "0: off, the model's own distribution", ge=0)
+    batch_size: int = option(64, "Responses drawn at once; lower it if memory runs out.", "alignment", ge=1)
+    seed: int = option(0, "Seed of the draws.", "alignment", ge=0)
+
+
+class EvaluationSection(Section):
+    """Win rate of the trained model against its starting point, judged by `reward`."""
+
+    prompts: Text = Field(
+        description="Text file of prompts that training does not see; format as data.sample.prompts."
+    )
+    limit: int | None = option(None, "Use only the first so many prompts.", "all", ge=1)
+    samples_per_prompt: int = option(2, "Responses per prompt and model.", "alignment", ge=1)
+    bootstrap: int = option(10000, "Resamplings of prompts for the interval.", "alignment", ge=100)
+    seed: int = option(1, "Seed of the responses and the bootstrap.", "alignment: not generation.seed", ge=0)
+
+
+class RewardSection(OpenSection):
+    """What scores responses: `name` and that reward's own keys (`.options`)."""
+
+    name: Text = Field(description="vader, length or regex.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The reward's own keys, for `alignment.rewards.get_reward(name, **options)`."""
+        return dict(self.model_extra or {})
+
+    @classmethod
+    def open_keys(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
+        from alignment.recipes.registries import reward_errors
+
+        return {}, reward_errors(data)
+
+
+class ObjectiveSection(OpenSection):
+    """The loss: `name` and that objective's hyper-parameters (`.hyperparameters`, defaults filled in)."""
+
+    fixed: ClassVar[tuple[str, ...]] = ("name", "file")
+
+    name: Text = Field(description="An objective of `alignment objectives`, or of `file`.")
+    file: Text | None = option(
+        None, "Python file that registers the objective, relative to the recipe.", "none: a built-in objective"
+    )
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The objective's hyper-parameters, for `alignment.objectives.get_objective(name, **hyperparameters)`."""
+        return dict(self.model_extra or {})
+
+    @classmethod
+    def open_keys(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
+        from alignment.recipes.registries import objective_defaults_and_errors
+
+        return objective_defaults_and_errors(data)
