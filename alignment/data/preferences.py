@@ -1,0 +1,162 @@
+"""Preference rows from a JSON/JSONL file or the hub into one `datasets.Dataset`.
+
+A row has `prompt`, `chosen`, `rejected`: three texts, or three lists of chat messages. Optional columns travel with
+it: token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`; used as they are, never tokenised again), a `calibration`
+response, and numbers that some objectives read. Not a cleaner: the first unusable row stops the run, by its number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+NUMBER_COLUMNS = ("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected")
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+OPTIONAL_COLUMNS = (*ID_COLUMNS, *NUMBER_COLUMNS, "calibration", "calibration_ids")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file (one a line) or a .json file (one list).
+
+    Raises:
+        UserError: the file is missing, empty, not UTF-8, or a line is not a JSON object.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    rows: list[Any] = []
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise UserError(f"{path}: expected a list of objects; for one object a line name it .jsonl")
+        else:
+            for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 is text
+                if line.strip():
+                    rows.append(json.loads(line))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}" if path.suffix == ".json" else f"row {number}"
+        raise UserError(f"{path}: {where}: not valid JSON: {error.msg} at column {error.colno}") from error
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: row {number}: expected an object, got {type(row).__name__}")
+    return rows
+
+
+def _is_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
+        and all(isinstance(m.get("content"), str) for m in value)
+    )
+
+
+def _problem(row: dict[str, Any], first: dict[str, Any]) -> str | None:
+    """What is wrong with a row, in words; None where nothing is."""
+    for column in TEXT_COLUMNS:
+        if column not in row:
+            return f"column {column!r} is missing (a row needs prompt, chosen, rejected)"
+        value = row[column]
+        if not isinstance(value, str) and not _is_messages(value):
+            return f"column {column!r}: expected text or a list of messages, got {type(value).__name__}"
+        if (
+            column != "prompt"
+            and not row.get(f"{column}_ids")
+            and not (value if isinstance(value, str) else value[-1]["content"]).strip()
+        ):
+            return f"column {column!r} is empty"
+    if len({isinstance(row[c], str) for c in TEXT_COLUMNS}) != 1:
+        return "prompt, chosen and rejected mix text and chat messages"
+    if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
+        return "text rows and chat rows are mixed in one file"
+    if row["chosen"] == row["rejected"] and row.get("chosen_ids") == row.get("rejected_ids"):
+        return "chosen and rejected are the same"
+    for column in NUMBER_COLUMNS:
+        value = row.get(column)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            return f"column {column!r}: expected a number, got {value!r}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"column {column!r}: {value} is not a finite number"
+    for column in (*ID_COLUMNS, "calibration_ids"):
+        value = row.get(column)
+        if value is not None and not (isinstance(value, list) and all(isinstance(i, int) for i in value)):
+            return f"column {column!r}: expected a list of token ids"
+    missing = set(first) ^ set(row)
+    if missing & set(OPTIONAL_COLUMNS):
+        return f"column {sorted(missing)[0]!r} is in some rows only"
+    return None
+
+
+def preference_dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
+    """Checked rows as a Dataset holding only the columns that this project knows.
+
+    Raises:
+        UserError: names `source`, the row's number (from 1), the column and what is wrong.
+    """
+    from datasets import Dataset
+
+    for number, row in enumerate(rows, start=1):
+        problem = _problem(row, rows[0])
+        if problem is not None:
+            raise UserError(f"{source}: row {number}: {problem}")
+    known = [c for c in (*TEXT_COLUMNS, *OPTIONAL_COLUMNS) if c in rows[0]]
+    return Dataset.from_list([{c: row[c] for c in known} for row in rows])
+
+
+def load_preferences(name: str, split: str = "train") -> Dataset:
+    """Preferences from a local .json/.jsonl file, else from the hub.
+
+    Raises:
+        UserError: no such file or hub data set, or an unusable row.
+    """
+    if name.endswith((".json", ".jsonl")) or Path(name).exists():
+        return preference_dataset(read_rows(Path(name)), name)
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        rows = load_dataset(name, split=split)
+    except (OSError, ValueError, DatasetNotFoundError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"data: {name!r} is neither a local file nor a data set that the hub gives ({reason})"
+        ) from error
+    return preference_dataset(list(rows), name)
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
+    """Prompts from a text file: one a line; blank lines and lines that start with `#` are skipped.
+
+    Raises:
+        UserError: the file is missing, has no prompts, repeats one, or has fewer than `limit`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such file of prompts")
+    first: dict[str, int] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        if text in first:
+            raise UserError(f"{path}: line {number}: repeats the prompt of line {first[text]}")
+        first[text] = number
+    if not first:
+        raise UserError(f"{path}: no prompts in it")
+    if limit is not None and len(first) < limit:
+        raise UserError(f"{path}: {len(first)} prompts, but {limit} are asked for")
+    return list(first)[:limit]

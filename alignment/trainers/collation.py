@@ -1,0 +1,97 @@
+"""From tokenised pairs to a batch of rows, and the order in which pairs are visited.
+
+Truncation happens here: prompt + response are cut at `max_length` from the end (TRL's `keep_start`). Padding, masks
+and layouts are `scoring.build_rows`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from alignment.data.preferences import NUMBER_COLUMNS
+from alignment.trainers.scoring import Layout, build_rows
+
+BRANCHES = ("chosen", "rejected", "calibration")
+MEGABATCH = 50  # global batches that are length-sorted together, transformers' own choice
+
+
+@dataclass
+class PairCollator:
+    """Examples → `{chosen_length, …, row_ids, row_positions, row_segments, row_labels, number columns}`.
+
+    Attributes:
+        pad_token_id: its value changes nothing.
+        max_length: tokens of prompt + one response; longer responses are cut. None: no limit.
+        layout: of the rows; `scoring` says what each is.
+        calibration: add the calibration response as a third branch.
+    """
+
+    pad_token_id: int
+    max_length: int | None
+    layout: Layout
+    calibration: bool = False
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        branches = BRANCHES if self.calibration else BRANCHES[:2]
+        prompts = [example["prompt_ids"] for example in examples]
+        responses = [[self._cut(example, branch) for branch in branches] for example in examples]
+        # An empty prompt leaves a response's first token unscored: see `build_rows`.
+        lengths = [[len(r) - (not p) for r in group] for p, group in zip(prompts, responses, strict=True)]
+        # A [B] tensor comes first: transformers reads the batch size off the first tensor.
+        batch = {f"{b}_length": torch.tensor([n[j] for n in lengths]) for j, b in enumerate(branches)}
+        for column in NUMBER_COLUMNS:
+            if column in examples[0]:
+                batch[column] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
+        return batch | build_rows(prompts, responses, self.pad_token_id, self.layout)
+
+    def _cut(self, example: dict[str, Any], branch: str) -> list[int]:
+        ids: list[int] = example[f"{branch}_ids"]
+        return ids if self.max_length is None else ids[: self.max_length - len(example["prompt_ids"])]
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """A seeded order in which every *global* batch holds pairs of like length; the longest batch comes first.
+
+    Unlike transformers' own, the order depends on the global batch size alone, so one process and many see the same
+    batches. Pairs are shuffled, sorted by length within stretches of 50 batches, cut into batches, and the batches
+    shuffled. The longest one first: memory runs out at once or never.
+
+    Args:
+        lengths: tokens of each pair.
+        batch_size: pairs of one optimizer step over all processes.
+        seed: of the order; each epoch has its own (`set_epoch`).
+        group: False gives the plain shuffle.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, group: bool = True):
+        self.lengths, self.batch_size, self.seed, self.group, self.epoch = lengths, batch_size, seed, group, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate's data loader calls this; resuming in epoch e gives epoch e's order."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if not self.group:
+            return iter(order)
+        stretch = MEGABATCH * self.batch_size
+        batches = []
+        for start in range(0, len(order), stretch):
+            part = sorted(order[start : start + stretch], key=lambda i: -self.lengths[i])
+            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        full = [b for b in batches if len(b) == self.batch_size]
+        rest = [b for b in batches if len(b) < self.batch_size]  # an incomplete batch anywhere else would shift all
+        full = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+        if full:
+            longest = max(range(len(full)), key=lambda b: max(self.lengths[i] for i in full[b]))
+            full.insert(0, full.pop(longest))
+        return iter([i for batch in full + rest for i in batch])

@@ -1,0 +1,318 @@
+"""`PreferenceTrainer`: TRL's DPOTrainer with the objective, the rows and the reference replaced.
+
+Overrides: data preparation (token ids taken as they are), collation, sampler, loss, reference, logging. Kept from TRL:
+PEFT, evaluation, checkpoints, DeepSpeed/FSDP, model card, hub push. Tested with TRL 1.16 only; the contract test names
+what moved. Not here: recipes and argv (`run.py`), maths (`alignment.objectives`), forward passes (`scoring.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from alignment.data.preferences import ID_COLUMNS, NUMBER_COLUMNS
+from alignment.errors import UserError
+from alignment.objectives import PairLogps
+from alignment.objectives.base import Objective
+from alignment.trainers.checks import step_zero_problem
+from alignment.trainers.collation import BRANCHES, LengthGroupedSampler, PairCollator
+from alignment.trainers.metrics import DisplacementAlarm, Totals
+from alignment.trainers.scoring import (
+    PAD,
+    ROW_KEYS,
+    Layout,
+    layouts_agree,
+    repaired,
+    scored_tokens,
+    sequence_logps,
+    why_not_shared,
+)
+
+
+class PreferenceTrainer(DPOTrainer):
+    """Train a language model on preference pairs with any offline objective of the registry.
+
+    The reference is the model that training starts from: a frozen copy of `model` as it is in memory (not what lies on
+    disk under its name), the base model where a fresh LoRA adapter is trained, a frozen copy of the adapter where an
+    existing one is trained on, or `ref_model` where one is given. Objectives that need no reference load none.
+
+    Args:
+        model: a causal language model or a PeftModel.
+        objective: from `alignment.objectives.get_objective`.
+        args: TRL's `DPOConfig`; its loss options are not read.
+        train_dataset, eval_dataset: columns of `alignment.data.preferences`.
+        processing_class: the tokenizer.
+        ref_model: an explicit reference; under ZeRO-3 full fine-tuning it must be given (parameters are sharded).
+        start_is_reference: whether `ref_model` holds the weights that training starts from; the step-0 check then
+            demands implicit rewards of 0. By default so exactly if no `ref_model` is given.
+        peft_config: train a fresh adapter.
+        layout: `shared_prefix` computes a prompt once for all its responses; falls back to `paired`, with one warning.
+        group_by_length: global batches of like length (`LengthGroupedSampler`).
+        displacement_alarm: nats that chosen may fall below the start before the warning in words.
+        more: `callbacks`, `optimizers`, `compute_metrics` … as in TRL.
+
+    Raises:
+        UserError: the data lack a column that the objective needs, a prompt fills `max_length` in every row, or the
+            step-0 check fails.
+    """
+
+    _tag_names = ["alignment", "preference"]
+    _name = "alignment"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        args: DPOConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        eval_dataset: Dataset | None = None,
+        ref_model: PreTrainedModel | None = None,
+        start_is_reference: bool | None = None,
+        peft_config: Any = None,
+        layout: Layout = "shared_prefix",
+        group_by_length: bool = True,
+        displacement_alarm: float = 10.0,
+        **more: Any,
+    ):
+        self.objective = objective
+        self.group_by_length = group_by_length
+        self.start_is_reference = ref_model is None if start_is_reference is None else start_is_reference
+        self._needs_reference = bool({"reference", "ref_calibration", "previous"} & set(objective.needs))
+        self._calibrated = "calibration" in objective.needs
+        self._branches = 3 if self._calibrated else 2
+        self._totals = {"train": Totals(), "eval": Totals()}
+        self._start_checked = False
+        self._probe: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
+        if layout == "shared_prefix" and (reason := _why_not_shared(model, peft_config)):
+            warnings.warn(f"layout shared_prefix is not possible ({reason}); using paired", stacklevel=2)
+            layout = "paired"
+        if ref_model is None and peft_config is None and not is_peft_model(model) and self._needs_reference:
+            ref_model = _frozen_copy(model)
+        # TRL builds a reference from disk unless it is given, or log-probs are precomputed: the latter, with an empty
+        # `_precompute_ref_logps`, is its way to have none.
+        args.precompute_ref_log_probs = not self._needs_reference
+        super().__init__(
+            model=model,
+            ref_model=ref_model if self._needs_reference else None,
+            args=args,
+            data_collator=PairCollator(processing_class.pad_token_id, args.max_length, layout, self._calibrated),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **more,
+        )
+        self.add_callback(DisplacementAlarm(displacement_alarm))
+
+    # --- data ---------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """Token ids given with the data are used as they are; text is tokenised by TRL. Dropped rows are counted."""
+        for need, columns in (("reward", ("reward_chosen", "reward_rejected")), ("calibration", ("calibration",))):
+            missing = [c for c in columns if c not in dataset.column_names and f"{c}_ids" not in dataset.column_names]
+            if need in self.objective.needs and missing:
+                raise UserError(
+                    f"{dataset_name} data: objective {self.objective.card.name!r} needs column {missing[0]!r}, and the "
+                    f"rows have only {', '.join(dataset.column_names)}"
+                )
+        before = len(dataset)
+        if set(ID_COLUMNS) <= set(dataset.column_names):
+            dataset = dataset.filter(_prompt_fits, fn_kwargs={"max_length": args.max_length})
+        else:
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            if self._calibrated and "calibration_ids" not in dataset.column_names:
+                dataset = self._tokenise_calibration(dataset, processing_class, args, dataset_name)
+        if len(dataset) < before:
+            text = f"{dataset_name} data: {before - len(dataset)} of {before} rows have a prompt of max_length"
+            if not len(dataset):
+                raise UserError(f"{text} {args.max_length} tokens or more: none is left; raise data.max_length")
+            warnings.warn(f"{text} {args.max_length} tokens or more; they are left out", stacklevel=2)
+        return dataset
+
+    def _tokenise_calibration(self, dataset, processing_class, args, dataset_name):
+        """`calibration_ids`, by TRL's own tokenisation with the calibration response in the place of chosen."""
+        stand_in = dataset.select_columns(["prompt", "calibration", "rejected"]).rename_column("calibration", "chosen")
+        ids = super()._prepare_dataset(stand_in, processing_class, args, dataset_name)["chosen_ids"]
+        return dataset.add_column("calibration_ids", ids)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        extra = ["calibration_ids", *NUMBER_COLUMNS]
+        self._signature_columns += [c for c in extra if c not in self._signature_columns]
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """Nothing: only objectives without a reference get here (see `__init__`)."""
+        return dataset
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        columns = [f"{c}_ids" for c in ("prompt", *BRANCHES[: self._branches])]
+        lengths = [sum(len(row[c]) for c in columns) for row in dataset.select_columns(columns)]
+        global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler(lengths, global_batch, seed, self.group_by_length)
+
+    # --- log-probs ----------------------------------------------------------------------------------------------
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else self.model.dtype
+
+    def _score(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows = {key: inputs[key] for key in ROW_KEYS}
+        return sequence_logps(model, self.model.config, self.model.dtype, rows, self._branches)
+
+    def _reference_logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`[B, k]` under the reference: its own model, or the policy with its adapter switched off or to `ref`."""
+        adapter: Any = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
+            return self._score(model, inputs)
+
+    def compute_ref_log_probs(self, model, inputs):
+        """TRL's public name: `(ref_chosen [B], ref_rejected [B])`."""
+        sums = self._reference_logps(model, inputs)
+        return sums[:, 0], sums[:, 1]
+
+    def pair_logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> PairLogps:
+        """Every column that the objective may read, from one policy pass and at most one reference pass."""
+        policy = self._score(model, inputs)
+        columns: dict[str, torch.Tensor] = {b: policy[:, j] for j, b in enumerate(BRANCHES[: self._branches])}
+        if self._needs_reference:
+            reference = self._reference_logps(self.ref_model or model, inputs)
+            columns |= {f"ref_{b}": reference[:, j] for j, b in enumerate(BRANCHES[: self._branches])}
+        if "previous" in self.objective.needs:
+            # Iteration 1 of an iterative method: the previous iterate is the reference, unless the data bring it.
+            columns |= {f"prev_{b}": inputs.get(f"prev_{b}", columns[f"ref_{b}"]) for b in BRANCHES[:2]}
+        for name in (*(f"{b}_length" for b in BRANCHES[: self._branches]), "reward_chosen", "reward_rejected"):
+            if name in inputs:
+                columns[name] = inputs[name].to(policy.dtype)
+        return PairLogps(**columns)
+
+    # --- loss and logging ---------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean of the objective over the pairs of this micro-batch."""
+        if return_outputs:
+            raise UserError("training: `compute_metrics` needs logits, which are not kept; leave it out")
+        first = self.model.training and not self._start_checked
+        if first:
+            inputs = self._agreed_layout(model, inputs)
+        batch = self.pair_logps(model, inputs)
+        if first:
+            self._check_start(model, inputs, batch)
+            self._totals["train"].restart()
+        losses = self.objective.loss(batch)
+        self._record(inputs, batch)
+        return losses.mean()
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Evaluation has a loss and no logits."""
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def _agreed_layout(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The first batch, in the layout that this model can take: compared with `paired` rather than assumed."""
+        if self.data_collator.layout == "paired":
+            return inputs
+        paired = inputs | repaired({k: inputs[k] for k in ROW_KEYS}, self._branches, self.data_collator.pad_token_id)
+        with torch.no_grad(), self.accelerator.autocast():
+            agree = layouts_agree(self._score(model, inputs), self._score(model, paired), self._compute_dtype)
+        if self._any_process(not agree):
+            self.data_collator.layout = "paired"
+            warnings.warn("layout shared_prefix gives other log-probs on this model; using paired", stacklevel=2)
+            return paired
+        return inputs
+
+    def _check_start(self, model: Any, inputs: dict[str, torch.Tensor], batch: PairLogps) -> None:
+        """The step-0 check of a fresh run, and the probe rows where no reference tells what the start was."""
+        self._start_checked = True
+        if self.state.global_step > 0:  # resumed: the policy is no longer the start
+            return
+        paired = {k: inputs[k] for k in ROW_KEYS}
+        if self.data_collator.layout != "paired":
+            paired = repaired(paired, self._branches, self.data_collator.pad_token_id)
+        model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            start = self._score(model, paired)
+        model.train()
+        starts_at_reference = self.start_is_reference and self._needs_reference
+        problem = step_zero_problem(self.objective, batch, start, self._compute_dtype, starts_at_reference)
+        if self._any_process(problem is not None):
+            raise UserError(f"step-0 check: {problem or 'another process stopped'}")
+        if not starts_at_reference:
+            self._probe = ({k: inputs[k] for k in ROW_KEYS}, start)
+
+    def _any_process(self, flag: bool) -> bool:
+        count = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(count, reduction="sum") > 0)
+
+    def _record(self, inputs: dict[str, torch.Tensor], batch: PairLogps) -> None:
+        chosen, rejected = (r.detach() for r in self.objective.rewards(batch))
+        values = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).double(),
+            "logps/chosen": batch.chosen,
+            "logps/rejected": batch.rejected,
+            "saturated": self.objective.saturated(batch).double(),
+            "real_tokens": scored_tokens(inputs["row_segments"]),
+            "padded_tokens": torch.ones_like(inputs["row_segments"]),
+        }
+        if self._needs_reference:
+            # E_ref[log ref/π] = KL(ref ‖ π) if the responses are samples of the reference; on other data it is only
+            # the mean drift of these responses.
+            values["kl"] = -torch.cat([batch.log_ratio_chosen, batch.log_ratio_rejected])
+            if self.start_is_reference:
+                values["displacement/chosen"] = batch.log_ratio_chosen
+                values["displacement/rejected"] = batch.log_ratio_rejected
+        self._totals["train" if self.model.training else "eval"].add(values)
+
+    def log(self, logs, start_time=None):
+        """Adds the metrics since the last line, over all processes, to what transformers logs."""
+        mode = "train" if self.model.training else "eval"
+        found = self._totals[mode].reduce(lambda total: self.accelerator.reduce(total, reduction="sum"))
+        if found and mode == "train" and self._probe is not None:
+            rows, start = self._probe
+            with torch.no_grad(), self.accelerator.autocast():
+                moved = self._score(self.model_wrapped, rows) - start
+            moved = self.accelerator.reduce(moved.mean(0), reduction="mean")
+            found |= {"displacement/chosen": float(moved[0]), "displacement/rejected": float(moved[1])}
+        self._metrics[mode].update({name: [value] for name, value in found.items()})
+        super().log(logs, start_time)
+
+
+def _why_not_shared(model: PreTrainedModel, peft_config: Any) -> str | None:
+    configs = list(model.peft_config.values()) if is_peft_model(model) else []
+    for config in (*configs, peft_config):
+        if config is not None and config.is_prompt_learning:
+            return f"{config.peft_type.value} puts virtual tokens before the prompt"
+    return why_not_shared(model.config)
+
+
+def _prompt_fits(example: dict[str, Any], max_length: int | None) -> bool:
+    return max_length is None or len(example["prompt_ids"]) < max_length
+
+
+def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The reference: `model` as it is in memory now."""
+    if any("ds_id" in vars(parameter) for parameter in model.parameters()):
+        raise UserError("ZeRO-3 shards the model while it loads: give `ref_model`, loaded from the same weights")
+    return copy.deepcopy(model).eval().requires_grad_(False)

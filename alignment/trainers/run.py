@@ -1,0 +1,282 @@
+"""One offline training run from a recipe: preferences, model, trainer, run directory.
+
+`scripts/train.py` and `alignment train` read argv and call `train`. Every process of a launch runs this; what needs
+doing once is done by the main process while the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import DPOConfig
+
+from alignment.data.preferences import load_preferences, preference_dataset, read_prompts, read_rows
+from alignment.data.sampled import best_against_worst
+from alignment.errors import UserError
+from alignment.models import load_model, load_tokenizer
+from alignment.models.gguf import cache_root
+from alignment.models.sampling import prompt_ids, sample
+from alignment.objectives import get_objective
+from alignment.recipes import Recipe
+from alignment.rewards import get_reward
+from alignment.trainers import rundir
+from alignment.trainers.offline import PreferenceTrainer
+
+SAMPLES_FORMAT = "1"  # part of the cache key: raise it when the same settings give other pairs
+
+
+def plan_batches(global_batch: int, per_device: int, world: int) -> tuple[int, int]:
+    """(pairs per device and pass, accumulation steps) with which `world` processes make up the declared batch.
+
+    The per-device batch is the largest divisor of each process's share that is at most `per_device`: the losses are
+    per pair, so it changes memory and speed but no result.
+
+    Raises:
+        UserError: the declared batch cannot be split evenly.
+    """
+    if global_batch % world:
+        raise UserError(
+            f"training.global_batch_size: {global_batch} pairs cannot be split evenly over {world} processes; "
+            f"declare {math.ceil(global_batch / world) * world}, or launch fewer"
+        )
+    share = global_batch // world
+    fitting = max(d for d in range(1, min(per_device, share) + 1) if share % d == 0)
+    return fitting, share // fitting
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's parameters and buffers as they are in memory."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Rows built from the starting model's own samples; kept in the cache under everything that decides them."""
+    settings, generation, reward = recipe.data.sample, recipe.generation, recipe.reward
+    assert settings is not None and reward is not None  # the schema says so
+    prompts = read_prompts(settings.prompts, settings.limit)
+    judge = get_reward(reward.name, **reward.options)
+    model = load_model(**_model_arguments(recipe))
+    key = {
+        "format": SAMPLES_FORMAT,
+        "weights": weights_digest(model),
+        "prompts": [prompt_ids(tokenizer, p) for p in prompts],
+        "sample": {k: v for k, v in settings.model_dump().items() if k not in ("prompts", "limit")},
+        "generation": generation.model_dump(),
+        "judge": judge.describe(),
+        "torch": torch.__version__,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    cached = cache_root() / "samples" / f"{digest[:32]}.jsonl"
+    if cached.is_file():
+        print(f"  the same samples are in the cache: {cached}", flush=True)
+        return read_rows(cached)
+    if torch.cuda.is_available():
+        model.cuda()
+    draws = sample(
+        model,
+        tokenizer,
+        prompts,
+        settings.samples_per_prompt,
+        **generation.model_dump(),
+        progress="  sampling prompts",
+    )
+    rows, counts = best_against_worst(
+        prompts,
+        key["prompts"],
+        draws,
+        judge.score,
+        pairs_per_prompt=settings.pairs_per_prompt,
+        min_gap=settings.min_gap,
+    )
+    print("  " + ", ".join(f"{count} {name}" for name, count in counts.items()), flush=True)
+    rundir.write_jsonl(cached, rows)
+    return rows
+
+
+def _model_arguments(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model.model_dump()
+
+
+def _say(state: PartialState, text: str) -> None:
+    if state.is_main_process:
+        print(text, flush=True)
+
+
+def _prepare_run(recipe: Recipe, run: Path, resume: bool) -> Path | None:
+    """The checkpoint to resume from, or None and an empty place for a fresh run."""
+    if resume:
+        if not (run / "manifest.json").is_file():
+            raise UserError(f"--resume: {run} is not a run directory")
+        rundir.refuse_other_recipe(run, recipe.resolved())
+        return rundir.last_checkpoint(run)
+    aside = rundir.move_aside(run)
+    if aside is not None:
+        print(f"{run} held an earlier run; it is now {aside}", flush=True)
+    return None
+
+
+def _training_data(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, state: PartialState) -> Dataset:
+    """Preferences of the recipe; the main process builds and writes them, the others read what it wrote."""
+    file = run / "preferences.jsonl"
+    if recipe.data.train is not None:
+        name, _, split = recipe.data.train.partition(":")
+        return load_preferences(name, split or "train")
+    if state.is_main_process and not file.is_file():
+        rundir.write_jsonl(file, sampled_preferences(recipe, tokenizer))
+    state.wait_for_everyone()
+    return preference_dataset(read_rows(file), str(file))
+
+
+def _arguments(recipe: Recipe, run: Path, world: int) -> DPOConfig:
+    per_device, accumulation = plan_batches(
+        recipe.training.global_batch_size, recipe.training.per_device_train_batch_size, world
+    )
+    given = recipe.training.trl_arguments() | {
+        "output_dir": str(run),
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": accumulation,
+        "max_length": recipe.data.max_length,
+        "use_cpu": recipe.training.use_cpu or not torch.cuda.is_available(),
+    }
+    try:
+        return DPOConfig(**given)
+    except ValueError as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _adapter_config(recipe: Recipe) -> Any:
+    if recipe.lora is None:
+        return None
+    from peft import LoraConfig
+
+    section = recipe.lora
+    return LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=section.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def build_trainer(
+    recipe: Recipe, args: DPOConfig, data: Dataset, held_out: Dataset | None, tokenizer: PreTrainedTokenizerBase
+) -> PreferenceTrainer:
+    """Model, objective and trainer of a recipe. `args` must exist first: with ZeRO-3 it makes loading shard."""
+    model = load_model(**_model_arguments(recipe), trainable_adapter=recipe.lora is None)
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    full = recipe.lora is None and recipe.model.adapter is None
+    trainer = PreferenceTrainer(
+        model=model,
+        objective=get_objective(recipe.objective.name, **recipe.objective.hyperparameters),
+        args=args,
+        train_dataset=data,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        # Sharded parameters cannot be copied; the same weights are loaded a second time instead.
+        ref_model=load_model(**_model_arguments(recipe)).requires_grad_(False) if zero3 and full else None,
+        start_is_reference=True,
+        peft_config=_adapter_config(recipe),
+        layout=recipe.training.layout,
+        group_by_length=recipe.training.group_by_length,
+        displacement_alarm=recipe.training.displacement_alarm,
+        callbacks=[rundir.MetricsFile(Path(args.output_dir) / "metrics.jsonl")],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(rundir.CompactProgress)
+    return trainer
+
+
+def train(recipe: Recipe, resume: bool = False) -> Path:
+    """Run a recipe's training; returns the run directory.
+
+    The directory appears at once with manifest.json; the trained model in `final/` appears whole, at the end. An
+    earlier run in the same place is moved aside, never overwritten.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    started = time.perf_counter()
+    run = Path(recipe.training.output_dir)
+    state = PartialState(cpu=recipe.training.use_cpu or not torch.cuda.is_available())
+    plan_batches(recipe.training.global_batch_size, 1, state.num_processes)  # refuse before anything is touched
+    tokenizer = load_tokenizer(recipe.model.name_or_path, **_tokenizer_arguments(recipe))
+    held_out = None if recipe.data.eval is None else load_preferences(*_name_and_split(recipe.data.eval, "test"))
+    checkpoint = _prepare_run(recipe, run, resume) if state.is_main_process else None
+    state.wait_for_everyone()
+    if resume and not state.is_main_process:
+        checkpoint = rundir.last_checkpoint(run)
+    _say(state, f"[1/3] preferences: {recipe.data.train or 'sampled from the starting model'}")
+    data = _training_data(recipe, run, tokenizer, state)
+    sampled = time.perf_counter()
+    _say(state, f"[2/3] model and reference: {recipe.model.name_or_path}")
+    args = _arguments(recipe, run, state.num_processes)
+    trainer = build_trainer(recipe, args, data, held_out, tokenizer)
+    manifest = {
+        "recipe": recipe.resolved(),
+        "recipe_path": str(recipe.path),
+        "objective": {"name": recipe.objective.name, **recipe.objective.hyperparameters},
+        "pairs": len(trainer.train_dataset),
+        "seed": args.seed,
+        "versions": rundir.versions(),
+        "hardware": rundir.hardware(state.num_processes),
+        "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps},
+        "data_fingerprint": hashlib.sha256(json.dumps(data.to_list(), sort_keys=True).encode()).hexdigest(),
+        "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
+    }
+    if state.is_main_process:
+        rundir.write_text(run / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    _say(
+        state,
+        f"[3/3] training: {len(trainer.train_dataset)} pairs, {recipe.objective.name}, {args.max_steps} steps"
+        if args.max_steps > 0
+        else f"[3/3] training: {len(trainer.train_dataset)} pairs, {recipe.objective.name}",
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trained = time.perf_counter()
+    _save_final(trainer, run, state)
+    manifest["wall_seconds"] = {
+        "preferences": round(sampled - started, 1),
+        "training": round(trained - sampled, 1),
+        "total": round(time.perf_counter() - started, 1),
+    }
+    manifest["steps"] = trainer.state.global_step
+    if state.is_main_process:
+        rundir.write_text(run / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return run
+
+
+def _name_and_split(text: str, default: str) -> tuple[str, str]:
+    name, _, split = text.partition(":")
+    return name, split or default
+
+
+def _tokenizer_arguments(recipe: Recipe) -> dict[str, Any]:
+    return {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
+
+
+def _save_final(trainer: PreferenceTrainer, run: Path, state: PartialState) -> None:
+    """`final/`: a plain transformers folder (or adapter folder) with its tokenizer, by rename."""
+    beside = run / ".final"
+    trainer.save_model(str(beside))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        final = run / "final"
+        if final.exists():  # only when a finished run is resumed
+            final.rename(run / f".final-{int(time.time())}")
+        beside.rename(final)

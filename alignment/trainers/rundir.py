@@ -1,0 +1,146 @@
+"""The files of a run directory that training writes: manifest.json, metrics.jsonl, preferences.jsonl.
+
+Each file appears whole (written beside, then renamed) or, for metrics.jsonl, grows by whole lines. Not the report and
+not the win rate: `evaluation` adds those.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from alignment.errors import UserError
+
+PACKAGES = ("alignment", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "tokenizers")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def move_aside(run: Path) -> Path | None:
+    """Make room for a fresh run: an earlier run in the same folder is kept under the next free number."""
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return None
+    if not (run / "manifest.json").is_file():
+        raise UserError(f"training.output_dir: {run} exists and is not a run of ours; give another folder")
+    number = 1
+    while (aside := run.with_name(f"{run.name}.{number}")).exists():
+        number += 1
+    run.rename(aside)
+    return aside
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The newest checkpoint to resume from.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [p for p in run.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    if not found:
+        raise UserError(f"--resume: {run} holds no checkpoint; set training.save_strategy=steps, or start afresh")
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def refuse_other_recipe(run: Path, resolved: dict[str, Any]) -> None:
+    """Resuming under another recipe would be neither run.
+
+    Raises:
+        UserError: naming the first key whose value differs from the manifest's.
+    """
+    before = json.loads((run / "manifest.json").read_text())["recipe"]
+    for section in sorted(set(before) | set(resolved)):
+        old, new = before.get(section), json.loads(json.dumps(resolved.get(section)))
+        if old == new:
+            continue
+        for key in sorted(set(old or {}) | set(new or {})):
+            was, now = (old or {}).get(key), (new or {}).get(key)
+            if was != now:
+                raise UserError(f"--resume: {section}.{key} is {now!r} but {run} began with {was!r}")
+
+
+def hardware(world: int) -> dict[str, Any]:
+    """What this runs on, for the manifest."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "processes": world,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide the numbers."""
+    return {name: version(name) for name in PACKAGES}
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every logged line to metrics.jsonl; on resume, lines of steps that will be repeated are removed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102 - transformers' hook
+        if not state.is_world_process_zero or not self.path.is_file():
+            return
+        kept = [
+            row
+            for line in self.path.read_text().splitlines()
+            if (row := json.loads(line))["step"] <= state.global_step
+        ]
+        write_jsonl(self.path, kept if state.global_step else [])
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
+        if state.is_world_process_zero and logs and "total_flos" not in logs:
+            numbers = {k: float(v) for k, v in logs.items() if isinstance(v, (int, float, str)) and _is_number(v)}
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+class CompactProgress(ProgressCallback):
+    """transformers' progress bar, with the four numbers worth watching beside it instead of a dictionary a step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102 - transformers' hook
+        if self.training_bar is None or not logs or "loss" not in logs:
+            return
+        names = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+        shown = {short: f"{float(logs[name]):.3f}" for short, name in names.items() if name in logs}
+        if "displacement/chosen" in logs:
+            shown["chosen"] = f"{float(logs['displacement/chosen']):+.2f} nats"
+        self.training_bar.set_postfix(shown)
