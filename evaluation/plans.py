@@ -1,0 +1,221 @@
+"""A comparison of two models, planned and carried out: which models, prompts, judge and sampling; then the samples.
+
+Not the command line (`evaluation.win_rate`) and not the statistics. Planning checks everything that can be checked
+without loading a model, so that a mistake costs a second and not a training run's worth of sampling.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from alignment.errors import UserError
+from alignment.rewards import RewardFunction, get_reward
+from evaluation.comparison import Comparison, Side, compare
+from evaluation.files import Prompt, read_json_object, read_prompts, refuse_training_prompts
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How responses are drawn; the meaning of each is `alignment.models.sampling.sample`'s."""
+
+    max_new_tokens: int = 24
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: what reports call it.
+        load: arguments of `alignment.models.load_model`.
+    """
+
+    name: str
+    load: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison of two models, checked and complete; nothing has been loaded.
+
+    Attributes:
+        model: the model whose win rate is reported.
+        baseline: what it is compared with.
+        prompts: prompts that both answer.
+        judge: decides every pair of samples.
+        generation: how samples are drawn.
+        samples_per_prompt: of each model.
+        resamples: bootstrap resamples over prompts.
+        seed: of the samples and of the bootstrap.
+        notes: further fields of win_rate.json.
+    """
+
+    model: ModelSource
+    baseline: ModelSource
+    prompts: list[Prompt]
+    judge: RewardFunction
+    generation: Generation = Generation()
+    samples_per_prompt: int = 2
+    resamples: int = RESAMPLES
+    seed: int = 1
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def say(text: str) -> None:
+    """Progress goes to standard error, so that standard output holds the result alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def sample_side(source: ModelSource, plan: Plan) -> Side:
+    """Load a model, draw its samples, and let the model go."""
+    import torch
+
+    from alignment.models import load_model, load_tokenizer
+    from alignment.models.sampling import sample
+
+    say(f"loading {source.name}")
+    model: Any = load_model(**source.load)
+    if torch.cuda.is_available():
+        model.cuda()
+    tokenizer_keys = {key: value for key, value in source.load.items() if key in ("revision", "trust_remote_code")}
+    tokenizer = load_tokenizer(source.load["name_or_path"], **tokenizer_keys)
+    drawn = sample(
+        model,
+        tokenizer,
+        [prompt.text for prompt in plan.prompts],
+        plan.samples_per_prompt,
+        **asdict(plan.generation),
+        seed=plan.seed,
+        progress=f"sampling {source.name}",
+    )
+    return Side(source.name, [[s.text for s in group] for group in drawn], [[s.finished for s in g] for g in drawn])
+
+
+def run_plan(plan: Plan) -> Comparison:
+    """Sample both models and compare them.
+
+    Each model is sampled in a pass of its own that starts from the same seed: neither sees the other's outputs, and a
+    model compared with itself gives exactly one half.
+    """
+    model, baseline = sample_side(plan.model, plan), sample_side(plan.baseline, plan)
+    texts = [prompt.text for prompt in plan.prompts]
+    comparison = compare(texts, model, baseline, plan.judge, resamples=plan.resamples, seed=plan.seed)
+    drawn = plan.generation
+    note = (
+        f"temperature {drawn.temperature:g}, top-p {drawn.top_p:g}, top-k {drawn.top_k}, at most "
+        f"{drawn.max_new_tokens} new tokens; each model in a pass of its own from seed {plan.seed}"
+    )
+    extra = {"sampling": {**asdict(drawn), "seed": plan.seed}, "sampling_note": note, **plan.notes}
+    return replace(comparison, result={**comparison.result, **extra})
+
+
+def section(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of the resolved recipe in a manifest; empty where the recipe has none."""
+    return (manifest.get("recipe") or {}).get(name) or {}
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """manifest.json of a run directory that training wrote."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run directory; give the folder that scripts/train.py wrote")
+    path = run_dir / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {run_dir} is not a run directory that scripts/train.py wrote")
+    manifest = read_json_object(path)
+    if not section(manifest, "model").get("name_or_path"):
+        raise UserError(f"{path}: recipe.model.name_or_path is missing, so the starting model is unknown")
+    return manifest
+
+
+def plan_of_run(
+    run_dir: Path,
+    *,
+    judge: RewardFunction | None = None,
+    prompts: Path | None = None,
+    limit: int | None = None,
+    samples_per_prompt: int | None = None,
+    resamples: int | None = None,
+    seed: int | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The trained model of a run against the model that training started from.
+
+    Settings that are not given come from the recipe in the run's manifest.
+
+    Raises:
+        UserError: no finished model, no judge, no prompts, prompts that were trained on, or the seed that drew the
+            training data.
+    """
+    manifest = read_manifest(run_dir)
+    if not (run_dir / "final").is_dir():
+        raise UserError(f"{run_dir / 'final'}: no trained model there; finish the training run first")
+    evaluation, settings = section(manifest, "evaluation"), section(manifest, "generation")
+    judge, is_training_reward = _judge_of_run(run_dir, manifest, judge)
+    if seed is None:
+        seed = int(evaluation.get("seed", 1))
+    if section(manifest, "data").get("sample") and seed == settings.get("seed", 0):
+        raise UserError(
+            f"{run_dir}: evaluation seed {seed} is generation.seed, which drew the training data; change it"
+        )
+    if prompts is None:
+        if not evaluation.get("prompts"):
+            raise UserError(f"{run_dir}: its recipe has no evaluation.prompts; give a file with --prompts")
+        prompts, limit = Path(evaluation["prompts"]), limit or evaluation.get("limit")
+    found = read_prompts(prompts, limit)
+    recipe_draws = {key: settings[key] for key in asdict(Generation()) if key in settings}
+    model, baseline = _models_of_run(run_dir, section(manifest, "model"))
+    return Plan(
+        model=model,
+        baseline=baseline,
+        prompts=found,
+        judge=judge,
+        generation=Generation(**{**recipe_draws, **(generation or {})}),
+        samples_per_prompt=samples_per_prompt or evaluation.get("samples_per_prompt", 2),
+        resamples=resamples or evaluation.get("bootstrap", RESAMPLES),
+        seed=seed,
+        notes={"judge_is_training_reward": is_training_reward, **_overlap_notes(run_dir, found)},
+    )
+
+
+def _judge_of_run(
+    run_dir: Path, manifest: Mapping[str, Any], judge: RewardFunction | None
+) -> tuple[RewardFunction, bool]:
+    """The judge, and whether it is the reward that made the training data (given preferences come from elsewhere)."""
+    reward = section(manifest, "reward")
+    if not reward:
+        if judge is None:
+            raise UserError(f"{run_dir}: its recipe has no reward: section; name a judge with --reward")
+        return judge, False
+    recipe_reward = get_reward(**reward)
+    judge = judge or recipe_reward
+    return judge, judge == recipe_reward and not section(manifest, "data").get("train")
+
+
+def _models_of_run(run_dir: Path, model: Mapping[str, Any]) -> tuple[ModelSource, ModelSource]:
+    """(trained model, starting model), loaded the same way."""
+    shared = ("dtype", "attn_implementation", "revision", "trust_remote_code")
+    loading = {str(key): model[key] for key in shared if key in model}
+    start = {"name_or_path": model["name_or_path"], "adapter": model.get("adapter")}
+    final = str(run_dir / "final")
+    name = " + ".join(part for part in start.values() if part)
+    return ModelSource(final, {"name_or_path": final, **loading}), ModelSource(name, {**start, **loading})
+
+
+def _overlap_notes(run_dir: Path, prompts: list[Prompt]) -> dict[str, Any]:
+    preferences = run_dir / "preferences.jsonl"
+    if not preferences.is_file():
+        note = f"not checked: {preferences} is absent, so training prompts are unknown"
+        return {"training_prompts": None, "overlap_note": note}
+    trained = refuse_training_prompts(prompts, preferences)
+    note = f"none of these prompts is among the {trained} training prompts"
+    return {"training_prompts": trained, "overlap_note": note}

@@ -1,0 +1,240 @@
+"""Win rate of a model against a baseline on the same prompts, with a bootstrap interval over prompts.
+
+    python -m evaluation.win_rate runs/dpo                                   # a trained run against its starting model
+    python -m evaluation.win_rate --a new.jsonl --b old.jsonl --reward vader   # two files of outputs
+    python -m evaluation.win_rate --model M --baseline B --prompts prompts.txt --reward length
+
+A run's result goes to its win_rate.json, samples.jsonl and report.html; otherwise `--output FOLDER` keeps it. Not an
+LLM judge and not length-controlled: the judge is a rule from `alignment.rewards`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as `python evaluation/win_rate.py`: this folder must not shadow the standard
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # library's `statistics`
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from alignment.errors import UserError, run_or_exit
+from alignment.rewards import RewardFunction, get_reward
+from evaluation.comparison import Comparison, Side, compare, describe
+from evaluation.files import jsonable, read_outputs, read_prompts, shorten, write_json, write_json_lines
+from evaluation.plans import RESAMPLES, Generation, ModelSource, Plan, plan_of_run, run_plan, say
+
+
+def win_rate_of_files(
+    a: Path, b: Path, judge: RewardFunction, *, resamples: int = RESAMPLES, seed: int = 1
+) -> Comparison:
+    """Compare two files of outputs (rows with `prompt` and `response`), joined by prompt.
+
+    Raises:
+        UserError: a row is unusable, or a prompt stands in one file only.
+    """
+    outputs_a, outputs_b = read_outputs(a), read_outputs(b)
+    for here, there, other in ((outputs_a, outputs_b, b), (outputs_b, outputs_a, a)):
+        alone = [prompt for prompt in here if prompt not in there]
+        if alone:
+            raise UserError(
+                f"{here[alone[0]][0]}: prompt {shorten(alone[0])} is not in {other}; {len(alone)} such "
+                f"prompt{'' if len(alone) == 1 else 's'}; both files must answer the same prompts"
+            )
+    model, baseline = (Side(str(f), [out[p][1] for p in outputs_a]) for f, out in ((a, outputs_a), (b, outputs_b)))
+    return compare(list(outputs_a), model, baseline, judge, resamples=resamples, seed=seed)
+
+
+def evaluate_run(run_dir: Path, **settings: Any) -> dict[str, Any]:
+    """Compare a run with its starting model; write win_rate.json, samples.jsonl and report.html into the run.
+
+    Args:
+        run_dir: a run directory with a trained model in `final`.
+        **settings: as in `plan_of_run`.
+
+    Returns:
+        The content of win_rate.json.
+    """
+    comparison = run_plan(plan_of_run(run_dir, **settings))
+    write_into_run(run_dir, comparison)
+    return comparison.result
+
+
+def write_into_run(run_dir: Path, comparison: Comparison) -> list[Path]:
+    """Write a comparison into a run and refresh the run's report."""
+    from evaluation.report import write_report
+
+    return [*write_comparison(run_dir, comparison), write_report(run_dir)]
+
+
+def write_comparison(folder: Path, comparison: Comparison) -> list[Path]:
+    """Write samples.jsonl, then win_rate.json, which is what says that the result is complete."""
+    files = [folder / "win_rate.json", folder / "samples.jsonl"]
+    write_json_lines(files[1], comparison.rows)
+    write_json(files[0], comparison.result)
+    return files
+
+
+def parse_reward_keys(pairs: list[str]) -> dict[str, str]:
+    """`["pattern=a+b"]` as a dictionary."""
+    keys = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--reward-key {pair!r}: write KEY=VALUE, such as pattern='(?i)good'")
+        keys[key] = value
+    return keys
+
+
+_SAMPLING = {"prompts", "limit", "samples", *asdict(Generation())}
+_SHARED = {"reward", "reward_key", "seed", "bootstrap", "output", "json"}
+_FORMS = {  # what says which form is meant, what it needs, what it may have besides
+    "run": ({"RUN_DIR"}, {"RUN_DIR"}, _SHARED | _SAMPLING),
+    "files": ({"a", "b"}, {"a", "b", "reward"}, _SHARED),
+    "models": ({"model", "baseline"}, {"model", "baseline", "prompts", "reward"}, _SHARED | _SAMPLING | {"dtype"}),
+}
+
+
+def _spell(keys: Iterable[str]) -> str:
+    return ", ".join(key if key.isupper() else "--" + key.replace("_", "-") for key in sorted(keys))
+
+
+def choose_form(given: set[str]) -> str:
+    """Which of the three forms the given options ask for; options of another form are refused, never ignored."""
+    chosen = [name for name, (signs, _, _) in _FORMS.items() if signs & given]
+    if len(chosen) != 1:
+        raise UserError("give exactly one of: RUN_DIR; --a FILE --b FILE; --model A --baseline B (see --help)")
+    signs, needs, allowed = _FORMS[chosen[0]]
+    if needs - given:
+        raise UserError(f"{_spell(needs - given)} missing: needed with {_spell(signs & given)}")
+    if given - needs - allowed:
+        raise UserError(f"{_spell(given - needs - allowed)} does not apply with {_spell(signs)}; remove it")
+    return chosen[0]
+
+
+def compare_as_asked(form: str, given: dict[str, Any]) -> Comparison:
+    """Carry out one form with the options that were given."""
+    keys = parse_reward_keys(given.get("reward_key", []))
+    if keys and "reward" not in given:
+        raise UserError("--reward-key without --reward: name the reward that the key belongs to")
+    judge = get_reward(given["reward"], **keys) if "reward" in given else None
+    renamed = {"bootstrap": "resamples", "seed": "seed", "samples": "samples_per_prompt"}
+    settings = {renamed[key]: given[key] for key in renamed if key in given}
+    if form == "run":
+        file = {key: given[key] for key in ("prompts", "limit") if key in given}
+        return run_plan(plan_of_run(given["RUN_DIR"], judge=judge, generation=_generation(given), **file, **settings))
+    if judge is None:
+        raise UserError("--reward missing")  # choose_form has seen to it
+    if form == "files":
+        return win_rate_of_files(given["a"], given["b"], judge, **settings)
+    dtype = given.get("dtype", "float32")
+    plan = Plan(
+        model=ModelSource(given["model"], {"name_or_path": given["model"], "dtype": dtype}),
+        baseline=ModelSource(given["baseline"], {"name_or_path": given["baseline"], "dtype": dtype}),
+        prompts=read_prompts(given["prompts"], given.get("limit")),
+        judge=judge,
+        generation=Generation(**_generation(given)),
+        notes={"overlap_note": "not checked: what the models were trained on is unknown here"},
+        **settings,
+    )
+    return run_plan(plan)
+
+
+def _generation(given: dict[str, Any]) -> dict[str, Any]:
+    return {key: given[key] for key in asdict(Generation()) if key in given}
+
+
+def run_program(given: dict[str, Any]) -> None:
+    """Compare, keep what is to be kept, print the result."""
+    form = choose_form(set(given))
+    comparison = compare_as_asked(form, given)
+    written = []
+    if "output" in given:
+        written = write_comparison(given["output"], comparison)
+    elif form == "run":
+        written = write_into_run(given["RUN_DIR"], comparison)
+    if "json" in given:
+        print(json.dumps(jsonable(comparison.result), ensure_ascii=False, allow_nan=False))
+    else:
+        print(describe(comparison.result))
+    if written:
+        say("written: " + ", ".join(map(str, written)))
+
+
+RunDir = Annotated[
+    Path | None,
+    typer.Argument(help="A run that scripts/train.py wrote: RUN_DIR/final against the model it started from."),
+]
+OptionalPath = Path | None
+OptionalInt = int | None
+OptionalFloat = float | None
+
+
+def main(
+    run_dir: RunDir = None,
+    a: Annotated[
+        OptionalPath, typer.Option(help="JSON lines with prompt and response: the system under test.")
+    ] = None,
+    b: Annotated[OptionalPath, typer.Option(help="The same prompts answered by the baseline.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model under test: hub id, folder, adapter or GGUF file.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Model that it is compared with.")] = None,
+    prompts: Annotated[
+        OptionalPath, typer.Option(help="Text file, one prompt a line. Over 128 give a usable interval. [recipe's]")
+    ] = None,
+    limit: Annotated[
+        OptionalInt, typer.Option(min=1, help="Only the first so many prompts: a quick look. [all]")
+    ] = None,
+    reward: Annotated[str | None, typer.Option(help="Judge: vader, length or regex. [recipe's reward]")] = None,
+    reward_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the judge, such as pattern='(?i)good'.")
+    ] = None,
+    samples: Annotated[
+        OptionalInt, typer.Option(min=1, help="Samples per prompt and model; more prompts help more than samples. [2]")
+    ] = None,
+    max_new_tokens: Annotated[
+        OptionalInt, typer.Option(min=1, help="Longest response; time grows with it. [24]")
+    ] = None,
+    temperature: Annotated[
+        OptionalFloat, typer.Option(min=0, help="1 compares the models as trained; 0 is greedy. [1]")
+    ] = None,
+    top_p: Annotated[OptionalFloat, typer.Option(min=0, max=1, help="Nucleus sampling; 1 is off. [1]")] = None,
+    top_k: Annotated[OptionalInt, typer.Option(min=0, help="Only the k likeliest tokens; 0 is off. [0]")] = None,
+    batch_size: Annotated[
+        OptionalInt, typer.Option(min=1, help="Responses drawn at once; lower it if memory runs out. [64]")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Weights with --model: float32, bfloat16, float16. [float32]")
+    ] = None,
+    seed: Annotated[
+        OptionalInt, typer.Option(min=0, help="Of sampling and bootstrap; not the seed that drew training data. [1]")
+    ] = None,
+    bootstrap: Annotated[
+        OptionalInt, typer.Option(min=100, help="Resamples of prompts; under 1,000 the limits wobble. [10000]")
+    ] = None,
+    output: Annotated[
+        OptionalPath, typer.Option(help="Folder for win_rate.json and samples.jsonl. [RUN_DIR, else nothing kept]")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print win_rate.json's content instead of the text.")
+    ] = False,
+) -> None:
+    """Win rate of a model against a baseline on the same prompts, with a 95 % interval over prompts.
+
+    Three forms: RUN_DIR; --a FILE --b FILE --reward NAME; --model A --baseline B --prompts FILE --reward NAME.
+    Settings that are not given come from the run's recipe, else from the value in brackets. Every sample of one side
+    meets every sample of the other; ties count one half, and the rate without them is stated too.
+    """
+    given = {key: value for key, value in locals().items() if value is not None and value is not False}
+    run_program({{"run_dir": "RUN_DIR", "as_json": "json"}.get(key, key): value for key, value in given.items()})
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(main)
+
+if __name__ == "__main__":
+    run_or_exit(app)
