@@ -1,0 +1,178 @@
+"""report.html: self-contained, escaped, with the numbers of the run's files, and patient with missing parts."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from alignment.errors import UserError
+from alignment.rewards import get_reward
+from evaluation.comparison import Side, compare
+from evaluation.report import choose_samples, write_report
+from evaluation.win_rate import write_comparison
+
+REPOSITORY = Path(__file__).parents[2]
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; checks that what is opened is closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+        assert self.open == []
+        self.text = re.sub(r"\s+", " ", self.text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data + " "
+
+
+def recipe() -> dict:
+    return {
+        "objective": {"name": "dpo", "file": None, "beta": 0.25, "label_smoothing": 0.0},
+        "model": {"name_or_path": "models/<start>", "dtype": "float32"},
+        "lora": None,
+        "training": {"displacement_alarm": 10.0, "learning_rate": 2e-5},
+    }
+
+
+def metric_rows(steps: int, fall: float) -> list[dict]:
+    return [
+        {
+            "step": s, "loss": 0.6931 - 0.01 * s, "rewards/chosen": 0.1 * s, "rewards/rejected": -0.1 * s,
+            "rewards/margins": 0.2 * s, "rewards/accuracies": 0.5, "displacement/chosen": -fall * s / steps,
+            "displacement/rejected": -s, "kl": 0.01 * s, "saturated": 0.0, "tokens_per_second": 500 + s,
+            "padding": 0.1,
+        }
+        for s in range(steps + 1)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A finished and evaluated run of 9 prompts, judged by length; the trained model's outputs hold HTML."""
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "manifest.json").write_text(json.dumps({"recipe": recipe(), "seed": 42, "versions": {"torch": "9.8.7"}}))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metric_rows(20, 12.0)))
+    prompts = [f"prompt {i} <img src=x onerror=alert(1)>" for i in range(9)]
+    longer = "<script>alert('x')</script>"
+    model = Side("final", [[longer + "y" * i] for i in range(8)] + [["z"]], [[False]] * 9)
+    baseline = Side("start", [["zz"]] * 9, [[True]] * 9)
+    comparison = compare(prompts, model, baseline, get_reward("length"), resamples=500, seed=3)
+    comparison.result["judge_is_training_reward"] = True
+    write_comparison(run, comparison)
+    return run
+
+
+def test_page_is_self_contained_and_escaped(run_dir):
+    html = write_report(run_dir).read_text()
+    page = Page(html)
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+            assert value.startswith("#"), (name, value)
+    assert not re.search(r"https?:|@import|url\((?!#)", html)
+    assert "<script>alert('x')</script>" in page.text  # shown as text
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_numbers_are_those_of_the_files(run_dir):
+    page = Page(write_report(run_dir).read_text())
+    result = json.loads((run_dir / "win_rate.json").read_text())
+    low, high = result["interval"]
+    assert result["win_rate"] == pytest.approx(8 / 9)
+    assert f"{100 * result['win_rate']:.1f} %" in page.text
+    assert f"95 % interval {100 * low:.1f} to {100 * high:.1f} %" in page.text
+    assert "8, 0, 1" in page.text
+    assert "better than the baseline" in page.text.lower()
+    assert "IS the reward that the model was trained on" in page.text
+    left = next(value for name, value in page.attributes if name == "style" and value.startswith("left: 88"))
+    assert left == f"left: {round(100 * 8 / 9, 2)}%"
+    for shown in (
+        "Direct Preference Optimization",
+        "0.25",
+        "torch",
+        "9.8.7",
+        "models/<start>",
+        "2e-05",
+        "step 0: 0.6931",
+    ):
+        assert shown in page.text
+    assert "fallen by 12.0 nats since step 0 (alarm: 10)" in page.text
+    for curve in ("Loss", "Implicit rewards", "Accuracy", "Log-probability since step 0", "Throughput"):
+        assert curve in page.text
+
+
+def test_a_drawn_line_has_the_metrics_values(run_dir):
+    """The loss falls by equal steps, so its drawn points are equally spaced and go down the page."""
+    html = write_report(run_dir).read_text()
+    loss = html[html.index("<h3>Loss</h3>") : html.index("<h3>Implicit rewards</h3>")]
+    path = max(re.findall(r'<path d="([^"]*)"', loss), key=lambda d: d.count("L") if "var" not in d else 0)
+    points = [tuple(map(float, point)) for point in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
+    assert len(points) == 21
+    for axis in (0, 1):
+        gaps = [b[axis] - a[axis] for a, b in zip(points, points[1:], strict=False)]
+        assert min(gaps) > 0
+        assert max(gaps) == pytest.approx(min(gaps), abs=1e-3)
+
+
+def test_missing_parts_are_said(tmp_path):
+    with pytest.raises(UserError, match="neither manifest.json nor metrics.jsonl"):
+        write_report(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"recipe": recipe() | {"objective": {"name": "mine"}}}))
+    page = Page(write_report(tmp_path).read_text())
+    assert f"python -m evaluation.win_rate {tmp_path}" in page.text
+    assert "Not evaluated yet" in page.text
+    assert "No metrics yet" in page.text
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')  # still being written
+    page = Page(write_report(tmp_path).read_text())
+    assert "No manifest.json yet" in page.text
+    assert "Last logged step 1 " in page.text
+    assert "Implicit rewards" not in page.text
+
+
+def test_samples_are_chosen_by_rule():
+    rows = [{"score_change": c} for c in (0.2, None, -0.5, 0.9, 0.1, 0.0)]
+    chosen = [(row["place"], row["score_change"]) for row in choose_samples(rows)]
+    assert chosen == [("largest gain", 0.9), ("median", 0.1), ("largest loss", -0.5)]
+    assert [row["place"] for row in choose_samples([{"score_change": c} for c in (3, 2, 1)])][-1] == "smallest gain"
+    assert [row["place"] for row in choose_samples([{"score_change": c} for c in (-3, -2, -1)])][0] == "smallest loss"
+    assert [row["place"] for row in choose_samples([{"score_change": 1}])] == ["largest gain"]
+    assert choose_samples([{"score_change": None}]) == []
+
+
+def test_program(run_dir):
+    command = [sys.executable, str(REPOSITORY / "evaluation" / "report.py")]
+    done = subprocess.run([*command, str(run_dir)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{run_dir / 'report.html'}\n")
+    done = subprocess.run([*command, str(run_dir / "no")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -1,0 +1,293 @@
+"""The win-rate program: files against files end to end, mistakes, and a run directory with tiny real models."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignment.errors import UserError
+from alignment.rewards import get_reward
+from evaluation.comparison import Side, compare, describe
+from evaluation.files import Prompt, read_prompts, refuse_training_prompts
+from evaluation.plans import plan_of_run
+from evaluation.win_rate import choose_form, evaluate_run, win_rate_of_files
+
+REPOSITORY = Path(__file__).parents[2]
+AS_SCRIPT = (sys.executable, str(REPOSITORY / "evaluation" / "win_rate.py"))
+AS_MODULE = (sys.executable, "-m", "evaluation.win_rate")
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def responses(prompt: str, *texts: str) -> list[dict]:
+    return [{"prompt": prompt, "response": text} for text in texts]
+
+
+def run(*arguments: object, program: tuple[str, ...] = AS_SCRIPT) -> subprocess.CompletedProcess[str]:
+    command = [*program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Lengths. one: 3, 1 against 2; two: 2 against 2, 4; three: 5 against 1. Rows of b in another order."""
+    a = [*responses("one", "xxx", "x"), *responses("two", "xx"), *responses("three", "xxxxx")]
+    b = [*responses("three", "x"), *responses("two", "xx", "xxxx"), *responses("one", "xx")]
+    return write_rows(tmp_path / "a.jsonl", a), write_rows(tmp_path / "b.jsonl", b)
+
+
+def test_files_end_to_end(files, tmp_path):
+    """By hand: scores 1/2 (win, loss), 1/4 (tie, loss), 1 (win); rate 7/12; won 3/2, lost 1: 3/5 without ties."""
+    out = tmp_path / "out"
+    done = run("--a", files[0], "--b", files[1], "--reward", "length", "--json", "--output", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result == json.loads((out / "win_rate.json").read_text())
+    assert result["win_rate"] == pytest.approx(7 / 12)
+    assert result["win_rate_ties_dropped"] == pytest.approx(3 / 5)
+    assert result["prompt_outcomes"] == {"wins": 1, "ties": 1, "losses": 1}
+    assert result["pair_outcomes"] == {"wins": 2, "ties": 1, "losses": 2}
+    assert result["mean_score"]["model"] == pytest.approx((2 + 2 + 5) / 3)
+    assert result["mean_score"]["baseline"] == pytest.approx((2 + 3 + 1) / 3)
+    assert result["samples_per_prompt"] == {"model": [1, 2], "baseline": [1, 2]}
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["win_rate"], row["score_change"]) for row in rows] == [
+        ("one", 0.5, 0.0),
+        ("two", 0.25, -1.0),
+        ("three", 1.0, 4.0),
+    ]
+    assert sorted(path.name for path in out.iterdir()) == ["samples.jsonl", "win_rate.json"]  # no temporary file left
+
+
+def test_module_form_prints_a_readable_block(files):
+    done = run("--a", files[0], "--b", files[1], "--reward", "regex", "--reward-key", "pattern=^x", program=AS_MODULE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Win rate  50.0 %  (95 % interval 50.0 to 50.0 %)")
+    for part in (
+        "prompts     3, 1 to 2 samples each",
+        "every pair is a tie",
+        "Wilson",
+        "seed 1",
+        "regular expression '^x'",
+    ):
+        assert part in done.stdout
+    assert "training" not in done.stdout.lower()  # two files: nothing is known of training
+
+
+def test_program_mistakes_end_with_one_line_and_code_2(files, tmp_path):
+    a, b = files
+    lonely = write_rows(tmp_path / "lonely.jsonl", [*responses("one", "x"), *responses("zebra", "x")])
+    out = tmp_path / "out"
+    for arguments, message in (
+        (
+            ("--a", a, "--b", lonely, "--reward", "length", "--output", out),
+            f"{a}:3: prompt 'two' is not in {lonely}; 2",
+        ),
+        (("--a", a, "--b", b, "--reward", "lenght"), "unknown reward 'lenght'; did you mean 'length'?"),
+        ((tmp_path / "nowhere",), f"{tmp_path / 'nowhere'}: no such run directory"),
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {message}")
+        assert done.stderr.count("\n") == 1
+    assert not out.exists()
+    assert run("--nonsense").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (set(), "give exactly one of"),
+        ({"RUN_DIR", "a"}, "give exactly one of"),
+        ({"a", "reward"}, "--b missing: needed with --a"),
+        ({"model", "baseline", "reward"}, "--prompts missing: needed with --baseline, --model"),
+        ({"a", "b", "reward", "top_p"}, "--top-p does not apply with --a, --b"),
+        ({"RUN_DIR", "dtype"}, "--dtype does not apply with RUN_DIR"),
+    ],
+)
+def test_options_of_another_form_are_refused(given, message):
+    with pytest.raises(UserError) as caught:
+        choose_form(given)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no rows"),
+        ('{"prompt": "p", "response": "r"}\nnot json\n', ":2: not valid JSON"),
+        ("[1]\n", ":1: a JSON object is needed, not list"),
+        ('{"prompt": "p", "answer": "r"}\n', ":1: no 'response' in this row (it has prompt, answer)"),
+        ('{"prompt": "p", "response": null}\n', ":1: response must be text, not None"),
+        ('{"prompt": 7, "response": "r"}\n', ":1: prompt must be text or a list of messages"),
+    ],
+)
+def test_unusable_rows_are_named(tmp_path, files, text, message):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(text)
+    with pytest.raises(UserError) as caught:
+        win_rate_of_files(files[0], bad, get_reward("length"))
+    assert str(caught.value).startswith(str(bad))
+    assert message in str(caught.value)
+
+
+def test_chat_prompts_join_with_text_prompts(tmp_path):
+    a = write_rows(tmp_path / "a.jsonl", responses("hello", "longer"))
+    b = write_rows(tmp_path / "b.jsonl", [{"prompt": [{"role": "user", "content": "hello"}], "response": "short"}])
+    assert win_rate_of_files(a, b, get_reward("length")).result["win_rate"] == 1.0
+
+
+class _Unsure:
+    """A judge that scores digits and nothing else."""
+
+    name = "unsure"
+
+    def score(self, prompts, responses):
+        return [float(r) if r.isdigit() else float("nan") for r in responses]
+
+    def describe(self):
+        return "digits"
+
+
+def test_unscored_responses_are_counted_and_written_as_null():
+    model, baseline = Side("m", [["3", "?"], ["?"]]), Side("b", [["1", "4"], ["2"]])
+    got = compare(["p", "q"], model, baseline, _Unsure(), resamples=200, seed=0)
+    assert (got.result["prompts"], got.result["prompts_excluded"], got.result["pairs_excluded"]) == (1, 1, 3)
+    assert got.result["win_rate"] == 0.5  # 3 beats 1, loses to 4
+    assert "3 sample pairs and 1 whole prompts left out" in describe(got.result)
+    assert got.rows[1]["win_rate"] != got.rows[1]["win_rate"]  # NaN here, null in the file
+    with pytest.raises(UserError, match="could not score a single pair"):
+        compare(["q"], Side("m", [["?"]]), Side("b", [["2"]]), _Unsure(), resamples=200, seed=0)
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# a comment\n\n first \nsecond\nthird\n")
+    assert read_prompts(path, 2) == [Prompt("first", f"{path}:3"), Prompt("second", f"{path}:4")]
+    path.write_text("one\ntwo\none\n")
+    with pytest.raises(UserError, match=r":3: 'one' stands already at .*:1; remove one"):
+        read_prompts(path)
+    path.write_text("# nothing\n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        read_prompts(path)
+
+
+def test_prompts_that_were_trained_on_are_refused(tmp_path):
+    chat = [{"role": "user", "content": "gamma"}]
+    pairs = write_rows(tmp_path / "preferences.jsonl", [{"prompt": p} for p in ("alpha", "beta  two", "alpha", chat)])
+    assert refuse_training_prompts([Prompt("delta", "f:1")], pairs) == 3
+    prompts = [Prompt("delta", "f:1"), Prompt("beta two", "f:2"), Prompt("gamma", "f:3")]
+    with pytest.raises(UserError) as caught:
+        refuse_training_prompts(prompts, pairs)
+    assert str(caught.value).startswith(
+        f"f:2: prompt 'beta two' was trained on ({pairs}:2); 2 of 3 evaluation prompts"
+    )
+
+
+def make_run(folder: Path, start: Path, prompts: list[str], **sections: object) -> Path:
+    """A run directory as training leaves it, but for the model in `final`."""
+    folder.mkdir()
+    (folder / "heldout.txt").write_text("\n".join(prompts))
+    recipe = {
+        "model": {"name_or_path": str(start), "adapter": None, "dtype": "float32", "revision": None},
+        "data": {"train": None, "sample": {"prompts": "openings.txt"}},
+        "generation": {"max_new_tokens": 5, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "batch_size": 4, "seed": 0},
+        "reward": {"name": "length"},
+        "evaluation": {
+            "prompts": str(folder / "heldout.txt"),
+            "limit": None,
+            "samples_per_prompt": 2,
+            "bootstrap": 200,
+        }
+        | {"seed": 1},
+        **sections,
+    }
+    (folder / "manifest.json").write_text(json.dumps({"recipe": recipe, "seed": 42}))
+    write_rows(folder / "preferences.jsonl", [{"prompt": "trained on", "chosen": "a", "rejected": "b"}])
+    return folder
+
+
+def test_mistakes_in_a_run_are_found_before_a_model_is_loaded(tmp_path):
+    run_dir = make_run(tmp_path / "run", tmp_path / "start", ["new", "trained  on"])
+    with pytest.raises(UserError, match="final: no trained model there"):
+        plan_of_run(run_dir)
+    (run_dir / "final").mkdir()
+    with pytest.raises(
+        UserError, match=r"heldout.txt:2: prompt 'trained on' was trained on \(.*preferences.jsonl:1\)"
+    ):
+        plan_of_run(run_dir)
+    with pytest.raises(UserError, match="evaluation seed 0 is generation.seed"):
+        plan_of_run(run_dir, limit=1, seed=0)
+    bare = make_run(tmp_path / "bare", tmp_path / "start", ["new"], reward=None, evaluation=None)
+    (bare / "final").mkdir()
+    with pytest.raises(UserError, match="no reward: section; name a judge with --reward"):
+        plan_of_run(bare)
+    with pytest.raises(UserError, match="no evaluation.prompts; give a file with --prompts"):
+        plan_of_run(bare, judge=get_reward("length"))
+
+
+def test_judge_is_the_training_reward_only_when_it_made_the_data(tmp_path):
+    drawn = make_run(tmp_path / "drawn", tmp_path / "start", ["new"])
+    given = make_run(tmp_path / "given", tmp_path / "start", ["new"], data={"train": "pairs.jsonl", "sample": None})
+    for folder in (drawn, given):
+        (folder / "final").mkdir()
+    assert plan_of_run(drawn).notes["judge_is_training_reward"] is True
+    assert plan_of_run(drawn, judge=get_reward("vader")).notes["judge_is_training_reward"] is False
+    assert plan_of_run(given).notes["judge_is_training_reward"] is False
+    (drawn / "preferences.jsonl").unlink()
+    assert "not checked" in plan_of_run(drawn).notes["overlap_note"]
+
+
+def save_tiny_model(folder: Path, seed: int) -> Path:
+    """A random one-layer Llama over characters."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = ["<end>", "<unknown>", *"abcdefghijklmnopqrstuvwxyz "]
+    words = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token="<unknown>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unknown>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(letters), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=None, eos_token_id=0, pad_token_id=0, initializer_range=0.5, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_run_directory_end_to_end(tmp_path):
+    prompts = ["a fine day", "the cat", "we", "once upon a time"]
+    run_dir = make_run(tmp_path / "run", save_tiny_model(tmp_path / "start", 0), prompts)
+    save_tiny_model(run_dir / "final", 1)
+    result = evaluate_run(run_dir)
+    assert result == json.loads((run_dir / "win_rate.json").read_text())
+    assert result["judge_is_training_reward"] is True
+    assert "judge IS the reward that the model was trained on" in describe(result)
+    assert result["sampling"]["seed"] == 1
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    # The win rate again, from the file, by loops and from the responses' own lengths.
+    shares = []
+    for row in rows:
+        lengths = [[len(sample["response"]) for sample in row[side]] for side in ("model", "baseline")]
+        assert [len(side) for side in lengths] == [2, 2]
+        shares.append(sum((a > b) + (a == b) / 2 for a, b in itertools.product(*lengths)) / 4)
+    assert result["win_rate"] == pytest.approx(sum(shares) / 4)
+    assert (run_dir / "report.html").is_file()
+    before = (run_dir / "samples.jsonl").read_text()
+    evaluate_run(run_dir)
+    assert (run_dir / "samples.jsonl").read_text() == before  # same seed, same samples
+    same = make_run(tmp_path / "same", run_dir / "final", prompts)
+    (same / "final").symlink_to(run_dir / "final")
+    assert evaluate_run(same)["win_rate"] == 0.5  # a model against itself
