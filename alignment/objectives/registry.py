@@ -93,9 +93,9 @@ def list_objectives() -> list[Card]:
     return [_REGISTRY[name].card for name in sorted(_REGISTRY)]
 
 
-def objective_signature(name: str) -> dict[str, inspect.Parameter]:
-    """Hyper-parameters of `name` as keyword-only parameters with resolved annotations and defaults."""
-    cls = objective_class(name)
+def objective_signature(objective: str | type[Objective]) -> dict[str, inspect.Parameter]:
+    """Hyper-parameters of a name or class as keyword-only parameters with resolved annotations and defaults."""
+    cls = objective_class(objective) if isinstance(objective, str) else objective
     hints = get_type_hints(cls)
     kind = inspect.Parameter.KEYWORD_ONLY
     return {

@@ -1,0 +1,133 @@
+"""Batches that the checks share, and the two-line vocabulary of a check: `require` and `settings_of`.
+
+Not random test data in the usual sense: log-probabilities are <= 0 and lengths are counts, so that every batch could
+have come from a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from alignment.objectives.base import Objective
+from alignment.objectives.batch import NEEDS, POLICY_COLUMNS, PairLogps
+
+DOUBLE = torch.float64
+Make = Callable[..., Objective]  # an objective's class, called with its hyper-parameters
+
+
+class CheckFailed(AssertionError):
+    """A check's finding; its text says what was expected and what came."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `CheckFailed(message)` unless the condition holds (a plain assert would vanish under python -O)."""
+    if not condition:
+        raise CheckFailed(message)
+
+
+def close(got: Tensor, expected: Tensor, what: str, rtol: float = 1e-9, atol: float = 1e-11) -> None:
+    """Require equality up to rounding, elementwise, naming the worst element."""
+    require(got.shape == expected.shape, f"{what}: shape {list(got.shape)}, expected {list(expected.shape)}")
+    excess = (got - expected).abs() - (atol + rtol * expected.abs())
+    if not bool((excess <= 0).all()):  # also catches nan
+        worst = int(torch.where(excess.isnan(), torch.full_like(excess, torch.inf), excess).argmax())
+        raise CheckFailed(f"{what}: row {worst} is {got[worst].item():.15g}, expected {expected[worst].item():.15g}")
+
+
+def settings_of(cls: type[Objective]) -> Iterator[Objective]:
+    """The default instance and one per `card.settings`."""
+    for keywords in ({}, *cls.card.settings):
+        yield cls(**keywords)
+
+
+def golden_batch() -> PairLogps:
+    """One hand-checkable pair: z_w = 1, z_l = -0.5, m = 1.5, with every column filled."""
+    numbers = {
+        "chosen": -10.0, "rejected": -12.0, "ref_chosen": -11.0, "ref_rejected": -11.5,
+        "chosen_length": 20.0, "rejected_length": 30.0, "prev_chosen": -10.5, "prev_rejected": -11.8,
+        "calibration": -9.0, "ref_calibration": -9.4, "calibration_length": 15.0,
+        "reward_chosen": 1.2, "reward_rejected": 0.3, "preference_chosen": 0.7, "preference_rejected": 0.4,
+    }  # fmt: skip
+    return PairLogps(**{name: torch.tensor([value], dtype=DOUBLE) for name, value in numbers.items()})
+
+
+def random_batch(rows: int, seed: int, dtype: torch.dtype = DOUBLE) -> PairLogps:
+    """Pairs with every `[B]` column: reference sums in [-60, -12], log-ratios of about +-2 nats, 5 to 40 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(rows, generator=generator, dtype=DOUBLE)
+
+    def near(base: Tensor) -> Tensor:
+        return (base + 2 * torch.randn(rows, generator=generator, dtype=DOUBLE)).clamp(max=-0.5)
+
+    columns: dict[str, Tensor] = {}
+    for response in ("chosen", "rejected"):
+        columns[f"ref_{response}"] = uniform(-60, -12)
+        columns[response] = near(columns[f"ref_{response}"])
+        columns[f"prev_{response}"] = near(columns[f"ref_{response}"])
+        columns[f"{response}_length"] = uniform(5, 40).round()
+        columns[f"reward_{response}"] = uniform(-1, 1)
+        columns[f"preference_{response}"] = uniform(0, 1)
+    columns["ref_calibration"] = uniform(-60, -12)
+    columns["calibration"] = near(columns["ref_calibration"])
+    columns["calibration_length"] = uniform(5, 40).round()
+    return PairLogps(**{name: value.to(dtype) for name, value in columns.items()})
+
+
+def start_batch(objective: Objective, rows: int = 3, seed: int = 11) -> PairLogps:
+    """The start of training: policy == previous == reference, the chosen response with the higher reward.
+
+    Without a reference: both responses equally likely and equally long.
+    """
+    columns = random_batch(rows, seed).columns()
+    gap = columns["reward_chosen"] - columns["reward_rejected"]
+    columns["reward_chosen"] = columns["reward_rejected"] + gap.abs()
+    for response in ("chosen", "rejected"):
+        columns[f"prev_{response}"] = columns[f"ref_{response}"].clone()
+    if "reference" in objective.needs:
+        for response in POLICY_COLUMNS:
+            columns[response] = columns[f"ref_{response}"].clone()
+    else:
+        columns |= {"rejected": columns["chosen"].clone(), "rejected_length": columns["chosen_length"].clone()}
+    return PairLogps(**columns)
+
+
+def grid_batch(ratios: tuple[float, ...], dtype: torch.dtype = DOUBLE, reference: float = -1000.0) -> PairLogps:
+    """Every combination of the log-ratios z_w, z_l, z_cal in `ratios`, from one reference log-probability."""
+    grid = torch.tensor(list(product(ratios, repeat=3)), dtype=dtype)
+    base = torch.full((len(grid),), reference, dtype=dtype)
+    columns = {f"ref_{name}": base for name in POLICY_COLUMNS}
+    columns |= {name: reference + grid[:, index] for index, name in enumerate(POLICY_COLUMNS)}
+    columns |= {"prev_chosen": base + 0.5, "prev_rejected": base - 0.5}
+    lengths = {"chosen": 7, "rejected": 13, "calibration": 5}
+    columns |= {f"{name}_length": torch.full_like(base, lengths[name]) for name in POLICY_COLUMNS}
+    columns |= {"reward_chosen": torch.full_like(base, 0.9), "reward_rejected": torch.full_like(base, -0.4)}
+    columns |= {"preference_chosen": torch.full_like(base, 0.7), "preference_rejected": torch.full_like(base, 0.4)}
+    return PairLogps(**columns)
+
+
+def with_columns(batch: PairLogps, **columns: Tensor) -> PairLogps:
+    """The batch with some columns replaced or added."""
+    return PairLogps(**(batch.columns() | columns))
+
+
+def only_needed(objective: Objective, batch: PairLogps) -> PairLogps:
+    """The batch reduced to what the objective says it reads."""
+    kept = {"chosen", "rejected"} | {column for need in objective.needs for column in NEEDS[need]}
+    return PairLogps(**{name: value for name, value in batch.columns().items() if name in kept})
+
+
+def slopes(objective: Objective, batch: PairLogps) -> dict[str, Tensor]:
+    """dL/d(column) per pair, `[B]`, for chosen, rejected and calibration; 0 where the loss does not read it."""
+    columns = batch.columns()
+    present = [name for name in POLICY_COLUMNS if name in columns]
+    leaves = {name: columns[name].detach().clone().requires_grad_() for name in present}
+    total = objective.loss(with_columns(batch, **leaves)).sum()
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    pairs = zip(present, gradients, strict=True)
+    return {name: torch.zeros_like(columns[name]) if value is None else value for name, value in pairs}

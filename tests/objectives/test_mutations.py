@@ -1,0 +1,214 @@
+"""Does the suite catch mistakes? Deliberately wrong objectives, each a slip that released code has made.
+
+Every mutant is a subclass with one changed formula; the checks named beside it must fail on it. The unchanged classes
+pass everything (`test_conformance`), so that a failure here is the mutation's.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from alignment.objectives import PairLogps, objective_class
+from alignment.objectives.conformance import run_check
+from alignment.objectives.reward_aware_rpo import bernoulli_kl
+
+DPO, IPO, Robust, RPO, INPO, VPO, FDPO, NvidiaRPO, SimPO, ORPO, CPO, DPOP = map(
+    objective_class,
+    ("dpo", "ipo", "robust", "rpo", "inpo", "vpo", "f_dpo", "reward_aware_rpo", "simpo", "orpo", "cpo", "dpop"),
+)
+
+
+class FlippedSign(DPO):
+    def pair_loss(self, batch):
+        return -F.logsigmoid(-self.beta * batch.margin)
+
+
+class NoBeta(DPO):
+    def pair_loss(self, batch):
+        return -F.logsigmoid(batch.margin)
+
+
+class WrongReference(DPO):
+    def pair_loss(self, batch):
+        return -F.logsigmoid(self.beta * (batch.log_ratio_chosen - (batch.rejected - batch.ref_chosen)))
+
+
+class IgnoredSmoothing(DPO):
+    def pair_loss(self, batch):
+        return -F.logsigmoid(self.beta * batch.margin)
+
+
+class UnstableLogarithm(DPO):
+    def pair_loss(self, batch):
+        logit, eps = self.beta * batch.margin, self.label_smoothing
+        return -(1 - eps) * torch.log(torch.sigmoid(logit)) - eps * torch.log(torch.sigmoid(-logit))
+
+
+class BatchNormalised(DPO):
+    def pair_loss(self, batch):
+        return -F.logsigmoid(self.beta * (batch.margin - batch.margin.mean()))
+
+
+class MeanOverBatch(DPO):
+    def pair_loss(self, batch):
+        return super().pair_loss(batch).mean()
+
+
+class DetachedRejected(DPO):
+    def pair_loss(self, batch):
+        return -F.logsigmoid(self.beta * (batch.log_ratio_chosen - batch.log_ratio_rejected.detach()))
+
+
+class MeanForSum(IPO):
+    def pair_loss(self, batch):
+        ratios = batch.log_ratio_chosen / batch.chosen_length, batch.log_ratio_rejected / batch.rejected_length
+        return (ratios[0] - ratios[1] - 1 / (2 * self.tau)) ** 2
+
+
+class TargetOneOverTau(IPO):
+    def pair_loss(self, batch):
+        return (batch.margin - 1 / self.tau) ** 2
+
+
+class NotRescaled(Robust):
+    def pair_loss(self, batch):
+        return super().pair_loss(batch) * (1 - 2 * self.label_smoothing)
+
+
+class EtaWithoutBeta(RPO):
+    def pair_loss(self, batch):
+        return -F.logsigmoid(self.beta * batch.margin) - self.eta * batch.chosen
+
+
+class LikelihoodOfRejected(RPO):
+    def pair_loss(self, batch):
+        return -F.logsigmoid(self.beta * batch.margin) - self.eta * self.beta * batch.rejected
+
+
+class SwappedMixture(INPO):
+    def pair_loss(self, batch):
+        share = 1 - self.tau / self.eta
+        frozen = share * (batch.ref_chosen - batch.ref_rejected) + (1 - share) * (
+            batch.prev_chosen - batch.prev_rejected
+        )
+        return (batch.chosen - batch.rejected - frozen - 1 / (2 * self.eta)) ** 2
+
+
+class SignOfOptimism(VPO):
+    def pair_loss(self, batch):
+        plain = -F.logsigmoid(self.beta * batch.margin)
+        return 2 * plain - super().pair_loss(batch)
+
+
+class FlippedAlpha(FDPO):
+    def score(self, log_ratio):
+        if self.divergence != "alpha":
+            return super().score(log_ratio)
+        return -torch.expm1(-(1 - self.alpha) * log_ratio.clamp(-12, 12)) / (1 - self.alpha)
+
+
+class DeadBeyondTheCap(FDPO):
+    def score(self, log_ratio):
+        return super().score(log_ratio.clamp(min=-10.0))
+
+
+class RewardConstantKept(FDPO):
+    def pair_rewards(self, batch):
+        shift = math.log(2) if self.divergence == "jsd" else 0.0
+        return tuple(reward - self.beta * shift for reward in super().pair_rewards(batch))
+
+
+class SwappedKL(NvidiaRPO):
+    def pair_loss(self, batch):
+        gap, target = self.beta * batch.margin, self.scale * (batch.reward_chosen - batch.reward_rejected)
+        if self.form == "sq":
+            return (gap - target) ** 2
+        return bernoulli_kl(gap, target) if self.form == "bwd_kl" else bernoulli_kl(target, gap)
+
+
+class GammaTimesBeta(SimPO):
+    def pair_loss(self, batch):
+        chosen, rejected = self.pair_rewards(batch)
+        return -F.logsigmoid(chosen - rejected - self.beta * self.gamma)
+
+
+class OddsOfTheSum(ORPO):
+    def pair_rewards(self, batch):
+        one = torch.ones_like(batch.chosen)
+        return super().pair_rewards(PairLogps(batch.chosen, batch.rejected, chosen_length=one, rejected_length=one))
+
+
+class LikelihoodSign(CPO):
+    def pair_loss(self, batch):
+        return super().pair_loss(batch) + 2 * self.nll_weight * batch.chosen
+
+
+class PenaltyOutside(DPOP):
+    def pair_loss(self, batch):
+        return -F.logsigmoid(self.beta * batch.margin) + self.lam * F.relu(-batch.log_ratio_chosen)
+
+
+class PenaltyOnRejected(DPOP):
+    def pair_loss(self, batch):
+        return -F.logsigmoid(self.beta * (batch.margin - self.lam * F.relu(-batch.log_ratio_rejected)))
+
+
+class Unvalidated(DPO):
+    def __post_init__(self):
+        pass
+
+
+MUTANTS = [
+    (FlippedSign, "golden paper start_law direction optimum"),
+    (NoBeta, "golden paper start_law bounds optimum"),
+    (WrongReference, "golden paper optimum"),
+    (IgnoredSmoothing, "golden paper start_law bounds optimum"),
+    (UnstableLogarithm, "extremes"),
+    (BatchNormalised, "golden paper split padding"),
+    (MeanOverBatch, "shapes"),
+    (DetachedRejected, "finite_differences paper start_law"),
+    (MeanForSum, "golden paper start_law columns optimum"),
+    (TargetOneOverTau, "golden paper start_law optimum"),
+    (NotRescaled, "golden paper start_law"),
+    (EtaWithoutBeta, "golden paper start_law columns bounds optimum"),
+    (LikelihoodOfRejected, "golden paper start_law optimum"),
+    (SwappedMixture, "golden paper optimum"),
+    (SignOfOptimism, "golden paper start_law optimum"),
+    (FlippedAlpha, "golden paper optimum"),
+    (RewardConstantKept, "start"),
+    (SwappedKL, "golden paper start_law"),
+    (GammaTimesBeta, "golden paper start_law optimum"),
+    (OddsOfTheSum, "golden paper start_law"),
+    (LikelihoodSign, "golden paper start_law direction optimum"),
+    (PenaltyOutside, "paper bounds"),
+    (PenaltyOnRejected, "golden paper"),
+    (Unvalidated, "hyperparameters"),
+]
+
+
+@pytest.mark.parametrize(("mutant", "checks"), MUTANTS, ids=[mutant.__name__ for mutant, _ in MUTANTS])
+def test_the_suite_catches(mutant, checks: str) -> None:
+    passed = [check for check in checks.split() if run_check(mutant, check).ok]
+    assert not passed, f"{mutant.__name__} slips through {passed}"
+
+
+@pytest.mark.parametrize(
+    ("mutant", "label"),
+    [
+        (DeadBeyondTheCap, "linear extension"),
+        (FlippedAlpha, "TRL's convention"),
+        (SwappedMixture, "= ipo on mixed reference"),
+        (EtaWithoutBeta, "= vpo offline + constant"),
+        (SignOfOptimism, "signs"),
+        (PenaltyOnRejected, "two regions"),
+    ],
+)
+def test_the_relations_catch(mutant, label: str) -> None:
+    assert not run_check(mutant, f"relation: {label}").ok
+
+
+def test_a_swapped_mixture_is_invisible_in_the_first_iteration() -> None:
+    """Why the suite uses a previous iterate that differs from the reference."""
+    assert run_check(SwappedMixture, "relation: first iteration = ipo").ok
