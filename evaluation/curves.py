@@ -51,8 +51,8 @@ CURVES = (
         "Loss",
         (("training", "loss"), ("held out", "eval_loss")),
         "per pair",
-        "The objective's mean value. It should fall below its value at step 0 (dashed). A low loss says that chosen "
-        "and rejected responses are told apart, not that the model writes better ones: that is the win rate's to say.",
+        "The objective's mean value. It should fall below its value before training (dashed). A low loss says that "
+        "chosen and rejected responses are told apart, not that the model writes better ones: see the win rate.",
     ),
     Curve(
         "Implicit rewards",
@@ -60,7 +60,7 @@ CURVES = (
         "reward",
         "What the objective takes the model to think of each response; the margin is chosen minus rejected and should "
         "rise. See which of the two moves it: a margin that grows only because rejected sinks teaches what to avoid.",
-        (0.0, "start"),
+        (0.0, "zero"),
     ),
     Curve(
         "Accuracy",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment.data.preferences import read_prompts
 from alignment.errors import UserError
 
 
@@ -110,30 +111,15 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(line + "\n" for line in lines))
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """Prompts of a text file, one a line; empty lines and lines that start with `#` are skipped.
-
-    Args:
-        path: the file.
-        limit: keep the first `limit` prompts; None keeps all.
+def locate_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a text file (`alignment.data.preferences.read_prompts` has the rules) with their lines.
 
     Raises:
-        UserError: unreadable file, no prompt in it, or a prompt that stands twice (it would count as two).
+        UserError: as there.
     """
-    prompts: list[Prompt] = []
-    seen: dict[str, str] = {}
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        prompt = Prompt(text, f"{path}:{number}")
-        if text in seen:
-            raise UserError(f"{prompt.where}: {shorten(text)} stands already at {seen[text]}; remove one of them")
-        seen[text] = prompt.where
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"{path}: holds no prompt; one prompt a line is needed")
-    return prompts[:limit]
+    texts = read_prompts(path, limit)
+    lines = {line.strip(): number for number, line in enumerate(read_text(path).splitlines(), start=1)}
+    return [Prompt(text, f"{path}:{lines[text]}") for text in texts]
 
 
 def prompt_text(value: Any, where: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from alignment.errors import UserError
 from alignment.rewards import RewardFunction, get_reward
 from evaluation.comparison import Comparison, Side, compare
-from evaluation.files import Prompt, read_json_object, read_prompts, refuse_training_prompts
+from evaluation.files import Prompt, locate_prompts, read_json_object, refuse_training_prompts
 
 RESAMPLES = 10_000
 
@@ -171,7 +171,7 @@ def plan_of_run(
         if not evaluation.get("prompts"):
             raise UserError(f"{run_dir}: its recipe has no evaluation.prompts; give a file with --prompts")
         prompts, limit = Path(evaluation["prompts"]), limit or evaluation.get("limit")
-    found = read_prompts(prompts, limit)
+    found = locate_prompts(prompts, limit)
     recipe_draws = {key: settings[key] for key in asdict(Generation()) if key in settings}
     model, baseline = _models_of_run(run_dir, section(manifest, "model"))
     return Plan(

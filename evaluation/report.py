@@ -9,6 +9,7 @@ of the run directory as they are.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def report_content(run: Path) -> dict[str, Any]:
     recipe = manifest.get("recipe") or {}
     return {
         "name": run.resolve().name,
-        "command": f"python -m evaluation.win_rate {run}",
+        "command": f"python -m evaluation.win_rate {shlex.quote(str(run))}",
         "objective_name": (recipe.get("objective") or {}).get("name"),
         "model_name": (recipe.get("model") or {}).get("name_or_path"),
         "result": describe_result(result) if result else None,
@@ -154,7 +155,9 @@ def draw_figures(metrics: curves.Rows, manifest: Mapping[str, Any]) -> list[dict
     figures = []
     for curve in curves.CURVES:
         level = (
-            (start, f"step 0: {format_number(start)}") if curve.title == "Loss" and start is not None else curve.level
+            (start, f"before the first update: {format_number(start)}")
+            if curve.title == "Loss" and start is not None
+            else curve.level
         )
         svg = curves.draw(curve, metrics, level)
         if svg is not None:
@@ -163,12 +166,14 @@ def draw_figures(metrics: curves.Rows, manifest: Mapping[str, Any]) -> list[dict
 
 
 def starting_loss(metrics: curves.Rows, manifest: Mapping[str, Any]) -> float | None:
-    """The loss before the first update: the row of step 0, else `step0.loss` of the manifest, else unknown."""
-    for row in metrics:
-        if row.get("step") == 0 and curves.is_number(row.get("loss")):
-            return float(row["loss"])
-    value = (manifest.get("step0") or {}).get("loss")
-    return float(value) if isinstance(value, int | float) else None
+    """The loss before the first update, or None where the run did not record it.
+
+    That is the row of step 0; else the row of step 1, whose forward pass comes before the first update; else
+    `step0.loss` of the manifest.
+    """
+    losses = dict(zip(*curves.series(metrics, "loss"), strict=True))
+    recorded = losses.get(0.0, losses.get(1.0, (manifest.get("step0") or {}).get("loss")))
+    return float(recorded) if isinstance(recorded, int | float) else None
 
 
 def choose_samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

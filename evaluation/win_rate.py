@@ -26,7 +26,7 @@ import typer
 from alignment.errors import UserError, run_or_exit
 from alignment.rewards import RewardFunction, get_reward
 from evaluation.comparison import Comparison, Side, compare, describe
-from evaluation.files import jsonable, read_outputs, read_prompts, shorten, write_json, write_json_lines
+from evaluation.files import jsonable, locate_prompts, read_outputs, shorten, write_json, write_json_lines
 from evaluation.plans import RESAMPLES, Generation, ModelSource, Plan, plan_of_run, run_plan, say
 
 
@@ -136,7 +136,7 @@ def compare_as_asked(form: str, given: dict[str, Any]) -> Comparison:
     plan = Plan(
         model=ModelSource(given["model"], {"name_or_path": given["model"], "dtype": dtype}),
         baseline=ModelSource(given["baseline"], {"name_or_path": given["baseline"], "dtype": dtype}),
-        prompts=read_prompts(given["prompts"], given.get("limit")),
+        prompts=locate_prompts(given["prompts"], given.get("limit")),
         judge=judge,
         generation=Generation(**_generation(given)),
         notes={"overlap_note": "not checked: what the models were trained on is unknown here"},

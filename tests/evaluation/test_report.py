@@ -14,7 +14,7 @@ import pytest
 from alignment.errors import UserError
 from alignment.rewards import get_reward
 from evaluation.comparison import Side, compare
-from evaluation.report import choose_samples, write_report
+from evaluation.report import choose_samples, starting_loss, write_report
 from evaluation.win_rate import write_comparison
 
 REPOSITORY = Path(__file__).parents[2]
@@ -123,7 +123,7 @@ def test_numbers_are_those_of_the_files(run_dir):
         "9.8.7",
         "models/<start>",
         "2e-05",
-        "step 0: 0.6931",
+        "before the first update: 0.6931",
     ):
         assert shown in page.text
     assert "fallen by 12.0 nats since step 0 (alarm: 10)" in page.text
@@ -158,6 +158,14 @@ def test_missing_parts_are_said(tmp_path):
     assert "No manifest.json yet" in page.text
     assert "Last logged step 1 " in page.text
     assert "Implicit rewards" not in page.text
+
+
+def test_starting_loss_is_one_from_before_the_first_update():
+    rows = [{"step": s, "loss": float(s)} for s in (0, 1, 2)]
+    assert starting_loss(rows, {}) == 0.0
+    assert starting_loss(rows[1:], {"step0": {"loss": 9.0}}) == 1.0
+    assert starting_loss(rows[2:], {"step0": {"loss": 9.0}}) == 9.0
+    assert starting_loss(rows[2:], {}) is None
 
 
 def test_samples_are_chosen_by_rule():

@@ -13,7 +13,7 @@ import pytest
 from alignment.errors import UserError
 from alignment.rewards import get_reward
 from evaluation.comparison import Side, compare, describe
-from evaluation.files import Prompt, read_prompts, refuse_training_prompts
+from evaluation.files import Prompt, locate_prompts, refuse_training_prompts
 from evaluation.plans import plan_of_run
 from evaluation.win_rate import choose_form, evaluate_run, win_rate_of_files
 
@@ -168,16 +168,12 @@ def test_unscored_responses_are_counted_and_written_as_null():
         compare(["q"], Side("m", [["?"]]), Side("b", [["2"]]), _Unsure(), resamples=200, seed=0)
 
 
-def test_prompt_files(tmp_path):
+def test_prompts_are_named_by_their_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# a comment\n\n first \nsecond\nthird\n")
-    assert read_prompts(path, 2) == [Prompt("first", f"{path}:3"), Prompt("second", f"{path}:4")]
-    path.write_text("one\ntwo\none\n")
-    with pytest.raises(UserError, match=r":3: 'one' stands already at .*:1; remove one"):
-        read_prompts(path)
-    path.write_text("# nothing\n")
-    with pytest.raises(UserError, match="holds no prompt"):
-        read_prompts(path)
+    assert locate_prompts(path, 2) == [Prompt("first", f"{path}:3"), Prompt("second", f"{path}:4")]
+    with pytest.raises(UserError, match="missing.txt"):
+        locate_prompts(tmp_path / "missing.txt")
 
 
 def test_prompts_that_were_trained_on_are_refused(tmp_path):
