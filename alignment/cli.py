@@ -14,12 +14,15 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from alignment import __version__
 from alignment.errors import UserError, run_or_exit
+
+if TYPE_CHECKING:
+    from alignment.objectives import Card
 
 
 def _group(help_text: str, *, needs_command: bool = True) -> typer.Typer:
@@ -42,7 +45,7 @@ app.add_typer(objectives_app, name="objectives")
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Such as training.learning_rate=1e-6 lora=null.", metavar="[SECTION.KEY=VALUE]..."),
+    typer.Argument(help="Such as training.learning_rate=1e-6 lora=null.", metavar="SECTION.KEY=VALUE"),
 ]
 
 
@@ -110,7 +113,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="
 def check(
     files: Annotated[
         list[str],
-        typer.Argument(help="Recipes, then overrides for all of them.", metavar="RECIPE... [SECTION.KEY=VALUE]..."),
+        typer.Argument(help="Recipes, then overrides for all of them.", metavar="RECIPE"),
     ],
 ) -> None:
     """Check recipes and the files that they name.
@@ -171,3 +174,69 @@ def list_all(context: typer.Context) -> None:
     paper = max(len(card.paper) for card in cards)
     for card in cards:
         typer.echo(f"{card.name:<{width}}  {card.paper:<{paper}}  needs: {', '.join(card.needs) or 'nothing'}")
+
+
+@objectives_app.command()
+def show(name: Annotated[str, typer.Argument(help="An objective's name.", metavar="NAME")]) -> None:
+    """Print an objective's card: formula, hyper-parameters, needs, pitfalls."""
+    typer.echo(_card_text(_card(name)))
+
+
+@objectives_app.command("check")
+def prove(
+    names: Annotated[list[str] | None, typer.Argument(help="Objectives; all if none.", metavar="NAME")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="Python file that registers an objective.")] = None,
+) -> None:
+    """Run the conformance suite.
+
+    A line per check as it ends; exit code 1 if one fails. With --file, the objectives of that file unless named.
+    """
+    from alignment.objectives import load_plugin
+    from alignment.objectives.conformance import run_checks
+
+    try:
+        registered = load_plugin(file) if file is not None else None
+        results = run_checks(names or registered)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    failed = passed = 0
+    for result in results:
+        failed, passed = failed + (not result.ok), passed + result.ok
+        typer.echo(f"{'ok  ' if result.ok else 'FAIL'}  {result.objective:<16}  {result.check}: {result.detail}")
+    typer.echo(f"{passed} checks passed, {failed} failed")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _card(name: str) -> Card:
+    from alignment.objectives import objective_class
+
+    try:
+        return objective_class(name).card
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _card_text(card: Card) -> str:
+    """The card as aligned plain text; what is unset is left out."""
+    needs = ", ".join(card.needs) or "nothing beyond the policy's log-probabilities"
+    facts = {
+        "paper": card.paper,
+        "equation": card.equation,
+        "formula": card.formula,
+        "log-probs": card.normalisation,
+        "needs": f"{needs}; {card.also_needs}" if card.also_needs else needs,
+        "start": card.start,
+        "reward": card.reward,
+        "optimum": card.optimum or "none known",
+        "bounds": card.bounds,
+        "verified": card.verified,
+    }
+    lines = [f"{card.name}: {card.title}", ""]
+    lines += [f"{key:<10} {value}" for key, value in facts.items()]
+    for row in card.hyperparameters:
+        default = "derived" if row.default is None else row.default
+        lines += ["", f"{row.name} = {default}    {row.range}", f"    {row.meaning}", f"    default: {row.source}"]
+    for title, texts in {"pitfalls": card.pitfalls, "not to be confused with": card.collisions}.items():
+        lines += ["", f"{title}:", *(f"  - {text}" for text in texts)] if texts else []
+    return "\n".join(lines)

@@ -59,8 +59,8 @@ class Problem:
 class RecipeError(UserError):
     """A recipe that cannot be used; the text is its first problem, `problems` holds all of them."""
 
-    def __init__(self, problems: list[Problem], *, in_order: bool = False):
-        self.problems = problems if in_order else sorted(set(problems))
+    def __init__(self, problems: list[Problem]):
+        self.problems = sorted(set(problems))
         more = len(self.problems) - 1
         tail = f" (+{more} more problem{'s' * (more > 1)})" if more else ""
         super().__init__(f"{self.problems[0]}{tail}")
@@ -207,25 +207,26 @@ class _Reader:
 _PLAIN_WORDS = {
     "but found another document": "a second document begins here ('---'); a recipe is one",
     "found character '\\t' that cannot start any token": "a tab begins this line; indent with spaces",
-    "expected the node content, but found '<stream end>'": "the file ends inside a bracket or quote",
+    "expected the node content, but found '<stream end>'": "ends inside a bracket or quote",
 }
 
 
-def _compose(text: str, source: str, *, lines: bool) -> yaml.Node | None:
-    """The root node of `text`; a syntax error becomes a `RecipeError` with its line."""
+def _compose(text: str, source: str, path: KeyPath | None = None) -> yaml.Node | None:
+    """The root node of `text`; a syntax error becomes a `RecipeError` at its line, or at `path` for a single value."""
+    where = tuple(str(part) for part in path or ())
     try:
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark is not None and lines else 0
+        line = mark.line + 1 if mark is not None and path is None else 0
         what = error.problem or error.context or "syntax error"
         what = _PLAIN_WORDS.get(what, what)
-        raise RecipeError([Problem(Origin(source, line), (), f"not valid YAML: {what}")]) from None
+        raise RecipeError([Problem(Origin(source, line), where, f"not valid YAML: {what}")]) from None
     except yaml.YAMLError as error:  # characters that YAML forbids
         what = str(error).splitlines()[0]
-        raise RecipeError([Problem(Origin(source), (), f"not valid YAML: {what}")]) from None
+        raise RecipeError([Problem(Origin(source), where, f"not valid YAML: {what}")]) from None
     except RecursionError:
-        raise RecipeError([Problem(Origin(source), (), "nested too deeply for a recipe")]) from None
+        raise RecipeError([Problem(Origin(source), where, "nested too deeply for a recipe")]) from None
 
 
 def parse_document(text: str, source: str) -> Document:
@@ -242,7 +243,7 @@ def parse_document(text: str, source: str) -> Document:
         RecipeError: the text is not YAML, is empty, or its root is not a mapping.
     """
     document = Document(source)
-    root = _compose(text, source, lines=True)
+    root = _compose(text, source)
     if root is None:
         raise RecipeError(
             [Problem(Origin(source), (), "the file is empty; a recipe has sections such as 'objective:'")]
@@ -254,9 +255,27 @@ def parse_document(text: str, source: str) -> Document:
     return document
 
 
-def parse_value(text: str, path: KeyPath, source: str) -> tuple[Any, list[Problem]]:
-    """Read one value of the command line as YAML (`1e-6`, `[a, b]`, `{r: 8}`, `null`); nothing at all is null."""
-    document = Document(source)
-    root = _compose(text, source, lines=False)
+def parse_value(text: str, path: KeyPath, source: str) -> tuple[Any, Document]:
+    """Read one value of the command line as YAML (`1e-6`, `[a, b]`, `{r: 8}`, `null`); nothing at all is null.
+
+    Returns:
+        The value, and a document with the origins and problems of what is in it (its `values` stay empty).
+    """
+    document = Document(source, origins={path: Origin(source)})
+    root = _compose(text, source, path)
     value = None if root is None else _Reader(document, line_offset=None).value(root, path)
-    return value, document.problems
+    return value, document
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text exactly where `_Loader` would read something else."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump(values: dict[str, Any]) -> str:
+    """Plain values as the YAML that `parse_document` reads back to equal values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)

@@ -93,7 +93,7 @@ def diff(first: Recipe, second: Recipe) -> str:
     lines = []
     for dotted in sorted(before | after):
         old, new = before.get(dotted, _MISSING), after.get(dotted, _MISSING)
-        if old != new:
+        if old != new and not (_MISSING in (old, new) and None in (old, new)):  # a section's keys follow
             lines.append(f"{dotted}: {_side(first, dotted, old)} -> {_side(second, dotted, new)}")
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from alignment.errors import nearest
-from alignment.recipes.document import Document, KeyPath, Origin, Problem, RecipeError
+from alignment.recipes.document import Document, KeyPath, Origin, Problem, RecipeError, dump
 from alignment.recipes.merge import COMMAND_LINE, apply_overrides, read_with_bases
 from alignment.recipes.sections import (
     DataSection,
@@ -24,6 +24,7 @@ from alignment.recipes.sections import (
     OpenSection,
     RewardSection,
     Section,
+    refused_at,
 )
 from alignment.recipes.training import TrainingSection
 
@@ -47,11 +48,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
         if self.data.sample is not None and self.reward is None:
-            raise ValueError("data.sample needs a reward section: something has to choose between the samples")
+            raise refused_at("needs a reward section: something has to choose between samples", "data", "sample")
         if self.evaluation is not None and self.reward is None:
-            raise ValueError("evaluation needs a reward section: something has to judge the responses")
+            raise refused_at("needs a reward section: something has to judge the responses", "evaluation")
         if self.training.eval_strategy != "no" and self.data.eval is None:
-            raise ValueError(f"training.eval_strategy {self.training.eval_strategy!r} needs data.eval")
+            raise refused_at(f"{self.training.eval_strategy!r} needs data.eval", "training", "eval_strategy")
         return self
 
     @property
@@ -60,8 +61,12 @@ class Recipe(Section):
         return Path(self._document.source)
 
     def resolved(self) -> dict[str, Any]:
-        """Every value, defaults included, as plain JSON-able types; as YAML it is a recipe equal to this one."""
+        """Every value, defaults included, as plain JSON-able types."""
         return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """`resolved()` as a recipe file's text."""
+        return dump(self.resolved())
 
     def origin(self, dotted: str) -> Origin | None:
         """Where the value of `training.learning_rate` was written; None for a default."""

@@ -129,13 +129,15 @@ def read_with_bases(path: Path) -> Document:
     return merged
 
 
-def parse_overrides(overrides: Sequence[str]) -> Document:
-    """`training.learning_rate=1e-6 lora=null` as a document whose origin is the command line.
+def parse_overrides(overrides: Sequence[str]) -> tuple[Document, list[KeyPath]]:
+    """`training.learning_rate=1e-6 lora=null` as a document whose origin is the command line, and the keys it sets.
 
     Raises:
-        UserError: an override is not of the form SECTION.KEY=VALUE.
+        UserError: an override is not of the form SECTION.KEY=VALUE, or two of them set the same key.
+        RecipeError: a value is not YAML.
     """
     document = Document(COMMAND_LINE)
+    paths: list[KeyPath] = []
     for override in overrides:
         dotted, equals, text = override.partition("=")
         path = tuple(dotted.strip().split("."))
@@ -143,16 +145,17 @@ def parse_overrides(overrides: Sequence[str]) -> Document:
             raise UserError(f"{COMMAND_LINE}: {override!r} is not an override; write SECTION.KEY=VALUE")
         if path == ("extends",):
             raise UserError(f"{COMMAND_LINE}: extends: belongs in a recipe file; name that file instead")
-        if any(path[: len(other)] == other[: len(path)] for other in document.origins):
+        if any(path[: len(other)] == other[: len(path)] for other in paths):
             raise UserError(f"{COMMAND_LINE}: {dotted}: given twice; keep one")
-        value, problems = parse_value(text, path, COMMAND_LINE)
-        document.problems += problems
-        document.origins[path] = Origin(COMMAND_LINE)
+        value, inner = parse_value(text, path, COMMAND_LINE)
+        document.problems += inner.problems
+        document.origins.update(inner.origins)
+        paths.append(path)
         section = document.values
         for key in path[:-1]:
             section = section.setdefault(key, {})
         section[path[-1]] = value
-    return document
+    return document, paths
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
@@ -162,8 +165,8 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
         UserError: an override is malformed.
         RecipeError: an override reaches into something that is not a section.
     """
-    above = parse_overrides(overrides)
-    for path in above.origins:
+    above, paths = parse_overrides(overrides)
+    for path in paths:
         for depth in range(1, len(path)):
             inner: Any = document.values
             for part in path[:depth]:
@@ -173,5 +176,8 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
                 message = f"cannot be set: {shown} is {inner!r}, not a section"
                 raise RecipeError([Problem(Origin(COMMAND_LINE), tuple(str(part) for part in path), message)])
     merged = overlay(document, above)
+    for path in paths:  # sections that only the command line opens
+        for depth in range(1, len(path)):
+            merged.origins.setdefault(path[:depth], Origin(COMMAND_LINE))
     merged.source = document.source
     return merged

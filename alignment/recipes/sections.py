@@ -25,6 +25,11 @@ def error(message: str, *loc: str, value: Any = None) -> InitErrorDetails:
     return InitErrorDetails(type=kind, loc=loc, input=value)
 
 
+def refused_at(message: str, *loc: str) -> ValidationError:
+    """The exception for a rule that ties several keys together, placed at the key that breaks it."""
+    return ValidationError.from_exception_data("recipe", [error(message, *loc)])
+
+
 def _names(value: Any) -> Any:
     """One name, or a list of names; said in one message instead of one per member of the union."""
     if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
@@ -111,9 +116,10 @@ class SampleSection(Section):
     def _enough_samples(self) -> SampleSection:
         if 2 * self.pairs_per_prompt > self.samples_per_prompt:
             needed = 2 * self.pairs_per_prompt
-            raise ValueError(
-                f"pairs_per_prompt {self.pairs_per_prompt} needs samples_per_prompt of at least {needed}, "
-                f"got {self.samples_per_prompt}"
+            raise refused_at(
+                f"{self.pairs_per_prompt} pairs need samples_per_prompt of at least {needed}, "
+                f"got {self.samples_per_prompt}",
+                "pairs_per_prompt",
             )
         return self
 
@@ -131,9 +137,9 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
         if self.train is None and self.sample is None:
-            raise ValueError("no preferences: give either train (a file or hub name) or sample (draw from the model)")
+            raise refused_at("no preferences: give either train (a file or hub name) or sample (draw from the model)")
         if self.train is not None and self.sample is not None:
-            raise ValueError("train and sample exclude each other; set the one that you do not want to null")
+            raise refused_at("excludes data.sample; set the one that you do not want to null", "train")
         return self
 
 

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic_core import InitErrorDetails
 
 from alignment.errors import nearest
-from alignment.recipes.sections import Names, OpenSection, Text, error, option
+from alignment.recipes.sections import Names, OpenSection, Text, error, option, refused_at
 
 _OBJECTIVE = "belongs to the loss: write it in the objective section"
 _MODEL = "write it in the model section"
@@ -24,7 +24,7 @@ _BATCH = "would change the batch that global_batch_size declares"
 _FUSED = "log-probabilities come from alignment's own forward pass; TRL's kernel would be ignored"
 
 REFUSED: dict[str, str] = {
-    "gradient_accumulation_steps": "is derived: global_batch_size / (per_device_train_batch_size x processes)",
+    "gradient_accumulation_steps": "derived: global_batch_size / (per_device_train_batch_size x processes)",
     "auto_find_batch_size": _BATCH,
     "beta": _OBJECTIVE,
     "loss_type": "the loss is objective.name",
@@ -54,21 +54,23 @@ REFUSED: dict[str, str] = {
     "sync_ref_model": _REFERENCE,
     "ref_model_mixup_alpha": _REFERENCE,
     "ref_model_sync_steps": _REFERENCE,
+    "activation_checkpointing": "write gradient_checkpointing, its name elsewhere",
+    "activation_checkpointing_kwargs": "write gradient_checkpointing_kwargs, its name elsewhere",
     "deepspeed": _LAUNCH,
     "fsdp": _LAUNCH,
     "fsdp_config": _LAUNCH,
     "accelerator_config": _LAUNCH,
     "parallelism_config": _LAUNCH,
-    "local_rank": "is set by the launcher",
+    "local_rank": "set by the launcher",
     "do_train": "has no effect in TRL",
     "do_eval": "has no effect in TRL; write eval_strategy",
     "do_predict": "has no effect in TRL",
     "hub_token": "a recipe is shared, a secret is not; log in with `hf auth login`",
-    "pad_token": "is deprecated in TRL; the tokenizer's own is used",
+    "pad_token": "deprecated in TRL; the tokenizer's own is used",
     # Not of this TRL, but still found in recipes.
     "warmup_ratio": "write warmup_steps: a number below 1 is a share of all steps",
     "max_prompt_length": "write data.max_length, for prompt and response together",
-    "evaluation_strategy": "is now eval_strategy",
+    "evaluation_strategy": "now called eval_strategy",
 }
 
 PASSED_THROUGH: dict[str, Any] = {
@@ -82,8 +84,6 @@ PASSED_THROUGH: dict[str, Any] = {
     "bf16_full_eval": bool,
     "fp16_full_eval": bool,
     "tf32": bool | None,
-    "activation_checkpointing": bool | None,
-    "activation_checkpointing_kwargs": dict[str, Any] | str | None,
     "gradient_checkpointing_kwargs": dict[str, Any] | str | None,
     "activation_offloading": bool,
     "torch_compile": bool,
@@ -151,6 +151,12 @@ PASSED_THROUGH: dict[str, Any] = {
 
 # Ours; everything else in the section goes to DPOConfig.
 OURS = ("global_batch_size", "layout", "group_by_length", "displacement_alarm")
+
+# transformers 5 renamed these and warns about the names that everybody knows; a recipe keeps those.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 
 _TRL = "TRL 1.16"
 
@@ -225,12 +231,13 @@ class TrainingSection(OpenSection):
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainingSection:
         if self.global_batch_size % self.per_device_train_batch_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of per_device_train_batch_size "
-                f"{self.per_device_train_batch_size}; change one of them"
+            raise refused_at(
+                f"{self.global_batch_size} is not a multiple of per_device_train_batch_size "
+                f"{self.per_device_train_batch_size}; change one of them",
+                "global_batch_size",
             )
         if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 exclude each other; set one of them to false")
+            raise refused_at("excludes fp16; set one of them to false", "bf16")
         return self
 
     @classmethod
@@ -243,17 +250,24 @@ class TrainingSection(OpenSection):
             if key in REFUSED:
                 problems.append(error(f"not accepted: {REFUSED[key]}", key, value=value))
             elif key not in PASSED_THROUGH:
-                hint = nearest(key, [*cls.model_fields, *PASSED_THROUGH])
-                if not hint.startswith("; did you mean"):  # a hundred names on one line help nobody
-                    hint = nearest(key, cls.model_fields)
-                problems.append(error(f"unknown key{hint}", key, value=value))
+                problems.append(error(f"unknown key{_hint(key)}", key, value=value))
             else:
                 problems += _type_errors(key, value)
         return {}, problems
 
     def trl_arguments(self) -> dict[str, Any]:
         """Keyword arguments for TRL's `DPOConfig`: this section without our own keys."""
-        return {key: value for key, value in self.model_dump().items() if key not in OURS}
+        arguments = {key: value for key, value in self.model_dump().items() if key not in OURS}
+        return {_RENAMED.get(key, key): value for key, value in arguments.items()}
+
+
+def _hint(key: str) -> str:
+    """The nearest key; where that one is refused, why."""
+    hint = nearest(key, [*TrainingSection.model_fields, *PASSED_THROUGH, *REFUSED])
+    if not hint.startswith("; did you mean"):  # a hundred names on one line help nobody
+        return nearest(key, TrainingSection.model_fields)
+    meant = hint.split("'")[1]
+    return f"{hint} That is not accepted: {REFUSED[meant]}" if meant in REFUSED else hint
 
 
 def _type_errors(key: str, value: Any) -> list[InitErrorDetails]:
@@ -262,9 +276,13 @@ def _type_errors(key: str, value: Any) -> list[InitErrorDetails]:
     try:
         TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as failed:
-        wanted = " or ".join(dict.fromkeys(_WORDS.get(e["type"], e["msg"]) for e in failed.errors()))
+        wanted = " or ".join(dict.fromkeys(_wanted(dict(e)) for e in failed.errors()))
         return [error(f"expected {wanted}, got {value!r}", key, value=value)]
     return []
+
+
+def _wanted(found: dict[str, Any]) -> str:
+    return _WORDS.get(found["type"]) or str(found["ctx"]["expected"])
 
 
 _WORDS = {

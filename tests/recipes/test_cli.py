@@ -1,0 +1,148 @@
+"""The `alignment` command as a user meets it: exit codes, one line per mistake, start-up time."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.conftest import ROOT
+
+ALIGNMENT = [sys.executable, "-c", "from alignment.cli import main; main()"]
+
+
+def run(*arguments, cwd=ROOT):
+    return subprocess.run([*ALIGNMENT, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_version():
+    from alignment import __version__
+
+    assert run("--version").stdout == f"alignment {__version__}\n"
+
+
+def test_check_lists_every_problem_on_its_own_line(small, tmp_path):
+    small("learning_rate: 5e-7", "learning_rat: 5e-7\n  sed: 1")
+    done = run("recipe", "check", "r.yaml", "missing.yaml", "model.dtype=float23", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert [line.split(": ")[1] for line in done.stderr.splitlines()] == [
+        "command line",
+        "r.yaml:10",
+        "r.yaml:11",
+        "missing.yaml",
+    ]
+
+
+def test_explain_and_diff():
+    done = run("recipe", "explain", "recipes/quickstart/dpo.yaml", "training.learning_rate=1e-6")
+    assert done.returncode == 0, done.stderr
+    assert "command line" in next(line for line in done.stdout.splitlines() if "training.learning_rate" in line)
+    done = run("recipe", "diff", "recipes/quickstart/dpo.yaml", "recipes/quickstart/ipo.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "objective.name: dpo (recipes/quickstart/dpo.yaml:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["recipe", "explain", "nope.yaml"], "nope.yaml: no such recipe file"),
+        (["recipe", "explain", "recipes"], "recipes: is a folder"),
+        (["recipe", "check", "training.seed=1"], "name at least one recipe file"),
+        (["recipe", "explain", "recipes/quickstart/dpo.yaml", "seed"], "'seed' is not an override"),
+        (["train", "nope.yaml"], "nope.yaml: no such recipe file"),
+        (["train", "recipes/quickstart/dpo.yaml", "model.name_or_path=./nope"], "./nope: no such folder"),
+        (["report", "no/such/run"], "no/such/run: no such run folder"),
+        (["objectives", "show", "dppo"], "unknown objective 'dppo'; did you mean 'dpo'?"),
+        (["objectives", "check", "dppo"], "unknown objective 'dppo'; did you mean 'dpo'?"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["trian"], ["recipe", "chek"], ["recipe", "diff", "one.yaml"], ["train", "--x"]]
+)
+def test_wrong_usage_is_exit_code_2_without_traceback(arguments):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_train_hands_over_to_accelerate(monkeypatch):
+    """The last act is the launch command; nothing after it would run."""
+    from alignment import cli
+
+    monkeypatch.chdir(ROOT)
+    commands = []
+    monkeypatch.setattr(cli.os, "execv", lambda program, arguments: commands.append((program, arguments)))
+    recipe, config = Path("recipes/quickstart/dpo.yaml"), Path("recipes/accelerate/cpu.yaml")
+    cli.train(recipe, ["training.seed=1"], config)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    assert commands == [(sys.executable, [*launch, "-m", "alignment.trainers.run", str(recipe), "training.seed=1"])]
+
+
+def test_objectives_check_prints_a_line_per_check():
+    done = run("objectives", "check", "hinge")
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    assert all(line.startswith("ok    hinge ") for line in lines[:-1])
+    assert lines[-1] == f"{len(lines) - 1} checks passed, 0 failed"
+
+
+WRONG = """\
+from torch import Tensor
+from alignment.objectives import Card, Objective, PairLogps, hyper, register
+
+@register
+class Backwards(Objective):
+    card = Card(name="backwards", title="Prefers the rejected", paper="none", equation="none", formula="+m")
+    beta: float = hyper("scale", default=1.0, gt=0)
+
+    def pair_loss(self, batch: PairLogps) -> Tensor:
+        return self.beta * batch.margin
+"""
+
+
+def test_a_wrong_objective_of_a_users_own_fails_the_check(tmp_path):
+    file = tmp_path / "backwards.py"
+    file.write_text(WRONG)
+    done = run("objectives", "check", "--file", str(file))
+    assert done.returncode == 1
+    assert any(line.startswith("FAIL  backwards ") and "direction" in line for line in done.stdout.splitlines())
+    assert "Traceback" not in done.stderr
+
+
+def test_objectives_lists_and_shows():
+    listed = run("objectives").stdout
+    assert "arXiv:2305.18290" in listed and "needs: reference, previous" in listed
+    shown = run("objectives", "show", "rpo").stdout
+    assert "eta = 0.005" in shown and "not to be confused with" in shown
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    code = (
+        "import sys, alignment, alignment.cli, alignment.recipes\n"
+        "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'rich', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+HELP = "import sys; sys.argv = ['alignment', '--help']; from alignment.cli import main; main()"
+
+
+@pytest.mark.parametrize("code", ["import alignment", HELP])
+def test_start_up_takes_less_than_three_tenths_of_a_second(code):
+    best = float("inf")
+    for _ in range(3):  # the best of three: other processes may be busy
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+        best = min(best, time.perf_counter() - started)
+    assert best < 0.3

@@ -1,0 +1,133 @@
+"""`check`, `explain`, `diff`, and that a resolved recipe is itself a recipe."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignment.recipes import load_recipe
+from alignment.recipes.inspection import check, diff, explain, flatten
+from tests.recipes.conftest import ROOT
+
+SHIPPED = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate"
+)
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_shipped_recipes_check(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert [str(problem) for problem in check(path)] == []
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_a_resolved_recipe_is_an_equal_recipe(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    resolved = load_recipe(path).resolved()
+    assert json.loads(json.dumps(resolved)) == resolved
+    again = tmp_path / "again.yaml"
+    again.write_text(load_recipe(path).to_yaml())
+    assert load_recipe(again).resolved() == resolved
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.name=inpo"],
+        ["objective.name=f_dpo", "objective.divergence=alpha", "objective.alpha=0.3"],
+        ["lora={r: 8, target_modules: [q_proj, v_proj]}", "training.optim_args=null"],
+        [
+            "training.learning_rate=1e-12",
+            "training.save_strategy=no",
+            "model.revision='1e5'",
+            "training.run_name='on'",
+        ],
+        ["reward={name: regex, pattern: 'a: b # c'}", "training.gradient_checkpointing_kwargs={use_reentrant: false}"],
+    ],
+)
+def test_resolving_is_stable_under_overrides(small, overrides):
+    recipe = load_recipe(small(), overrides)
+    Path("again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe("again.yaml").resolved() == recipe.resolved()
+
+
+def test_every_objective_has_a_quick_start_recipe_and_each_recipe_its_own_run_folder():
+    from alignment.objectives import list_objectives, objective_class
+
+    names = {card.name for card in list_objectives()}
+    built_in = {name for name in names if objective_class(name).__module__.startswith("alignment.objectives.")}
+    recipes = {path: load_recipe(ROOT / path) for path in SHIPPED}
+    quickstart = {Path(path).stem: recipe for path, recipe in recipes.items() if "quickstart" in path}
+    assert set(quickstart) == built_in
+    assert all(recipe.objective.name == stem for stem, recipe in quickstart.items())
+    assert len({recipe.training.output_dir for recipe in recipes.values()}) == len(recipes)
+
+
+def test_derived_recipes_stay_short_and_say_how_they_are_run():
+    for path in SHIPPED:
+        text = (ROOT / path).read_text()
+        assert text.startswith("# ") and f"scripts/train.py {path}" in text, path
+        if "extends:" in text:
+            assert len(text.splitlines()) <= 15, path
+
+
+def test_quick_start_layout_is_block_style():
+    text = (ROOT / "recipes/quickstart/dpo.yaml").read_text()
+    assert "\nobjective:\n  name: dpo\n" in text
+    assert all((len(line) - len(line.lstrip())) % 2 == 0 for line in text.splitlines())
+
+
+def test_accelerate_configs_hold_keys_that_accelerate_knows():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in sorted((ROOT / "recipes/accelerate").glob("*.yaml")):
+        config = load_config_from_file(str(path))
+        assert config.use_cpu is (path.stem == "cpu")
+        assert (config.mixed_precision == "bf16") is path.stem.startswith("zero")
+
+
+def test_explain_shows_every_value_once_with_its_origin(small):
+    Path("base.yaml").write_text(Path(small()).read_text())
+    Path("child.yaml").write_text("extends: base.yaml\ntraining:\n  seed: 7\n")
+    recipe = load_recipe("child.yaml", ["training.learning_rate=1e-6"])
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in explain(recipe).splitlines()}
+    assert set(rows) == {key for key, _ in flatten(recipe.resolved())}
+    assert rows["training.seed"] == ["7", "child.yaml:3"]
+    assert rows["training.global_batch_size"] == ["16", "base.yaml:9"]
+    assert rows["training.learning_rate"] == ["1e-06", "command line"]
+    assert rows["training.warmup_steps"] == ["0.0", "default: TRL 1.16"]
+    assert rows["training.output_dir"] == ["runs/child", "default: runs/ and the recipe's file name"]
+    assert rows["objective.label_smoothing"][1].startswith("default: ")
+    assert all(len(rest) == 2 and rest[1].removeprefix("default: ") for rest in rows.values())
+
+
+def test_diff_shows_what_differs_and_nothing_else(small):
+    first = load_recipe(small())
+    assert diff(first, load_recipe("r.yaml")) == ""
+    second = load_recipe("r.yaml", ["training.seed=7", "lora={r: 4}"])
+    lines = diff(first, second).splitlines()
+    assert "training.seed: 42 (default) -> 7 (command line)" in lines
+    assert "lora.r: absent -> 4 (command line)" in lines
+    assert all(line.startswith(("lora", "training.seed")) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], ["r.yaml:7: data.train: pairs.jsonl: no such file"]),
+        (["data.train=org/name"], []),
+        (["data.train=org/name", "data.eval=e.json"], ["command line: data.eval: e.json: no such file"]),
+        (["data.train=org/name", "model.adapter=a"], ["command line: model.adapter: a: no such folder"]),
+        (["data.train=org/name", "model.name_or_path=./m"], ["command line: model.name_or_path: ./m: no such folder"]),
+        (["data.train=org/name", "model.name_or_path=m.gguf"], ["command line: model.name_or_path: m.gguf: no such"]),
+        (
+            ["data.train=org/name", "model.name_or_path=package://yaml/m.gguf"],
+            ["command line: model.name_or_path: package://yaml/m.gguf: the package 'yaml' has no file 'm.gguf'"],
+        ),
+        (["data.train=org/name", "model.name_or_path=package://yaml/__init__.py"], []),
+    ],
+)
+def test_check_looks_for_the_files_that_a_recipe_names(small, overrides, expected):
+    found = [str(problem) for problem in check(small(), overrides)]
+    assert len(found) == len(expected)
+    assert all(problem.startswith(start) for problem, start in zip(found, expected, strict=True))
