@@ -21,7 +21,7 @@ class DPO(Objective):
         optimum="pi* ~ ref exp(r/beta) for Bradley-Terry labels with reward r, for any pair weights. cDPO reaches "
         "it where its smoothed labels (1-e)P + e(1-P) are Bradley-Terry in r; for one pair, beta m = logit of that",
         bounds="loss >= binary entropy of e (0 at e = 0); |dL/ds| <= beta",
-        verified="formula, slopes and golden values against the authors' repository as recorded in the specification",
+        verified="formula and beta's range against the authors' repository; slopes and golden values derived by hand",
         pitfalls=(
             "log pi(chosen) usually falls while margin and accuracy rise: watch displacement, or use rpo, vpo, dpop.",
             "TRL >= 0.29 ignores label_smoothing for its sigmoid loss; here it acts.",

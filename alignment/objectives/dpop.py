@@ -23,7 +23,7 @@ class DPOP(Objective):
         verified="formula and lam = 50 from memory of the paper: no source was at hand; values and slopes checked "
         "against that formula by the suite",
         pitfalls=(
-            "There is a kink at policy == reference: from the chosen side the first slope is DPO's, and 1 + lam times "
+            "There is a kink at policy == reference: the first slope is taken as DPO's, and it is 1 + lam times "
             "as steep as soon as log pi(chosen) falls.",
             "With lam = 50 a fall of 1 nat in log pi(chosen) costs as much as 50 nats of margin.",
         ),

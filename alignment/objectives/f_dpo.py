@@ -34,7 +34,7 @@ class FDPO(Objective):
         optimum="beta f'(pi*/ref) = r - lambda for Bradley-Terry labels with reward r, lambda from sum pi* = 1 "
         "(while no exponent passes 10)",
         bounds="loss >= 0; |dL/ds| <= beta e^10 (alpha, forward_kl), beta (reverse_kl, jsd)",
-        verified="score table, golden values and optimum against the specification; the theorem there from memory",
+        verified="scores and TRL's conventions against their code, optimum derived; the paper was not read",
         pitfalls=(
             "forward_kl and alpha take the exponential of a sequence log-ratio: chosen responses that the policy left "
             "(z << 0) get slopes up to beta e^10, so use a small beta and gradient clipping, and watch `saturated`.",
@@ -51,7 +51,7 @@ class FDPO(Objective):
     )
     beta: float = hyper("inverse scale of the score gap", default=0.1, gt=0, source="authors' scripts: 0.03 to 0.9")
     divergence: Literal["reverse_kl", "forward_kl", "jsd", "alpha"] = hyper(
-        "penalty against the reference", default="reverse_kl", source="= dpo"
+        "penalty against the reference", default="reverse_kl", source="our choice: it is dpo"
     )
     alpha: float | None = hyper(
         "order of the alpha-divergence in the paper's sense; needed with divergence=alpha, refused otherwise",

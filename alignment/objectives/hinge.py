@@ -20,7 +20,7 @@ class Hinge(Objective):
         formula="max(0, 1 - beta m)",
         optimum="two responses: beta m = 1 in favour of the majority label; more responses: none known",
         bounds="loss >= 0; |dL/ds| is beta before beta m = 1 and 0 after",
-        verified="formula, slope and golden value as recorded in the specification",
+        verified="formula against TRL's hinge loss; the paper was not read",
         pitfalls=("A pair past beta m = 1 teaches nothing: watch the saturated share.",),
         collisions=("SLiC's own hinge compares plain log-probabilities and adds an SFT term; this one has neither.",),
         settings=({"beta": 0.5},),

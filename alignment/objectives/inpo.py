@@ -22,7 +22,7 @@ class INPO(Objective):
         reward="eta (s - (tau/eta) ref - (1 - tau/eta) prev): its margin is regressed on 1/2",
         optimum="pi* ~ exp(P(y beats prev)/eta) ref^(tau/eta) prev^(1-tau/eta) for independent pairs from prev",
         bounds="loss >= 0; slope grows linearly with h",
-        verified="formula, defaults and optimum against the paper, golden value against the specification",
+        verified="formula, defaults and optimum against the paper; golden value and slopes derived",
         pitfalls=(
             "The target is 100 nats at eta = 0.005: the first loss is 1e4 and its slope 200. Clip gradients; no fp16.",
             "Swapping previous and reference is invisible in the first iteration, where they coincide.",

@@ -17,15 +17,15 @@ class IPO(Objective):
         name="ipo",
         title="Identity Preference Optimization",
         paper="Azar et al. 2023, arXiv:2310.12036",
-        equation="eq. 17 (number from memory)",
+        equation="eq. 17",
         formula="(m - 1/(2 tau))^2; normalization=mean: m = z_w/T_w - z_l/T_l",
         normalisation="sum over tokens (default) or mean over tokens",
         also_needs="length with normalization=mean",
         reward="tau z (tau z/T in the mean form)",
         optimum="pi* ~ ref exp(P(y beats mu)/tau) for pairs drawn independently from mu (sum form)",
         bounds="loss >= 0; slope grows linearly with m",
-        verified="sum form against the DPO authors' repository, mean form against TRL (which cites the IPO authors), "
-        "both as recorded in the specification",
+        verified="sum form against the DPO authors' repository, mean form and equation number against TRL, which "
+        "says that the IPO authors confirmed it",
         pitfalls=(
             "The two forms differ by a factor of about T in the natural scale of tau: quote the form with every tau.",
             "The target margin is 1/(2 tau) nats however strong the preference: 5 nats at tau = 0.1.",

@@ -25,12 +25,12 @@ class RewardAwareRPO(Objective):
         title="Reward-aware Preference Optimization (NVIDIA)",
         paper="Adler et al. 2024 (Nemotron-4), arXiv:2406.11704; NeMo-Aligner",
         equation="Nemotron-4 section on RPO; the three forms as in NeMo-Aligner",
-        formula="sq: (m' - D)^2; bwd_kl: KL(Bern(sigmoid D) || Bern(sigmoid m')); fwd_kl: KL(Bern(sigmoid m') || "
-        "Bern(sigmoid D));  m' = beta m, D = scale (r_w - r_l)",
+        formula="distance of m' = beta m from D = scale (r_w - r_l); sq: (m' - D)^2; bwd_kl: KL(Bern(sigmoid D) || "
+        "Bern(sigmoid m')); fwd_kl: KL(Bern(sigmoid m') || Bern(sigmoid D))",
         needs=("reference", "reward"),
         optimum="pi* ~ ref exp(scale r/beta), every form, whatever the pair weights; the loss there is 0",
         bounds="loss >= 0, and 0 only at m' = D; fwd_kl <= softplus(|D|); bwd_kl slope in m' within [-1, 1]",
-        verified="forms, defaults and golden values against NeMo-Aligner's code as recorded in the specification",
+        verified="forms and defaults against NeMo-Aligner's code; golden values and optimum derived",
         pitfalls=(
             "NeMo's forward and backward are the reverse of 'target first': bwd_kl has the reward model first.",
             "fwd_kl has vanishing gradient once sigmoid(m') saturates on the wrong side.",

@@ -20,7 +20,7 @@ class Robust(Objective):
         formula="[-(1-e) log sigmoid(beta m) + e log sigmoid(-beta m)] / (1 - 2e),  e = label_smoothing",
         optimum="pi* ~ ref exp(r/beta) when Bradley-Terry labels with reward r were flipped with probability e",
         bounds="UNBOUNDED BELOW: slope in m tends to -beta e/(1-2e) as m grows; |dL/ds| <= beta (1-e)/(1-2e)",
-        verified="formula, slope and golden value as recorded in the specification; unbiasedness proved by the suite",
+        verified="formula against TRL's robust loss; that it is unbiased under flips is proved by the suite",
         pitfalls=(
             "A separable pair (always labelled the same way) pushes its margin to infinity and the loss to -infinity.",
             "label_smoothing here is the true flip rate to correct for; in dpo the same key softens targets.",

@@ -26,8 +26,8 @@ class RPO(Objective):
         optimum="no closed form; at the minimiser the DPO gradient in logits is eta beta (base - pi), base = the "
         "baseline's distribution",
         bounds="|dL/ds_w| >= eta beta at every margin (sum form, baseline=chosen); loss >= 0 while log-probs <= 0",
-        verified="coefficient, forms and defaults against the paper and the authors' repository, golden values "
-        "against the specification",
+        verified="coefficient, forms and defaults against the paper and the authors' repository; golden values "
+        "derived",
         pitfalls=(
             "The sum form weighs a response by its length: log eta beta mean(T_w).",
             "form=mean uses eta without beta: the authors' 0.2 there is not their 0.005 of the sum form.",

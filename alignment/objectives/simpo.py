@@ -36,7 +36,12 @@ class SimPO(Objective):
     beta: float = hyper(
         "scale of the averaged log-probabilities", default=2.0, gt=0, source="authors: 2.0 to 2.5, or 10"
     )
-    gamma: float = hyper("raw target margin, not divided by beta", default=1.0, ge=0, source="authors: gamma/beta 0.5")
+    gamma: float = hyper(
+        "raw target margin, not divided by beta",
+        default=1.0,
+        ge=0,
+        source="authors' first gamma/beta, 0.5, from memory",
+    )
 
     def pair_loss(self, batch: PairLogps) -> Tensor:
         chosen, rejected = self.pair_rewards(batch)

@@ -25,7 +25,7 @@ class VPO(Objective):
         "and alpha beta (pi - cal) online",
         bounds="online: UNBOUNDED BELOW in the calibration log-probability; offline: bounded below while "
         "log-probabilities are <= 0",
-        verified="derivation, sign and golden values against the specification; alpha's default is not the paper's",
+        verified="re-derived from the abstract's regulariser; sign checked against TRL's XPO; alpha is ours",
         pitfalls=(
             "Online: keep alpha beta near 1e-6 to 1e-4 per summed log-probability, stop when log pi(calibration) runs "
             "away, and shrink alpha over iterations.",
