@@ -14,15 +14,12 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from alignment import __version__
 from alignment.errors import UserError, run_or_exit
-
-if TYPE_CHECKING:
-    from alignment.objectives import Card
 
 
 def _group(help_text: str, *, needs_command: bool = True) -> typer.Typer:
@@ -179,7 +176,12 @@ def list_all(context: typer.Context) -> None:
 @objectives_app.command()
 def show(name: Annotated[str, typer.Argument(help="An objective's name.", metavar="NAME")]) -> None:
     """Print an objective's card: formula, hyper-parameters, needs, pitfalls."""
-    typer.echo(_card_text(_card(name)))
+    from alignment.objectives.render import show as card_text
+
+    try:
+        typer.echo(card_text(name))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 @objectives_app.command("check")
@@ -206,37 +208,3 @@ def prove(
     typer.echo(f"{passed} checks passed, {failed} failed")
     if failed:
         raise typer.Exit(1)
-
-
-def _card(name: str) -> Card:
-    from alignment.objectives import objective_class
-
-    try:
-        return objective_class(name).card
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _card_text(card: Card) -> str:
-    """The card as aligned plain text; what is unset is left out."""
-    needs = ", ".join(card.needs) or "nothing beyond the policy's log-probabilities"
-    facts = {
-        "paper": card.paper,
-        "equation": card.equation,
-        "formula": card.formula,
-        "log-probs": card.normalisation,
-        "needs": f"{needs}; {card.also_needs}" if card.also_needs else needs,
-        "start": card.start,
-        "reward": card.reward,
-        "optimum": card.optimum or "none known",
-        "bounds": card.bounds,
-        "verified": card.verified,
-    }
-    lines = [f"{card.name}: {card.title}", ""]
-    lines += [f"{key:<10} {value}" for key, value in facts.items()]
-    for row in card.hyperparameters:
-        default = "derived" if row.default is None else row.default
-        lines += ["", f"{row.name} = {default}    {row.range}", f"    {row.meaning}", f"    default: {row.source}"]
-    for title, texts in {"pitfalls": card.pitfalls, "not to be confused with": card.collisions}.items():
-        lines += ["", f"{title}:", *(f"  - {text}" for text in texts)] if texts else []
-    return "\n".join(lines)

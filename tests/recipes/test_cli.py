@@ -123,7 +123,7 @@ def test_objectives_lists_and_shows():
     listed = run("objectives").stdout
     assert "arXiv:2305.18290" in listed and "needs: reference, previous" in listed
     shown = run("objectives", "show", "rpo").stdout
-    assert "eta = 0.005" in shown and "not to be confused with" in shown
+    assert "eta = 0.005" in shown and "not to be confused" in shown
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():
