@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import inspect
 import sys
+import types
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform, get_type_hints
 
@@ -107,7 +107,7 @@ def objective_signature(objective: str | type[Objective]) -> dict[str, inspect.P
 def load_plugin(path: str | Path) -> list[str]:
     """Import a user's Python file and return the names of the objectives that it registered.
 
-    Loading the same file again replaces its objectives.
+    Loading the same file again replaces its objectives; a file that fails leaves the registry as it was.
 
     Raises:
         ValueError: the file is missing, fails to import, takes an existing name or registers nothing.
@@ -116,14 +116,17 @@ def load_plugin(path: str | Path) -> list[str]:
     if not file.is_file():
         raise ValueError(f"{path}: no such file; `file:` must name a Python file that registers an objective")
     module_name = f"alignment_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path}: not a Python file (its name must end in .py)")
-    module = importlib.util.module_from_spec(spec)
+    module = types.ModuleType(module_name)
+    module.__file__ = str(file)
+    before = dict(_REGISTRY)
+    for name in [name for name, cls in before.items() if cls.__module__ == module_name]:
+        del _REGISTRY[name]  # loaded earlier: what the file no longer defines must go
     sys.modules[module_name] = module  # dataclasses and get_type_hints look the module up
     try:
-        spec.loader.exec_module(module)
+        exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)  # the source itself: no stale bytecode
     except Exception as error:  # whatever the user's file raises becomes one line that names the file
+        _REGISTRY.clear()
+        _REGISTRY.update(before)
         del sys.modules[module_name]
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     names = sorted(name for name, cls in _REGISTRY.items() if cls.__module__ == module_name)

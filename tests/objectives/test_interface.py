@@ -173,10 +173,29 @@ def test_a_plugin_of_at_most_15_lines_loads_and_passes_every_generic_check(plugi
     ],
 )
 def test_a_bad_plugin_is_one_line_that_names_the_file(plugin, text, message) -> None:
+    before = list_objectives()
     plugin.unlink() if text is None else plugin.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
         load_plugin(plugin)
     assert str(plugin) in str(caught.value)
+    assert list_objectives() == before
+
+
+def test_reloading_an_edited_plugin_forgets_what_it_no_longer_defines(plugin) -> None:
+    load_plugin(plugin)
+    plugin.write_text(PLUGIN.replace('"squared_hinge"', '"renamed_hinge"'))
+    assert load_plugin(plugin) == ["renamed_hinge"]
+    names = [card.name for card in list_objectives()]
+    assert "renamed_hinge" in names
+    assert "squared_hinge" not in names
+
+
+def test_a_plugin_that_fails_half_way_registers_nothing(plugin) -> None:
+    before = list_objectives()
+    plugin.write_text(PLUGIN + "raise RuntimeError('too late')\n")
+    with pytest.raises(ValueError, match="too late"):
+        load_plugin(plugin)
+    assert list_objectives() == before
 
 
 def test_a_file_dropped_into_the_package_is_found(tmp_path) -> None:
