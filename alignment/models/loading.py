@@ -19,7 +19,7 @@ PACKAGE_SCHEME = "package://"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def resolve_path(name_or_path: str) -> str:
+def resolve_path(name_or_path: str | Path) -> str:
     """The local path that a name stands for, or the name itself where it is a hub id.
 
     `package://PKG/FILE` is a file that an installed Python package ships; a path ending in `.gguf` becomes the cached
@@ -28,7 +28,7 @@ def resolve_path(name_or_path: str) -> str:
     Raises:
         UserError: the package or file does not exist.
     """
-    name = name_or_path
+    name = str(name_or_path)
     if name.startswith(PACKAGE_SCHEME):
         package, _, file = name.removeprefix(PACKAGE_SCHEME).partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -40,7 +40,7 @@ def resolve_path(name_or_path: str) -> str:
         name = str(Path(spec.submodule_search_locations[0]) / file)
     if name.endswith(".gguf"):
         if not Path(name).is_file():
-            raise UserError(f"model.name_or_path: {name_or_path!r}: no such file {name!r}")
+            raise UserError(f"model.name_or_path: {str(name_or_path)!r}: no such file {name!r}")
         from alignment.models.gguf import converted_folder
 
         return str(converted_folder(Path(name)))
@@ -55,23 +55,25 @@ def _adapter_base(folder: str) -> str | None:
     return str(json.loads(config.read_text())["base_model_name_or_path"])
 
 
-def _from_pretrained(auto_class: Any, name_or_path: str, path: str, **options: Any) -> Any:
+def _from_pretrained(auto_class: Any, name_or_path: str | Path, path: str, **options: Any) -> Any:
     """`auto_class.from_pretrained(path)`, with what goes wrong said in one line."""
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        raise UserError(f"model.name_or_path: {name_or_path!r} is a folder without config.json: not a saved model")
+        raise UserError(
+            f"model.name_or_path: {str(name_or_path)!r} is a folder without config.json: not a saved model"
+        )
     try:
         return auto_class.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model.name_or_path: cannot load {name_or_path!r}: neither a readable folder nor a model that the hub "
+            f"model.name_or_path: cannot load {str(name_or_path)!r}: neither a readable folder nor a model that the hub "
             f"gives ({reason})"
         ) from error
 
 
 def load_tokenizer(
-    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a model; for an adapter folder without one, its base model's.
 
@@ -93,7 +95,7 @@ def load_tokenizer(
 
 
 def load_model(
-    name_or_path: str,
+    name_or_path: str | Path,
     *,
     dtype: str = "float32",
     attn_implementation: str | None = None,
@@ -126,7 +128,9 @@ def load_model(
     base = _adapter_base(path)
     if base is not None:
         if adapter is not None:
-            raise UserError(f"model.adapter: {name_or_path!r} is an adapter already; put its base in name_or_path")
+            raise UserError(
+                f"model.adapter: {str(name_or_path)!r} is an adapter already; put its base in name_or_path"
+            )
         path, adapter = resolve_path(base), path
     model = _from_pretrained(
         AutoModelForCausalLM,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,8 +29,8 @@ class Sample:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: text as it stands, messages through the chat template with the generation prompt."""
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+        return list(tokenizer(prompt).input_ids)
+    encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
     return list(encoded["input_ids"])
 
 
@@ -106,10 +106,11 @@ def sample(
             rows = tokenizer.pad(
                 {"input_ids": [encoded[i] for i in batch]}, padding=True, padding_side="left", return_tensors="pt"
             ).to(model.device)
-            generated = model.generate(**rows, generation_config=config)[:, rows["input_ids"].size(1) :].tolist()
+            generate: Any = model.generate
+            generated = generate(**rows, generation_config=config)[:, rows["input_ids"].size(1) :].tolist()
             for position, row in enumerate(generated):
                 ids, finished = _cut(row, ends)
-                text = tokenizer.decode(ids, skip_special_tokens=True)
+                text = str(tokenizer.decode(ids, skip_special_tokens=True))
                 found[batch[position // n]].append(Sample(ids, text, finished))
             bar.update(len(batch))
     model.train(was_training)

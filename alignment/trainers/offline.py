@@ -66,6 +66,7 @@ class PreferenceTrainer(DPOTrainer):
             step-0 check fails.
     """
 
+    model: Any  # transformers says `Module | None`
     _tag_names = ["alignment", "preference"]
     _name = "alignment"
 
@@ -86,7 +87,7 @@ class PreferenceTrainer(DPOTrainer):
         displacement_alarm: float = 10.0,
         **more: Any,
     ):
-        self.objective = objective
+        self.objective: Objective = objective
         self.group_by_length = group_by_length
         self.start_is_reference = ref_model is None if start_is_reference is None else start_is_reference
         self._needs_reference = bool({"reference", "ref_calibration", "previous"} & set(objective.needs))
@@ -100,6 +101,7 @@ class PreferenceTrainer(DPOTrainer):
             layout = "paired"
         if ref_model is None and peft_config is None and not is_peft_model(model) and self._needs_reference:
             ref_model = _frozen_copy(model)
+        self.collator = PairCollator(processing_class.pad_token_id, args.max_length, layout, self._calibrated)
         # TRL builds a reference from disk unless it is given, or log-probs are precomputed: the latter, with an empty
         # `_precompute_ref_logps`, is its way to have none.
         args.precompute_ref_log_probs = not self._needs_reference
@@ -107,7 +109,7 @@ class PreferenceTrainer(DPOTrainer):
             model=model,
             ref_model=ref_model if self._needs_reference else None,
             args=args,
-            data_collator=PairCollator(processing_class.pad_token_id, args.max_length, layout, self._calibrated),
+            data_collator=self.collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -168,9 +170,10 @@ class PreferenceTrainer(DPOTrainer):
 
     @property
     def _compute_dtype(self) -> torch.dtype:
-        if self.args.bf16:
-            return torch.bfloat16
-        return torch.float16 if self.args.fp16 else self.model.dtype
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     def _score(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         rows = {key: inputs[key] for key in ROW_KEYS}
@@ -182,7 +185,8 @@ class PreferenceTrainer(DPOTrainer):
         if self.ref_model is None and is_peft_model(self.model):
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        settings: Any = self.args.gradient_checkpointing_kwargs
+        checkpointing = disable_gradient_checkpointing(self.model, settings)
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
             return self._score(model, inputs)
 
@@ -229,13 +233,13 @@ class PreferenceTrainer(DPOTrainer):
 
     def _agreed_layout(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The first batch, in the layout that this model can take: compared with `paired` rather than assumed."""
-        if self.data_collator.layout == "paired":
+        if self.collator.layout == "paired":
             return inputs
-        paired = inputs | repaired({k: inputs[k] for k in ROW_KEYS}, self._branches, self.data_collator.pad_token_id)
+        paired = inputs | repaired({k: inputs[k] for k in ROW_KEYS}, self._branches, self.collator.pad_token_id)
         with torch.no_grad(), self.accelerator.autocast():
             agree = layouts_agree(self._score(model, inputs), self._score(model, paired), self._compute_dtype)
         if self._any_process(not agree):
-            self.data_collator.layout = "paired"
+            self.collator.layout = "paired"
             warnings.warn("layout shared_prefix gives other log-probs on this model; using paired", stacklevel=2)
             return paired
         return inputs
@@ -246,8 +250,8 @@ class PreferenceTrainer(DPOTrainer):
         if self.state.global_step > 0:  # resumed: the policy is no longer the start
             return
         paired = {k: inputs[k] for k in ROW_KEYS}
-        if self.data_collator.layout != "paired":
-            paired = repaired(paired, self._branches, self.data_collator.pad_token_id)
+        if self.collator.layout != "paired":
+            paired = repaired(paired, self._branches, self.collator.pad_token_id)
         model.eval()
         with torch.no_grad(), self.accelerator.autocast():
             start = self._score(model, paired)

@@ -69,11 +69,12 @@ def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> l
     assert settings is not None and reward is not None  # the schema says so
     prompts = read_prompts(settings.prompts, settings.limit)
     judge = get_reward(reward.name, **reward.options)
-    model = load_model(**_model_arguments(recipe))
+    model: Any = load_model(**_model_arguments(recipe))
+    encoded = [prompt_ids(tokenizer, p) for p in prompts]
     key = {
         "format": SAMPLES_FORMAT,
         "weights": weights_digest(model),
-        "prompts": [prompt_ids(tokenizer, p) for p in prompts],
+        "prompts": encoded,
         "sample": {k: v for k, v in settings.model_dump().items() if k not in ("prompts", "limit")},
         "generation": generation.model_dump(),
         "judge": judge.describe(),
@@ -96,7 +97,7 @@ def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> l
     )
     rows, counts = best_against_worst(
         prompts,
-        key["prompts"],
+        encoded,
         draws,
         judge.score,
         pairs_per_prompt=settings.pairs_per_prompt,
@@ -194,7 +195,7 @@ def build_trainer(
         layout=recipe.training.layout,
         group_by_length=recipe.training.group_by_length,
         displacement_alarm=recipe.training.displacement_alarm,
-        callbacks=[rundir.MetricsFile(Path(args.output_dir) / "metrics.jsonl")],
+        callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -227,11 +228,12 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     _say(state, f"[2/3] model and reference: {recipe.model.name_or_path}")
     args = _arguments(recipe, run, state.num_processes)
     trainer = build_trainer(recipe, args, data, held_out, tokenizer)
+    pairs = len(trainer.train_dataset)  # type: ignore[arg-type]  # a Dataset, by our constructor
     manifest = {
         "recipe": recipe.resolved(),
         "recipe_path": str(recipe.path),
         "objective": {"name": recipe.objective.name, **recipe.objective.hyperparameters},
-        "pairs": len(trainer.train_dataset),
+        "pairs": pairs,
         "seed": args.seed,
         "versions": rundir.versions(),
         "hardware": rundir.hardware(state.num_processes),
@@ -241,12 +243,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     }
     if state.is_main_process:
         rundir.write_text(run / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    _say(
-        state,
-        f"[3/3] training: {len(trainer.train_dataset)} pairs, {recipe.objective.name}, {args.max_steps} steps"
-        if args.max_steps > 0
-        else f"[3/3] training: {len(trainer.train_dataset)} pairs, {recipe.objective.name}",
-    )
+    _say(state, f"[3/3] training: {pairs} pairs, objective {recipe.objective.name}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trained = time.perf_counter()
     _save_final(trainer, run, state)

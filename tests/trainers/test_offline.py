@@ -1,0 +1,398 @@
+"""PreferenceTrainer against TRL's own trainer, and the traps of the field: references, metrics, batches, step 0."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from trl import DPOConfig, DPOTrainer
+
+from alignment.data.preferences import preference_dataset
+from alignment.errors import UserError
+from alignment.models import load_model, load_tokenizer
+from alignment.objectives import get_objective
+from alignment.objectives.base import Objective
+from alignment.trainers.collation import LengthGroupedSampler, PairCollator
+from alignment.trainers.metrics import DisplacementAlarm, Totals
+from alignment.trainers.offline import PreferenceTrainer
+from alignment.trainers.run import plan_batches
+from tests import tiny_lm
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def preferences(n: int = 32, chat: bool = False) -> Dataset:
+    """Rows of the grammar: a kind continuation chosen, a harsh one rejected, lengths mixed."""
+    rows = []
+    for i, opening in enumerate(tiny_lm.openings()[:n]):
+        kind = " and ".join(tiny_lm.KIND[(i + j) % 5] for j in range(1 + i % 4))
+        harsh = " and ".join(tiny_lm.HARSH[(i + j) % 5] for j in range(1 + (i // 2) % 4))
+        if chat:
+            chosen, rejected = ([{"role": "assistant", "content": f"{opening} {w} ."}] for w in (kind, harsh))
+            rows.append({"prompt": [{"role": "user", "content": opening}], "chosen": chosen, "rejected": rejected})
+        else:
+            rows.append({"prompt": opening, "chosen": f" {kind} .", "rejected": f" {harsh} ."})
+    return preference_dataset(rows, "made up")
+
+
+def config(folder: Path, **more) -> DPOConfig:
+    given = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 5,
+        "logging_steps": 1,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return DPOConfig(**given | more)
+
+
+def trainer_for(tiny: Path, folder: Path, objective: str | Objective = "dpo", **more) -> PreferenceTrainer:
+    args = more.pop("args", None) or config(folder)
+    if isinstance(objective, str):
+        objective = get_objective(objective)
+    data = more.pop("train_dataset", None) or preferences()
+    model = more.pop("model", None) or load_model(str(tiny))
+    return PreferenceTrainer(model, objective, args, data, load_tokenizer(str(tiny)), **more)
+
+
+def logged(trainer: DPOTrainer, key: str = "loss") -> list[float]:
+    return [float(row[key]) for row in trainer.state.log_history if key in row]
+
+
+class SameOrder:
+    """TRL's trainer visiting the pairs in our order: what is compared is the loss, not the shuffle."""
+
+    def __init__(self, ours: PreferenceTrainer):
+        self.order = list(ours._get_train_sampler())
+
+    def __call__(self, train_dataset=None):
+        return self.order
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("layout", ["shared_prefix", "paired"])
+def test_same_losses_as_trl_step_by_step(tiny, tmp_path, layout, chat):
+    data = preferences(chat=chat)
+    ours = trainer_for(tiny, tmp_path / "ours", layout=layout, train_dataset=data)
+    theirs = DPOTrainer(
+        str(tiny), args=config(tmp_path / "trl"), train_dataset=data, processing_class=load_tokenizer(str(tiny))
+    )
+    theirs._get_train_sampler = SameOrder(ours)
+    for trainer in (ours, theirs):
+        trainer.train()
+    assert len(logged(ours)) == 5
+    assert logged(ours) == pytest.approx(logged(theirs), abs=1e-4)
+    for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
+        assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=1e-3, abs=1e-3), key
+    assert max(logged(ours)[1:]) < logged(ours)[0]  # and something was learned meanwhile
+
+
+def test_trl_still_has_what_we_rely_on():
+    """Contract with TRL 1.16: when it moves one of these, this names it before anything subtle happens."""
+    relied_on = {
+        "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
+        "_precompute_ref_logps": ("dataset", "name", "batch_size"),
+        "_set_signature_columns_if_needed": (),
+        "_get_train_sampler": ("train_dataset",),
+        "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+        "compute_ref_log_probs": ("model", "inputs"),
+        "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys"),
+        "log": ("logs", "start_time"),
+    }
+    for name, arguments in relied_on.items():
+        method = vars(DPOTrainer).get(name) or getattr(DPOTrainer, name)
+        found = method.__code__.co_varnames[1 : method.__code__.co_argcount]
+        assert found == arguments, f"DPOTrainer.{name} now takes {found}"
+    assert DPOTrainer.loss_is_scaled_for_ga is False
+
+
+# --- the reference ----------------------------------------------------------------------------------------------
+
+
+def test_reference_is_the_model_in_memory_not_the_one_on_disk(tiny, tmp_path):
+    """The trap: TRL reads `config._name_or_path` again, so a model changed in memory starts away from its reference."""
+    model = load_model(str(tiny))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    theirs = DPOTrainer(
+        copy.deepcopy(model), args=config(tmp_path), train_dataset=preferences(), processing_class=load_tokenizer(tiny)
+    )
+    theirs.train()
+    assert abs(logged(theirs)[0] - 0.6931) > 0.01  # the trap is there
+    ours = trainer_for(tiny, tmp_path, model=model)
+    ours.train()
+    assert logged(ours)[0] == pytest.approx(0.693147, abs=1e-5)
+    assert logged(ours, "rewards/margins")[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_fresh_adapter_has_its_base_as_reference(tiny, tmp_path):
+    args = config(tmp_path, learning_rate=1e-3, max_steps=20)
+    trainer = trainer_for(tiny, tmp_path, peft_config=LORA, args=args, eval_dataset=preferences())
+    assert trainer.ref_model is None
+    trainer.train()
+    assert logged(trainer, "rewards/margins")[0] == 0
+    assert trainer.evaluate()["eval_loss"] < 0.692  # low rank, small steps
+
+
+def test_existing_adapter_is_its_own_reference(tiny, tmp_path):
+    """The trap: disabling the adapter yields the base model, so training on top of one starts at the wrong loss."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        load_model(str(tiny)), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = load_model(str(tiny), adapter=str(tmp_path / "adapter"), trainable_adapter=True)
+    assert isinstance(model, PeftModel)
+    trainer = trainer_for(tiny, tmp_path, model=model)
+    batch = trainer.collator([trainer.train_dataset[i] for i in range(4)])
+    with torch.no_grad(), model.disable_adapter():
+        base = trainer._score(model, batch)
+    assert float((base - trainer._reference_logps(model, batch)).abs().max()) > 0.1  # adapter and base do differ
+    trainer.train()
+    assert logged(trainer, "rewards/chosen")[0] == pytest.approx(0, abs=1e-5)
+    assert logged(trainer)[-1] != pytest.approx(0.6931, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo", "cpo"])
+def test_objectives_without_reference_load_none(tiny, tmp_path, name):
+    trainer = trainer_for(tiny, tmp_path, name, eval_dataset=preferences())
+    assert trainer.ref_model is None
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    # Displacement is measured on fixed rows against the start, so it begins at 0 … after one small step.
+    assert abs(logged(trainer, "displacement/chosen")[0]) < 0.5
+    assert len(logged(trainer, "displacement/chosen")) == 5
+
+
+# --- step 0 -----------------------------------------------------------------------------------------------------
+
+
+def test_step_zero_check_stops_a_wrong_reference(tiny, tmp_path):
+    other = load_model(str(tiny))
+    with torch.no_grad():
+        other.lm_head.weight += 0.05 * torch.randn(
+            other.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+        )
+    with pytest.raises(UserError, match="reference and starting model differ"):
+        trainer_for(tiny, tmp_path, ref_model=other, start_is_reference=True).train()
+    trainer_for(tiny, tmp_path, ref_model=other).train()  # a reference that is meant to differ is fine
+
+
+def test_step_zero_check_stops_active_dropout(tiny, tmp_path):
+    model = load_model(str(tiny))
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    args = config(tmp_path, disable_dropout=False)
+    with pytest.raises(UserError, match="dropout"):
+        trainer_for(tiny, tmp_path, model=model, args=args, layout="paired").train()
+
+
+def test_step_zero_check_stops_an_objective_without_gradient(tiny, tmp_path):
+    class Flat(type(get_objective("dpo"))):
+        def pair_loss(self, batch):
+            return 0.0 * batch.chosen
+
+    with pytest.raises(UserError, match="no gradient"):
+        trainer_for(tiny, tmp_path, Flat(beta=0.1)).train()
+
+
+def test_a_model_that_misreads_shared_rows_is_trained_paired(tiny, tmp_path, monkeypatch):
+    """The guard does not trust the list of architectures: it compares the layouts on the first batch."""
+    model = load_model(str(tiny))
+    forward = model.forward
+
+    def blind_to_four_dimensions(attention_mask=None, **more):
+        mask = attention_mask if attention_mask is None or attention_mask.dim() == 2 else None
+        return forward(attention_mask=mask, **more)
+
+    monkeypatch.setattr(model, "forward", blind_to_four_dimensions)
+    with pytest.warns(UserWarning, match="using paired"):
+        trainer = trainer_for(tiny, tmp_path, model=model, ref_model=load_model(str(tiny)), start_is_reference=True)
+        trainer.train()
+    assert trainer.collator.layout == "paired"
+    assert logged(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def test_given_token_ids_are_used_as_they_are(tiny, tmp_path):
+    """Re-tokenising a decoded sample can change it: rows that bring ids are not tokenised, nor given an end token."""
+    tokenizer = load_tokenizer(tiny)
+    row = {"prompt": "my dog is", "chosen": " kind", "rejected": " cold"}
+    letters = {k: [tokenizer.convert_tokens_to_ids(c) for c in v.replace(" ", "Ġ")] for k, v in row.items()}
+    rows = [row | {f"{k}_ids": ids for k, ids in letters.items()}] * 8
+    trainer = trainer_for(tiny, tmp_path, train_dataset=preference_dataset(rows, "made up"))
+    assert trainer.train_dataset[0]["chosen_ids"] == letters["chosen"] != tokenizer(" kind")["input_ids"]
+
+
+def test_end_token_is_added_once_to_text_and_prompts_are_not_scored(tiny, tmp_path):
+    trainer = trainer_for(tiny, tmp_path)
+    tokenizer = load_tokenizer(tiny)
+    row = trainer.train_dataset[0]
+    assert row["chosen_ids"].count(tokenizer.eos_token_id) == 1 and row["chosen_ids"][-1] == tokenizer.eos_token_id
+    batch = trainer.collator([row])
+    labels = batch["row_labels"][0]
+    assert labels[labels != -100].tolist() == row["chosen_ids"] + row["rejected_ids"]
+
+
+def test_prompts_that_fill_max_length_are_counted_and_all_of_them_is_an_error(tiny, tmp_path):
+    rows = [{"prompt": "my dog is" * n, "chosen": " kind .", "rejected": " cold ."} for n in (1, 1, 20)]
+    data = preference_dataset(rows, "made up")
+    with pytest.warns(UserWarning, match="1 of 3 rows"):
+        trainer = trainer_for(tiny, tmp_path, train_dataset=data, args=config(tmp_path, max_length=20))
+    assert len(trainer.train_dataset) == 2
+    with pytest.raises(UserError, match="raise data.max_length"):
+        trainer_for(tiny, tmp_path, train_dataset=data, args=config(tmp_path, max_length=2))
+
+
+def test_missing_column_is_named(tiny, tmp_path):
+    with pytest.raises(UserError, match="needs column 'reward_chosen'"):
+        trainer_for(tiny, tmp_path, "reward_aware_rpo")
+    with pytest.raises(UserError, match="needs column 'calibration'"):
+        trainer_for(tiny, tmp_path, get_objective("vpo", beta=0.1, alpha=0.01, mode="online"))
+
+
+def test_calibration_text_becomes_a_third_branch(tiny, tmp_path):
+    rows = [row | {"calibration": " dull ."} for row in preferences().to_list()]
+    objective = get_objective("vpo", beta=0.1, alpha=0.01, mode="online")
+    trainer = trainer_for(tiny, tmp_path, objective, train_dataset=preference_dataset(rows, "made up"))
+    batch = trainer.collator([trainer.train_dataset[i] for i in range(3)])
+    found = trainer.pair_logps(trainer.model, batch)
+    plain = PairCollator(0, None, "paired")(
+        [{**r, "chosen_ids": r["calibration_ids"]} for r in trainer.train_dataset.select(range(3))]
+    )
+    trainer._branches = 2
+    expected = trainer._score(trainer.model, plain)[:, 0]
+    torch.testing.assert_close(found.calibration, expected, rtol=1e-5, atol=1e-5)
+    assert found.calibration_length.tolist() == [
+        len(r["calibration_ids"]) for r in trainer.train_dataset.select(range(3))
+    ]
+
+
+# --- batches, order, metrics, resume ----------------------------------------------------------------------------
+
+
+def test_declared_batch_is_kept_or_refused():
+    assert plan_batches(8, 8, 1) == (8, 1)
+    assert plan_batches(8, 8, 2) == (4, 1)
+    assert plan_batches(24, 8, 2) == (6, 2)
+    assert plan_batches(7, 4, 1) == (1, 7)
+    for g, d, w in [(8, 3, 2), (128, 16, 8), (6, 4, 3)]:
+        per_device, accumulation = plan_batches(g, d, w)
+        assert per_device * accumulation * w == g and per_device <= d
+    with pytest.raises(UserError, match="declare 9"):
+        plan_batches(8, 8, 3)
+
+
+def test_sampler_visits_all_once_groups_lengths_and_ignores_the_world():
+    lengths = [(i * 37) % 101 + 1 for i in range(203)]
+    sampler = LengthGroupedSampler(lengths, batch_size=8, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(203))
+    batches = [order[i : i + 8] for i in range(0, 203, 8)]
+    spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / len(batches)
+    assert spread < 10  # a random batch of 8 spreads over about 80
+    assert max(lengths) in [lengths[i] for i in batches[0]]
+    assert list(LengthGroupedSampler(lengths, 8, 3)) == order
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+    assert sorted(LengthGroupedSampler(lengths, 8, 3, group=False)) == list(range(203))
+
+
+def test_means_are_over_pairs_not_over_batches():
+    totals = Totals()
+    tokens = {"real_tokens": torch.ones(1), "padded_tokens": torch.ones(1)}
+    totals.add({"accuracy": torch.tensor([1.0]), **tokens})
+    totals.add({"accuracy": torch.tensor([0.0, 0.0, 0.0]), **tokens})
+    # Two processes with the same counts: sums and counts double, the mean of 1, 0, 0, 0 stays 1/4.
+    assert totals.reduce(lambda t: t * 2)["accuracy"] == pytest.approx(0.25)
+    assert totals.reduce(lambda t: t) == {}
+
+
+def test_alarm_speaks_once_when_chosen_falls(capsys):
+    from transformers import TrainerControl, TrainerState
+
+    alarm, state = DisplacementAlarm(5.0), TrainerState()
+    for fallen in (0.1, -4.9, -5.1, -9.0):
+        alarm.on_log(None, state, TrainerControl(), logs={"displacement/chosen": fallen})
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and "5.1 nats less likely" in said
+
+
+def test_training_then_resuming_equals_training_through(tiny, tmp_path):
+    def run(folder: str, checkpoint=None, **more):
+        args = config(tmp_path / folder, max_steps=6, learning_rate=1e-3, save_strategy="steps", save_steps=3, **more)
+        trainer = trainer_for(tiny, tmp_path, args=args)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return logged(trainer), {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+    losses, weights = run("through")
+    resumed, same = run("again", str(tmp_path / "through" / "checkpoint-3"))
+    assert resumed == losses  # the log of the first three steps is in the checkpoint
+    assert all(torch.equal(weights[k], same[k]) for k in weights)
+
+
+def test_evaluation_reports_the_objective_on_held_out_pairs(tiny, tmp_path):
+    data = preferences(40)
+    held_out = data.select(range(32, 40))
+    trainer = trainer_for(
+        tiny,
+        tmp_path,
+        train_dataset=data.select(range(32)),
+        eval_dataset=held_out,
+        args=config(tmp_path, max_steps=30, learning_rate=1e-3),
+    )
+    before = trainer.evaluate()
+    assert before["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < 0.6 and after["eval_rewards/accuracies"] == 1.0
+
+
+def test_accumulation_changes_nothing(tiny, tmp_path):
+    """Losses are per pair, so 4 x 2 pairs and 1 x 8 pairs are one step."""
+    series = []
+    for size, steps in ((8, 1), (2, 4)):
+        args = config(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, learning_rate=1e-3
+        )
+        trainer = trainer_for(tiny, tmp_path, args=args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+        series.append(logged(trainer))
+    assert series[0] == pytest.approx(series[1], abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny, tmp_path):
+    series = []
+    for on in (False, True):
+        trainer = trainer_for(tiny, tmp_path, args=config(tmp_path, gradient_checkpointing=on, learning_rate=1e-3))
+        trainer.train()
+        series.append(logged(trainer))
+    assert series[0] == pytest.approx(series[1], abs=1e-5)
+
+
+def test_model_card_and_checkpoint_survive(tiny, tmp_path):
+    args = config(tmp_path / "run", save_strategy="steps", save_steps=5)
+    trainer_for(tiny, tmp_path, args=args).train()
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 5
+    assert (tmp_path / "run" / "README.md").is_file()
