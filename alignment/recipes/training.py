@@ -150,7 +150,7 @@ PASSED_THROUGH: dict[str, Any] = {
 }
 
 # Ours; everything else in the section goes to DPOConfig.
-OURS = ("global_batch_size", "layout", "group_by_length", "displacement_alarm")
+OURS = ("global_batch_size", "layout", "group_by_length", "displacement_alarm", "cpu_threads")
 
 # transformers 5 renamed these and warns about the names that everybody knows; a recipe keeps those.
 _RENAMED = {
@@ -198,6 +198,12 @@ class TrainingSection(OpenSection):
         "Warn when log-probability of chosen responses falls this many nats below step 0.",
         "alignment: e^10 less likely",
         gt=0,
+    )
+    cpu_threads: int | None = option(
+        None,
+        "Threads of each process where there is no GPU.",
+        "the cores shared out over this machine's processes; `accelerate launch` alone would leave one",
+        ge=1,
     )
     learning_rate: float = option(1e-6, "Peak learning rate.", _TRL, gt=0)
     num_train_epochs: float = option(

