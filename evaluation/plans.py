@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
+from alignment.files import read_json_object
 from alignment.rewards import RewardFunction, get_reward
 from evaluation.comparison import Comparison, Side, compare
-from evaluation.files import Prompt, locate_prompts, read_json_object, refuse_training_prompts
+from evaluation.files import Prompt, locate_prompts, refuse_training_prompts
 
 RESAMPLES = 10_000
 

@@ -19,8 +19,8 @@ if __package__ in (None, ""):  # started as `python evaluation/report.py`: this 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # library's `statistics`
 
 from alignment.errors import UserError, run_or_exit
+from alignment.files import iterate_json_lines, read_json_object, write_text
 from evaluation import comparison, curves
-from evaluation.files import iterate_json_lines, read_json_object, write_text
 
 SAMPLES_SHOWN = 4  # of each side and prompt; more hides the prompts below
 LONG_SECTION = 14  # recipe sections with more rows start folded

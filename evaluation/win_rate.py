@@ -24,9 +24,10 @@ from typing import Annotated, Any
 import typer
 
 from alignment.errors import UserError, run_or_exit
+from alignment.files import jsonable, write_json, write_json_lines
 from alignment.rewards import RewardFunction, get_reward
 from evaluation.comparison import Comparison, Side, compare, describe
-from evaluation.files import jsonable, locate_prompts, read_outputs, shorten, write_json, write_json_lines
+from evaluation.files import locate_prompts, read_outputs, shorten
 from evaluation.plans import RESAMPLES, Generation, ModelSource, Plan, plan_of_run, run_plan, say
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.errors import UserError
+from alignment.files import iterate_json_lines, read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,30 +30,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing, empty, not UTF-8, or a line is not a JSON object.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    rows: list[Any] = []
-    try:
-        if path.suffix == ".json":
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise UserError(f"{path}: expected a list of objects; for one object a line name it .jsonl")
-        else:
-            for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 is text
-                if line.strip():
-                    rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}" if path.suffix == ".json" else f"row {number}"
-        raise UserError(f"{path}: {where}: not valid JSON: {error.msg} at column {error.colno}") from error
+    if path.suffix != ".json":
+        rows = [row for _, row in iterate_json_lines(path)]
+    else:
+        try:
+            rows = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{path}: expected a list of objects; for one object a line name it .jsonl")
     if not rows:
         raise UserError(f"{path}: no rows")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: row {number}: expected an object, got {type(row).__name__}")
     return rows
 
 
@@ -145,10 +133,8 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
         UserError: the file is missing, has no prompts, repeats one, or has fewer than `limit`.
     """
     file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: no such file of prompts")
     first: dict[str, int] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue

@@ -67,8 +67,8 @@ def _from_pretrained(auto_class: Any, name_or_path: str | Path, path: str, **opt
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model.name_or_path: cannot load {str(name_or_path)!r}: neither a readable folder nor a model that the hub "
-            f"gives ({reason})"
+            f"model.name_or_path: cannot load {str(name_or_path)!r}: neither a readable folder nor a model that the "
+            f"hub gives ({reason})"
         ) from error
 
 

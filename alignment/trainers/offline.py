@@ -28,7 +28,6 @@ from alignment.trainers.checks import step_zero_problem
 from alignment.trainers.collation import BRANCHES, LengthGroupedSampler, PairCollator
 from alignment.trainers.metrics import DisplacementAlarm, Totals
 from alignment.trainers.scoring import (
-    PAD,
     ROW_KEYS,
     Layout,
     layouts_agree,
@@ -126,8 +125,8 @@ class PreferenceTrainer(DPOTrainer):
             missing = [c for c in columns if c not in dataset.column_names and f"{c}_ids" not in dataset.column_names]
             if need in self.objective.needs and missing:
                 raise UserError(
-                    f"{dataset_name} data: objective {self.objective.card.name!r} needs column {missing[0]!r}, and the "
-                    f"rows have only {', '.join(dataset.column_names)}"
+                    f"{dataset_name} data: objective {self.objective.card.name!r} needs column {missing[0]!r}, and "
+                    f"the rows have only {', '.join(dataset.column_names)}"
                 )
         before = len(dataset)
         if set(ID_COLUMNS) <= set(dataset.column_names):

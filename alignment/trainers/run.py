@@ -25,6 +25,7 @@ from trl import DPOConfig
 from alignment.data.preferences import load_preferences, preference_dataset, read_prompts, read_rows
 from alignment.data.sampled import best_against_worst
 from alignment.errors import UserError
+from alignment.files import write_json, write_json_lines
 from alignment.models import load_model, load_tokenizer
 from alignment.models.gguf import cache_root
 from alignment.models.sampling import prompt_ids, sample
@@ -106,7 +107,7 @@ def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> l
         min_gap=settings.min_gap,
     )
     print("  " + ", ".join(f"{count} {name}" for name, count in counts.items()), flush=True)
-    rundir.write_jsonl(cached, rows)
+    write_json_lines(cached, rows)
     return rows
 
 
@@ -139,7 +140,7 @@ def _training_data(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase
         name, _, split = recipe.data.train.partition(":")
         return load_preferences(name, split or "train")
     if state.is_main_process and not file.is_file():
-        rundir.write_jsonl(file, sampled_preferences(recipe, tokenizer))
+        write_json_lines(file, sampled_preferences(recipe, tokenizer))
     state.wait_for_everyone()
     return preference_dataset(read_rows(file), str(file))
 
@@ -259,7 +260,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
     }
     if state.is_main_process:
-        rundir.write_text(run / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        write_json(run / "manifest.json", manifest)
     _say(state, f"[3/3] training: {pairs} pairs, objective {recipe.objective.name}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trained = time.perf_counter()
@@ -271,7 +272,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     }
     manifest["steps"] = trainer.state.global_step
     if state.is_main_process:
-        rundir.write_text(run / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        write_json(run / "manifest.json", manifest)
     return run
 
 

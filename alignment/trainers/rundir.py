@@ -1,6 +1,6 @@
 """The files of a run directory that training writes: manifest.json, metrics.jsonl, preferences.jsonl.
 
-Each file appears whole (written beside, then renamed) or, for metrics.jsonl, grows by whole lines. Not the report and
+Each file appears whole or, for metrics.jsonl, grows by whole lines. Not the report and
 not the win rate: `evaluation` adds those.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from alignment.errors import UserError
+from alignment.files import iterate_json_lines, read_json_object, write_json_lines
 
 PACKAGES = ("alignment", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "tokenizers")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def move_aside(run: Path) -> Path | None:
@@ -67,7 +54,7 @@ def refuse_other_recipe(run: Path, resolved: dict[str, Any]) -> None:
     Raises:
         UserError: naming the first key whose value differs from the manifest's.
     """
-    before = json.loads((run / "manifest.json").read_text())["recipe"]
+    before = read_json_object(run / "manifest.json")["recipe"]
     for section in sorted(set(before) | set(resolved)):
         old, new = before.get(section), json.loads(json.dumps(resolved.get(section)))
         if old == new:
@@ -111,12 +98,10 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102 - transformers' hook
         if not state.is_world_process_zero or not self.path.is_file():
             return
-        kept = [
-            row
-            for line in self.path.read_text().splitlines()
-            if (row := json.loads(line))["step"] <= state.global_step
-        ]
-        write_jsonl(self.path, kept if state.global_step else [])
+        # A killed process may have left half a line; it belongs to a step that is repeated.
+        rows = iterate_json_lines(self.path, skip_unfinished=True)
+        kept = [row for _, row in rows if row["step"] <= state.global_step]
+        write_json_lines(self.path, kept if state.global_step else [])
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
         if state.is_world_process_zero and logs and "total_flos" not in logs:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 
 import pytest
 
+from alignment.data.preferences import read_rows
 from tests import tiny_lm
 
 TRAINED_ON = 112  # openings; the other 68 are held out. 14 steps of 8 pairs, if no prompt ties
@@ -45,3 +50,36 @@ def grammar(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Grammar:
     for file, part in zip(files, (openings[:TRAINED_ON], openings[TRAINED_ON:]), strict=True):
         file.write_text("".join(f"{opening}\n" for opening in part))
     return Grammar(tiny, *files)
+
+
+def free_port() -> str:
+    """A port that nothing listens on; each launch needs its own."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def launched(root: Path, options: list[str], recipe: str, overrides: list[str], **environment: str) -> Popen[str]:
+    """`accelerate launch OPTIONS scripts/train.py RECIPE OVERRIDES`, started, in a process group of its own."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port(), *options]
+    return Popen(
+        [*command, "scripts/train.py", recipe, "training.cpu_threads=1", *overrides],
+        cwd=root,
+        env={**os.environ, **environment},
+        stdout=PIPE,
+        stderr=STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process: Popen[str]) -> str:
+    """What the launch printed; it must have ended well."""
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def series(run: Path, *names: str) -> list[list[float]]:
+    """The named metrics of every logged training step, `step` first."""
+    return [[row[name] for name in ("step", *names)] for row in read_rows(run / "metrics.jsonl") if "loss" in row]

@@ -123,7 +123,7 @@ def test_trl_still_has_what_we_rely_on():
 
 
 def test_reference_is_the_model_in_memory_not_the_one_on_disk(tiny, tmp_path):
-    """The trap: TRL reads `config._name_or_path` again, so a model changed in memory starts away from its reference."""
+    """The trap: TRL reads `config._name_or_path` again, so a model changed in memory starts elsewhere."""
     model = load_model(str(tiny))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
