@@ -1,34 +1,10 @@
-"""Train from a recipe: what `accelerate launch` starts. Not a library: see `alignment.trainers.run`.
+"""Train from a recipe, for `accelerate launch` in a checkout; `alignment.trainers.__main__` is the program.
 
-    accelerate launch scripts/train.py recipes/quickstart/dpo.yaml
-    accelerate launch --config_file recipes/accelerate/zero3.yaml scripts/train.py recipes/rpo/zephyr-7b.yaml \
-        training.learning_rate=5e-7
-    accelerate launch scripts/train.py recipes/quickstart/dpo.yaml --resume
+accelerate launch scripts/train.py recipes/quickstart/dpo.yaml training.learning_rate=4e-5
 """
 
-import sys
-
-from alignment.errors import UserError, run_or_exit
-from alignment.recipes import load_recipe
-
-
-def main() -> None:
-    """argv: RECIPE [section.key=value …] [--resume]."""
-    words = sys.argv[1:]
-    resume = "--resume" in words
-    words = [w for w in words if w != "--resume"]
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        raise SystemExit(0 if words else 2)
-    if unknown := [w for w in words[1:] if w.startswith("-") or "=" not in w]:
-        raise UserError(f"{unknown[0]!r}: expected section.key=value or --resume after the recipe")
-    recipe = load_recipe(words[0], words[1:])  # before torch: a mistake in the recipe takes no time
-    from alignment.trainers.run import train
-    from evaluation.report import write_report
-
-    run = train(recipe, resume=resume)
-    print(f"report: {write_report(run)}")
-
+from alignment.errors import run_or_exit
+from alignment.trainers.__main__ import main
 
 if __name__ == "__main__":
     run_or_exit(main)

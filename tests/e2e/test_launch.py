@@ -93,15 +93,9 @@ def test_killed_run_resumes_as_if_nothing_had_happened(root, grammar, runs, one)
 
 
 def test_alignment_train_launches_the_same(root, grammar, runs):
-    command = [sys.executable, "-m", "alignment.cli"]
     given = grammar.overrides(runs / "cli", "training.max_steps=1", "training.cpu_threads=1")
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("alignment")), "train", RECIPE, *given],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    program = str(Path(sys.executable).with_name("alignment"))
+    done = subprocess.run([program, "train", RECIPE, *given], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert (runs / "cli" / "final" / "config.json").is_file(), command
+    assert (runs / "cli" / "final" / "config.json").is_file()
     assert (runs / "cli" / "report.html").is_file()

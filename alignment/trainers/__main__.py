@@ -1,0 +1,39 @@
+"""Train from a recipe: what `accelerate launch` starts, as `scripts/train.py` or as `-m alignment.trainers`.
+
+    accelerate launch scripts/train.py recipes/quickstart/dpo.yaml
+    accelerate launch --config_file recipes/accelerate/zero3.yaml scripts/train.py recipes/rpo/zephyr-7b.yaml \
+        training.learning_rate=5e-7
+    accelerate launch scripts/train.py recipes/quickstart/dpo.yaml --resume
+
+Not a library: see `alignment.trainers.run`.
+"""
+
+import sys
+
+from alignment.errors import UserError, run_or_exit
+from alignment.recipes import load_recipe
+
+
+def main() -> None:
+    """argv: RECIPE [section.key=value …] [--resume]."""
+    words = sys.argv[1:]
+    resume = "--resume" in words
+    words = [w for w in words if w != "--resume"]
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0 if words else 2)
+    if unknown := [w for w in words[1:] if w.startswith("-") or "=" not in w]:
+        raise UserError(f"{unknown[0]!r}: expected section.key=value or --resume after the recipe")
+    recipe = load_recipe(words[0], words[1:])  # before torch: a mistake in the recipe takes no time
+    from accelerate import PartialState
+
+    from alignment.trainers.run import train
+    from evaluation.report import write_report
+
+    run = train(recipe, resume=resume)
+    if PartialState().is_main_process:
+        print(f"report: {write_report(run)}")
+
+
+if __name__ == "__main__":
+    run_or_exit(main)
