@@ -59,11 +59,18 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def launched(root: Path, options: list[str], recipe: str, overrides: list[str], **environment: str) -> Popen[str]:
-    """`accelerate launch OPTIONS scripts/train.py RECIPE OVERRIDES`, started, in a process group of its own."""
+def launched(
+    root: Path,
+    options: list[str],
+    recipe: str,
+    overrides: list[str],
+    program: str = "scripts/train.py",
+    **environment: str,
+) -> Popen[str]:
+    """`accelerate launch OPTIONS PROGRAM RECIPE OVERRIDES`, started, in a process group of its own."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port(), *options]
     return Popen(
-        [*command, "scripts/train.py", recipe, "training.cpu_threads=1", *overrides],
+        [*command, program, recipe, "training.cpu_threads=1", *overrides],
         cwd=root,
         env={**os.environ, **environment},
         stdout=PIPE,
