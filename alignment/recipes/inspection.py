@@ -70,8 +70,9 @@ def _missing_model(name: str) -> Iterator[str]:
             yield f"{name}: the Python package {package!r} is not installed"
         elif not any((Path(folder) / inside).is_file() for folder in folders):
             yield f"{name}: the package {package!r} has no file {inside!r}"
-    elif name.endswith(".gguf") and not Path(name).is_file():
-        yield f"{name}: no such file"
+    elif name.endswith(".gguf"):
+        if not Path(name).is_file():
+            yield f"{name}: no such file"
     elif name.startswith((".", "/", "~")) and not Path(name).is_dir():
         yield f"{name}: no such folder"
 

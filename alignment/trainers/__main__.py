@@ -11,7 +11,8 @@ Not a library: see `alignment.trainers.run`.
 import sys
 
 from alignment.errors import UserError, run_or_exit
-from alignment.recipes import load_recipe
+from alignment.recipes import RecipeError, load_recipe
+from alignment.recipes.inspection import missing_files
 
 
 def main() -> None:
@@ -25,6 +26,8 @@ def main() -> None:
     if unknown := [w for w in words[1:] if w.startswith("-") or "=" not in w]:
         raise UserError(f"{unknown[0]!r}: expected section.key=value or --resume after the recipe")
     recipe = load_recipe(words[0], words[1:])  # before torch: a mistake in the recipe takes no time
+    if problems := missing_files(recipe):
+        raise RecipeError(problems)
     from accelerate import PartialState
 
     from alignment.trainers.run import train

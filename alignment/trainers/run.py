@@ -120,17 +120,30 @@ def _say(state: PartialState, text: str) -> None:
         print(text, flush=True)
 
 
-def _prepare_run(recipe: Recipe, run: Path, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None and an empty place for a fresh run."""
+def _prepare_run(recipe: Recipe, run: Path, resume: bool, world: int) -> tuple[Path | None, Path | None]:
+    """(checkpoint to resume from, None), or (None, where an earlier run went) and a fresh run with its manifest."""
     if resume:
         if not (run / "manifest.json").is_file():
             raise UserError(f"--resume: {run} is not a run directory")
         rundir.refuse_other_recipe(run, recipe.resolved())
-        return rundir.last_checkpoint(run)
+        return rundir.last_checkpoint(run), None
     aside = rundir.move_aside(run)
     if aside is not None:
         print(f"{run} held an earlier run; it is now {aside}", flush=True)
-    return None
+    write_json(run / "manifest.json", _manifest(recipe, world))
+    return None, aside
+
+
+def _manifest(recipe: Recipe, world: int) -> dict[str, Any]:
+    """What is known of a run before it begins."""
+    return {
+        "recipe": recipe.resolved(),
+        "recipe_path": str(recipe.path),
+        "objective": {"name": recipe.objective.name, **recipe.objective.hyperparameters},
+        "seed": recipe.training.seed,
+        "versions": rundir.versions(),
+        "hardware": rundir.hardware(world),
+    }
 
 
 def _training_data(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, state: PartialState) -> Dataset:
@@ -227,19 +240,41 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     earlier run in the same place is moved aside, never overwritten.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: anything that the user can mend; before the first step it leaves everything as it was.
     """
     started = time.perf_counter()
     run = Path(recipe.training.output_dir)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find that out by itself, with a warning
     state = PartialState(cpu=recipe.training.use_cpu or not torch.cuda.is_available())
     plan_batches(recipe.training.global_batch_size, 1, state.num_processes)  # refuse before anything is touched
     _set_threads(recipe.training.cpu_threads, state)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **_tokenizer_arguments(recipe))
     held_out = None if recipe.data.eval is None else load_preferences(*_name_and_split(recipe.data.eval, "test"))
-    checkpoint = _prepare_run(recipe, run, resume) if state.is_main_process else None
+    main = state.is_main_process
+    checkpoint, aside = _prepare_run(recipe, run, resume, state.num_processes) if main else (None, None)
     state.wait_for_everyone()
-    if resume and not state.is_main_process:
+    if resume and not main:
         checkpoint = rundir.last_checkpoint(run)
+    try:
+        _train_in(run, recipe, state, tokenizer, held_out, checkpoint, started)
+    except UserError:
+        if main and not resume:
+            rundir.undo_unless_begun(run, aside)
+        raise
+    return run
+
+
+def _train_in(
+    run: Path,
+    recipe: Recipe,
+    state: PartialState,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Dataset | None,
+    checkpoint: Path | None,
+    started: float,
+) -> None:
+    """The three stages, in a run directory that is ready."""
     _say(state, f"[1/3] preferences: {recipe.data.train or 'sampled from the starting model'}")
     data = _training_data(recipe, run, tokenizer, state)
     sampled = time.perf_counter()
@@ -247,14 +282,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     args = _arguments(recipe, run, state.num_processes)
     trainer = build_trainer(recipe, args, data, held_out, tokenizer)
     pairs = len(trainer.train_dataset)  # type: ignore[arg-type]  # a Dataset, by our constructor
-    manifest = {
-        "recipe": recipe.resolved(),
-        "recipe_path": str(recipe.path),
-        "objective": {"name": recipe.objective.name, **recipe.objective.hyperparameters},
+    manifest = _manifest(recipe, state.num_processes) | {
         "pairs": pairs,
-        "seed": args.seed,
-        "versions": rundir.versions(),
-        "hardware": rundir.hardware(state.num_processes),
         "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps},
         "data_fingerprint": hashlib.sha256(json.dumps(data.to_list(), sort_keys=True).encode()).hexdigest(),
         "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
@@ -273,7 +302,6 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     manifest["steps"] = trainer.state.global_step
     if state.is_main_process:
         write_json(run / "manifest.json", manifest)
-    return run
 
 
 def _name_and_split(text: str, default: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,19 @@ def move_aside(run: Path) -> Path | None:
         number += 1
     run.rename(aside)
     return aside
+
+
+def undo_unless_begun(run: Path, aside: Path | None) -> None:
+    """After a mistake stopped a fresh run: remove what it wrote and put the earlier run back.
+
+    Once there are metrics or a checkpoint the run has begun, and it is kept.
+    """
+    if (run / "metrics.jsonl").exists() or any(run.glob("checkpoint-*")):
+        return
+    shutil.rmtree(run)
+    if aside is not None:
+        aside.rename(run)
+        print(f"{run} is the earlier run again", flush=True)
 
 
 def last_checkpoint(run: Path) -> Path:

@@ -1,0 +1,190 @@
+"""Mistakes that a user can make: one line that begins with `error:`, exit code 2, no traceback, nothing left behind.
+
+Most run the program's `main` in this process, because starting Python with torch takes seconds; a few are real
+processes, where libraries could print over the message.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from alignment.errors import run_or_exit
+from alignment.trainers import run as training
+from alignment.trainers.__main__ import main
+from tests.e2e.conftest import Grammar
+
+RECIPE = "recipes/quickstart/dpo.yaml"
+GOOD = {"prompt": "my dog is", "chosen": " kind .", "rejected": " cold ."}
+CHAT = {
+    "prompt": [{"role": "user", "content": "my dog is"}],
+    "chosen": [{"role": "assistant", "content": "kind ."}],
+    "rejected": [{"role": "assistant", "content": "cold ."}],
+}
+
+
+def said(error_output: str) -> str:
+    """The one error line; whatever libraries printed stands before it."""
+    lines = error_output.strip().splitlines()
+    assert "Traceback" not in error_output
+    assert [line for line in lines if line.startswith("error:")] == lines[-1:]
+    return lines[-1]
+
+
+def left(folder: Path) -> list[str]:
+    """Every file and folder under `folder`."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def refused(root, grammar: Grammar, tmp_path, monkeypatch, capfd):
+    """Run `scripts/train.py RECIPE OVERRIDES` in this process; it must be refused and leave nothing. Its last line."""
+
+    def attempt(*overrides: str, recipe: str = RECIPE, flags: tuple[str, ...] = ()) -> str:
+        run = tmp_path / "out" / "run"
+        run.parent.mkdir(exist_ok=True)
+        before = left(tmp_path)
+        monkeypatch.chdir(root)
+        monkeypatch.setattr(sys, "argv", ["train.py", recipe, *grammar.overrides(run, *overrides), *flags])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_or_exit(main)
+        assert stopped.value.code == 2
+        assert left(tmp_path) == before
+        return said(capfd.readouterr().err)
+
+    return attempt
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.learning_rat=1e-4"], "learning_rat: unknown key; did you mean 'learning_rate'?"),
+        (["training.learning_rate=fast"], "learning_rate: expected a number, got 'fast'"),
+        (["objective.name=dppo"], "did you mean 'dpo'?"),
+        (["objective.beta=-1"], "objective.beta: "),
+        (["training.per_device_train_batch_size=3"], "8 is not a multiple of per_device_train_batch_size 3"),
+        (["training.bf16=true", "training.fp16=true"], "excludes fp16"),
+        (["nonsense"], "'nonsense'"),
+        (["data.sample.prompts=nowhere.txt"], "nowhere.txt"),
+        (["evaluation.prompts=nowhere.txt"], "nowhere.txt"),
+        (["data.sample.limit=1000"], "112 prompts, but 1000 are asked for"),
+        (["data.eval=nowhere.jsonl"], "nowhere.jsonl"),
+        (["data.sample=null", "data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["data.sample=null", "data.train=nobody/no-such-data"], "nobody/no-such-data"),
+        (["model.name_or_path=nobody/no-such-model"], "nobody/no-such-model"),
+        (["model.name_or_path=./no-such-folder"], "no-such-folder"),
+        (["model.name_or_path=no-such-file.gguf"], "no-such-file.gguf"),
+        (["model.name_or_path=package://no_such_package/model.gguf"], "'no_such_package' is not installed"),
+        (["model.name_or_path=package://yaml/no-such.gguf"], "no-such.gguf"),
+        (["model.adapter=./no-such-adapter"], "no-such-adapter"),
+        (["model.adapter=tests"], "adapter_config.json"),
+        (["data.max_length=2"], "raise data.max_length"),
+        (["data.sample.min_gap=99"], "no pair is left"),
+        (["reward.pattern='('"], "pattern"),
+        (["training.optim=no_such_optimiser"], "no_such_optimiser"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_line_and_nothing_written(refused, overrides, message):
+    assert message in refused(*overrides)
+
+
+def test_missing_and_broken_recipes(refused, tmp_path):
+    assert "nowhere.yaml" in refused(recipe="nowhere.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("objective:\n  name: dpo\n beta: [\n")
+    assert f"{broken}:3" in refused(recipe=str(broken))
+    assert "--frobnicate" in refused(flags=("--frobnicate",))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, "{not json"], ":2: not valid JSON"),
+        ([GOOD, "[1, 2]"], ":2: a JSON object is needed"),
+        ([GOOD, {"prompt": "a", "chosen": " b"}], "row 2: column 'rejected' is missing"),
+        ([GOOD, GOOD, GOOD | {"chosen": "  "}], "row 3: column 'chosen' is empty"),
+        ([GOOD, GOOD | {"chosen": None}], "row 2: column 'chosen': expected text"),
+        ([GOOD, GOOD | {"chosen": " cold ."}], "row 2: chosen and rejected are the same"),
+        ([GOOD, CHAT], "row 2: text rows and chat rows are mixed"),
+        ([CHAT, CHAT | {"chosen": "kind ."}], "row 2: prompt, chosen and rejected mix text and chat"),
+        ([GOOD | {"reward_chosen": 1.0}, GOOD], "row 2: column 'reward_chosen' is in some rows only"),
+        ([GOOD | {"reward_chosen": "high"}], "row 1: column 'reward_chosen': expected a number"),
+        ([], "no rows"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unusable_rows_are_named(refused, tmp_path, rows, message):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    found = refused("data.sample=null", f"data.train={file}")
+    assert f"error: {file}" in found and message in found
+
+
+def test_missing_columns_of_an_objective(refused, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(GOOD) + "\n")
+    given = ["data.sample=null", f"data.train={tmp_path / 'pairs.jsonl'}", "objective.name=reward_aware_rpo"]
+    assert "needs column 'reward_chosen'" in refused(*given)
+
+
+def test_files_that_are_not_models(refused, tmp_path):
+    (tmp_path / "noise.gguf").write_bytes(b"GGUF" + bytes(range(256)))
+    assert "noise.gguf: not a GGUF file" in refused(f"model.name_or_path={tmp_path / 'noise.gguf'}")
+    (tmp_path / "text.gguf").write_text("not a model")
+    assert "text.gguf: not a GGUF file" in refused(f"model.name_or_path={tmp_path / 'text.gguf'}")
+    (tmp_path / "empty").mkdir()
+    assert "not a saved model" in refused(f"model.name_or_path={tmp_path / 'empty'}")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text('{"model_type": "llama"')
+    assert "half" in refused(f"model.name_or_path={tmp_path / 'half'}")
+
+
+def test_batch_that_cannot_be_split_over_the_processes(refused, monkeypatch):
+    three = SimpleNamespace(num_processes=3, is_main_process=True)
+    monkeypatch.setattr(training, "PartialState", lambda cpu: three)
+    assert "8 pairs cannot be split evenly over 3 processes; declare 9" in refused()
+
+
+def test_places_that_are_not_runs(refused, tmp_path):
+    theirs = tmp_path / "out" / "run"
+    theirs.mkdir(parents=True)
+    (theirs / "thesis.tex").write_text("precious")
+    assert "is not a run" in refused()
+    assert "is not a run" in refused(flags=("--resume",))
+    assert (theirs / "thesis.tex").read_text() == "precious"
+
+
+def test_an_earlier_run_is_put_back_when_the_next_is_refused(refused, tmp_path):
+    """The mistake shows only after the earlier run was moved aside."""
+    earlier = tmp_path / "out" / "run"
+    earlier.mkdir(parents=True)
+    (earlier / "manifest.json").write_text("{}")
+    assert "raise data.max_length" in refused("data.max_length=2")
+    assert (earlier / "manifest.json").read_text() == "{}"
+
+
+def test_real_processes(root, grammar, tmp_path):
+    (tmp_path / "noise.gguf").write_bytes(b"GGUF" + bytes(range(256)))
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("extends: " + str(root / RECIPE) + "\ntraining:\n  learning_rat: 1.0e-5\n")
+    overrides = grammar.overrides(tmp_path / "run", f"model.name_or_path={tmp_path / 'noise.gguf'}")
+    programs = Path(sys.executable).parent
+    for command, message in [
+        (["python", "scripts/train.py", str(wrong)], f"{wrong}:3: training.learning_rat"),
+        (["python", "scripts/train.py", RECIPE, *overrides], "not a GGUF file"),
+        (["alignment", "recipe", "check", str(wrong)], f"{wrong}:3: training.learning_rat"),
+        (["alignment", "report", str(tmp_path / "run")], "no such run folder"),
+        (["python", "evaluation/win_rate.py", str(tmp_path / "run")], "no such run directory"),
+    ]:
+        done = subprocess.run(
+            [str(programs / command[0]), *command[1:]], cwd=root, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 2, done.stderr
+        assert message in said(done.stderr)
+        assert not (tmp_path / "run").exists()
