@@ -8,8 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/quickstart/dpo.yaml
 RUN ?= runs/quickstart-dpo
-# `accelerate launch` warns about each of these that is left to its default.
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# `accelerate launch` warns about each of these that is left to its default, and adds a traceback of its own to any
+# error unless it is told to be quiet.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 PIP := $(BIN)/pip --disable-pip-version-check install
 export TOKENIZERS_PARALLELISM := false
 
