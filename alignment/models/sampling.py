@@ -5,7 +5,8 @@ Not a server and not the on-policy trainer's path. Used by the self-sampled pref
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,21 @@ def _cut(row: list[int], ends: set[int]) -> tuple[list[int], bool]:
         if token in ends:
             return row[: position + 1], True
     return row, False
+
+
+@contextlib.contextmanager
+def _own_defaults_only(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what a caller leaves open from the file that came with the model (repetition penalty, min-p,
+    beams …); samples of the model itself need that file out of the way."""
+    from accelerate.utils import is_peft_model
+    from transformers import GenerationConfig
+
+    inner: Any = model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]
+    shipped, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = shipped
 
 
 @torch.no_grad()
@@ -99,7 +115,8 @@ def sample(
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), tqdm(total=len(prompts), desc=progress, disable=not progress) as bar:
+    bar = tqdm(total=len(prompts), desc=progress, disable=not progress)
+    with torch.random.fork_rng(devices=devices), _own_defaults_only(model), bar:
         torch.manual_seed(seed)
         for start in range(0, len(order), per_batch):
             batch = order[start : start + per_batch]
