@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,14 @@ def resolve_path(name_or_path: str | Path) -> str:
 
         return str(converted_folder(Path(name)))
     return name
+
+
+def settle_accelerator() -> None:
+    """Tell DeepSpeed, which transformers imports on the way, that there is only a CPU: it would warn on stdout."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _adapter_base(folder: str) -> str | None:
@@ -122,6 +131,7 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    settle_accelerator()
     if dtype not in DTYPES:
         raise UserError(f"model.dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     path = resolve_path(name_or_path)

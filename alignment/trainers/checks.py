@@ -40,7 +40,8 @@ def step_zero_problem(
     if off > tolerance:
         return (
             f"the first batch's log-probs differ from the starting model's by a relative {off:.2g}: dropout is "
-            "active, or rows, masks or positions of the chosen layout are wrong for this model (try training.layout=paired)"
+            "active, or rows, masks or positions of the chosen layout are wrong for this model (try "
+            "training.layout=paired)"
         )
     if start_is_reference and batch.ref_chosen is not None and batch.ref_rejected is not None:
         reference = torch.stack([batch.ref_chosen, batch.ref_rejected], dim=1)

@@ -116,6 +116,8 @@ class PreferenceTrainer(DPOTrainer):
             **more,
         )
         self.add_callback(DisplacementAlarm(displacement_alarm))
+        if self.aux_loss_enabled:
+            warnings.warn("the router's auxiliary loss is not added: only the objective is trained", stacklevel=2)
 
     # --- data ---------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from alignment.errors import UserError
 from alignment.files import write_json, write_json_lines
 from alignment.models import load_model, load_tokenizer
 from alignment.models.gguf import cache_root
+from alignment.models.loading import settle_accelerator
 from alignment.models.sampling import prompt_ids, sample
 from alignment.objectives import get_objective
 from alignment.recipes import Recipe
@@ -244,8 +245,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     """
     started = time.perf_counter()
     run = Path(recipe.training.output_dir)
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find that out by itself, with a warning
+    settle_accelerator()
     state = PartialState(cpu=recipe.training.use_cpu or not torch.cuda.is_available())
     plan_batches(recipe.training.global_batch_size, 1, state.num_processes)  # refuse before anything is touched
     _set_threads(recipe.training.cpu_threads, state)
