@@ -90,7 +90,7 @@ def train(
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", str(accelerate_config)] if accelerate_config is not None else []
     sys.stdout.flush()
-    os.execv(launch[0], [*launch, "-m", "alignment.trainers", str(recipe), *(overrides or ())])
+    os.execv(launch[0], [*launch, "-m", "alignment.launched", str(recipe), *(overrides or ())])
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """What evaluation programs read: prompts with their places, model outputs, the prompts that were trained on.
 
-Not the reader of recipes or of preference data for training, and not plain file access (`alignment.files`). Whatever is
-wrong with a file raises a `UserError` that names the file and the row.
+Not the reader of recipes or of preference data for training, and not plain file access (`alignment.files`). Whatever
+is wrong with a file raises a `UserError` that names the file and the row.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Launched by test_sharding.py. DeepSpeed then communicates through gloo; numbers 
 import deepspeed.ops
 
 from alignment.errors import run_or_exit
-from alignment.trainers.__main__ import main
+from alignment.launched import main
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 run_or_exit(main)

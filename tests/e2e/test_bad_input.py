@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from alignment.errors import run_or_exit
+from alignment.launched import main
 from alignment.trainers import run as training
-from alignment.trainers.__main__ import main
 from tests.e2e.conftest import Grammar
 
 RECIPE = "recipes/quickstart/dpo.yaml"

@@ -85,7 +85,7 @@ def test_train_hands_over_to_accelerate(monkeypatch):
     recipe, config = Path("recipes/quickstart/dpo.yaml"), Path("recipes/accelerate/cpu.yaml")
     cli.train(recipe, ["training.seed=1"], config)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    assert commands == [(sys.executable, [*launch, "-m", "alignment.trainers", str(recipe), "training.seed=1"])]
+    assert commands == [(sys.executable, [*launch, "-m", "alignment.launched", str(recipe), "training.seed=1"])]
 
 
 def test_objectives_check_prints_a_line_per_check():

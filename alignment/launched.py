@@ -1,4 +1,4 @@
-"""Train from a recipe: what `accelerate launch` starts, as `scripts/train.py` or as `-m alignment.trainers`.
+"""Train from a recipe: what `accelerate launch` starts, as `scripts/train.py` or as `-m alignment.launched`.
 
     accelerate launch scripts/train.py recipes/quickstart/dpo.yaml
     accelerate launch --config_file recipes/accelerate/zero3.yaml scripts/train.py recipes/rpo/zephyr-7b.yaml \
