@@ -6,12 +6,12 @@ Not a registry and not a cache of hub files (transformers has one). Errors that 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.errors import UserError
+from alignment.files import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,11 +61,16 @@ def _adapter_base(folder: str) -> str | None:
     config = Path(folder) / "adapter_config.json"
     if not config.is_file():
         return None
-    return str(json.loads(config.read_text())["base_model_name_or_path"])
+    base = read_json_object(config).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{config}: does not name its base model (base_model_name_or_path)")
+    return str(base)
 
 
 def _from_pretrained(auto_class: Any, name_or_path: str | Path, path: str, **options: Any) -> Any:
     """`auto_class.from_pretrained(path)`, with what goes wrong said in one line."""
+    from safetensors import SafetensorError
+
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         raise UserError(
@@ -73,7 +78,7 @@ def _from_pretrained(auto_class: Any, name_or_path: str | Path, path: str, **opt
         )
     try:
         return auto_class.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model.name_or_path: cannot load {str(name_or_path)!r}: neither a readable folder nor a model that the "
@@ -152,9 +157,18 @@ def load_model(
         trust_remote_code=trust_remote_code,
     )
     if adapter is not None:
-        from peft import PeftModel
-
-        if _adapter_base(adapter) is None:
-            raise UserError(f"model.adapter: {adapter!r} is not a folder with adapter_config.json")
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
+        model = _with_adapter(model, adapter, trainable_adapter)
     return model.eval()
+
+
+def _with_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> Any:
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    if _adapter_base(adapter) is None:
+        raise UserError(f"model.adapter: {adapter!r} is not a folder with adapter_config.json")
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes of another base
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.adapter: cannot load {adapter!r} on this model ({reason})") from error
