@@ -58,35 +58,44 @@ def _problem(row: dict[str, Any], first: dict[str, Any]) -> str | None:
     for column in TEXT_COLUMNS:
         if column not in row:
             return f"column {column!r} is missing (a row needs prompt, chosen, rejected)"
-        value = row[column]
-        if not isinstance(value, str) and not _is_messages(value):
-            return f"column {column!r}: expected text or a list of messages, got {type(value).__name__}"
-        if (
-            column != "prompt"
-            and not row.get(f"{column}_ids")
-            and not (value if isinstance(value, str) else value[-1]["content"]).strip()
-        ):
-            return f"column {column!r} is empty"
-    if len({isinstance(row[c], str) for c in TEXT_COLUMNS}) != 1:
-        return "prompt, chosen and rejected mix text and chat messages"
+    texts = [*TEXT_COLUMNS, *(["calibration"] if "calibration" in row else [])]
+    problem = next(filter(None, (_text_problem(row, column) for column in texts)), None)
+    if problem is not None:
+        return problem
+    if len({isinstance(row[c], str) for c in texts}) != 1:
+        return f"{', '.join(texts[:-1])} and {texts[-1]} mix text and chat messages"
     if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
         return "text rows and chat rows are mixed in one file"
     if row["chosen"] == row["rejected"] and row.get("chosen_ids") == row.get("rejected_ids"):
         return "chosen and rejected are the same"
     for column in NUMBER_COLUMNS:
-        value = row.get(column)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        value = row.get(column, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             return f"column {column!r}: expected a number, got {value!r}"
-        if isinstance(value, float) and not math.isfinite(value):
+        if not math.isfinite(value):
             return f"column {column!r}: {value} is not a finite number"
-    for column in (*ID_COLUMNS, "calibration_ids"):
-        value = row.get(column)
-        if value is not None and not (isinstance(value, list) and all(isinstance(i, int) for i in value)):
-            return f"column {column!r}: expected a list of token ids"
-    missing = set(first) ^ set(row)
-    if missing & set(OPTIONAL_COLUMNS):
-        return f"column {sorted(missing)[0]!r} is in some rows only"
-    return None
+    if "calibration_ids" in row and "calibration" not in row:
+        return "column 'calibration_ids' needs calibration beside it"
+    given = [c for c in ID_COLUMNS if c in row]
+    if given and len(given) < len(ID_COLUMNS):
+        return f"column {given[0]!r} needs {', '.join(c for c in ID_COLUMNS if c not in row)} beside it"
+    differing = (set(first) ^ set(row)) & set(OPTIONAL_COLUMNS)
+    return f"column {sorted(differing)[0]!r} is in some rows only" if differing else None
+
+
+def _text_problem(row: dict[str, Any], column: str) -> str | None:
+    """What is wrong with a text and its token ids; a prompt may be empty, and so may a text whose ids are given."""
+    value, ids = row[column], row.get(f"{column}_ids", [])
+    if not isinstance(value, str) and not _is_messages(value):
+        return f"column {column!r}: expected text or a list of messages, got {type(value).__name__}"
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        return f"column '{column}_ids': expected a list of token ids"
+    if column == "prompt" or ids:
+        return None
+    if f"{column}_ids" in row:
+        return f"column '{column}_ids' is empty"
+    text = value if isinstance(value, str) else value[-1]["content"]
+    return None if text.strip() else f"column {column!r} is empty"
 
 
 def preference_dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
