@@ -1,6 +1,7 @@
 """Preference rows from a JSON/JSONL file or the hub into one `datasets.Dataset`.
 
-A row has `prompt`, `chosen`, `rejected`: three texts, or three lists of chat messages. Optional columns travel with
+A row has `prompt`, `chosen`, `rejected`: three texts, or three lists of chat messages. Lists that repeat the prompt's
+messages (UltraFeedback, TRL's implicit prompt) are taken apart into prompt and responses. Optional columns travel with
 it: token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`; used as they are, never tokenised again), a `calibration`
 response, and numbers that some objectives read. Not a cleaner: the first unusable row stops the run, by its number.
 """
@@ -98,6 +99,34 @@ def _text_problem(row: dict[str, Any], column: str) -> str | None:
     return None if text.strip() else f"column {column!r} is empty"
 
 
+def explicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its prompt's messages in `prompt` and nowhere else.
+
+    `chosen` and `rejected` may be whole conversations: `prompt` is then absent, or a text (what the user said last),
+    or the list of messages that they begin with. What both begin with becomes the prompt. Other rows come back as
+    they are, to be judged by `_problem`.
+    """
+    chosen: Any = row.get("chosen")
+    rejected: Any = row.get("rejected")
+    prompt = row.get("prompt")
+    if not (_is_messages(chosen) and _is_messages(rejected)):
+        return row
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if isinstance(prompt, str) and shared == 0:
+        return row | {"prompt": [{"role": "user", "content": prompt}]}
+    whole = isinstance(prompt, list) and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]
+    if prompt is None or whole or (isinstance(prompt, str) and _said_last(chosen[:shared]) == prompt.strip()):
+        cut = len(prompt) if isinstance(prompt, list) else shared
+        return row | {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
+    return row
+
+
+def _said_last(messages: list[dict[str, str]]) -> str | None:
+    return next((m["content"].strip() for m in reversed(messages) if m["role"] == "user"), None)
+
+
 def preference_dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
     """Checked rows as a Dataset holding only the columns that this project knows.
 
@@ -106,6 +135,7 @@ def preference_dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
     """
     from datasets import Dataset
 
+    rows = [explicit_prompt(row) for row in rows]
     for number, row in enumerate(rows, start=1):
         problem = _problem(row, rows[0])
         if problem is not None:

@@ -212,6 +212,10 @@ class Objective:
             start = columns | {"rejected": batch.chosen}
         return self._push(columns) < SATURATED_SHARE * self._push(start)
 
+    def capped(self, batch: PairLogps) -> Tensor | None:
+        """`[B]` bool: pairs where a numerical extension replaces the paper's formula; None if there is none."""
+        return None
+
     def _push(self, columns: dict[str, Tensor]) -> Tensor:
         """|dL/ds_w| + |dL/ds_l| per pair, `[B]`; the loss treats pairs independently, so one backward gives all."""
         with torch.enable_grad():

@@ -37,7 +37,7 @@ class FDPO(Objective):
         verified="scores and TRL's conventions against their code, optimum derived; the paper was not read",
         pitfalls=(
             "forward_kl and alpha take the exponential of a sequence log-ratio: chosen responses that the policy left "
-            "(z << 0) get slopes up to beta e^10, so use a small beta and gradient clipping, and watch `saturated`.",
+            "(z << 0) get slopes up to beta e^10, so use a small beta and gradient clipping, and watch `capped`.",
             "jsd starts with half of DPO's slope: beta_jsd = 2 beta_dpo gives the same first step.",
             "The limits alpha = 0 and 1 are reverse_kl and forward_kl, by name only.",
         ),
@@ -86,7 +86,7 @@ class FDPO(Objective):
     def pair_rewards(self, batch: PairLogps) -> tuple[Tensor, Tensor]:
         return self.beta * self.score(batch.log_ratio_chosen), self.beta * self.score(batch.log_ratio_rejected)
 
-    def saturated(self, batch: PairLogps) -> Tensor:
-        """As in the base class, or either response is beyond the linear extension's start."""
+    def capped(self, batch: PairLogps) -> Tensor:
+        """`[B]` bool: either response is beyond the start of the linear extension, where the slope stays beta e^c."""
         lowest = torch.minimum(batch.log_ratio_chosen, batch.log_ratio_rejected).detach()
-        return super().saturated(batch) | (-self._order * lowest > CAP)
+        return -self._order * lowest > CAP

@@ -59,7 +59,8 @@ class LengthGroupedSampler(Sampler[int]):
 
     Unlike transformers' own, the order depends on the global batch size alone, so one process and many see the same
     batches. Pairs are shuffled, sorted by length within stretches of 50 batches, cut into batches, and the batches
-    shuffled. The longest one first: memory runs out at once or never.
+    shuffled. The longest one first: memory runs out at once or never. Where the pairs do not fill the last batch, the
+    first ones of the shuffle are visited twice: an incomplete batch would weigh its pairs by how it is split up.
 
     Args:
         lengths: tokens of each pair.
@@ -70,9 +71,10 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, group: bool = True):
         self.lengths, self.batch_size, self.seed, self.group, self.epoch = lengths, batch_size, seed, group, 0
+        self.repeated = -len(lengths) % batch_size  # pairs visited twice in an epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.repeated
 
     def set_epoch(self, epoch: int) -> None:
         """Accelerate's data loader calls this; resuming in epoch e gives epoch e's order."""
@@ -81,6 +83,7 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order += (order * self.batch_size)[: self.repeated]
         if not self.group:
             return iter(order)
         stretch = MEGABATCH * self.batch_size
@@ -88,10 +91,7 @@ class LengthGroupedSampler(Sampler[int]):
         for start in range(0, len(order), stretch):
             part = sorted(order[start : start + stretch], key=lambda i: -self.lengths[i])
             batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
-        full = [b for b in batches if len(b) == self.batch_size]
-        rest = [b for b in batches if len(b) < self.batch_size]  # an incomplete batch anywhere else would shift all
-        full = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
-        if full:
-            longest = max(range(len(full)), key=lambda b: max(self.lengths[i] for i in full[b]))
-            full.insert(0, full.pop(longest))
-        return iter([i for batch in full + rest for i in batch])
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        longest = max(range(len(batches)), key=lambda b: max(self.lengths[i] for i in batches[b]))
+        batches.insert(0, batches.pop(longest))
+        return iter([i for batch in batches for i in batch])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +25,14 @@ from alignment.data.preferences import ID_COLUMNS, NUMBER_COLUMNS
 from alignment.errors import UserError
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective
-from alignment.trainers.checks import step_zero_problem
+from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
 from alignment.trainers.collation import BRANCHES, LengthGroupedSampler, PairCollator
 from alignment.trainers.metrics import DisplacementAlarm, Totals
 from alignment.trainers.scoring import (
     ROW_KEYS,
+    TOLERANCE,
     Layout,
-    layouts_agree,
+    relative_gap,
     repaired,
     scored_tokens,
     sequence_logps,
@@ -89,12 +91,17 @@ class PreferenceTrainer(DPOTrainer):
         self.objective: Objective = objective
         self.group_by_length = group_by_length
         self.start_is_reference = ref_model is None if start_is_reference is None else start_is_reference
-        self._needs_reference = bool({"reference", "ref_calibration", "previous"} & set(objective.needs))
+        self._needs_reference = needs_reference(objective)
         self._calibrated = "calibration" in objective.needs
         self._branches = 3 if self._calibrated else 2
         self._totals = {"train": Totals(), "eval": Totals()}
-        self._start_checked = False
-        self._probe: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
+        self._layout_settled = self._begun = self._gradient_seen = False
+        self._start: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
+        if ref_model is None and "previous" in objective.needs and "prev_chosen" in train_dataset.column_names:
+            raise UserError(
+                "train data: the rows bring prev_chosen, so training starts at the previous iterate, which is not the "
+                "reference: give the reference as ref_model"
+            )
         if layout == "shared_prefix" and (reason := _why_not_shared(model, peft_config)):
             warnings.warn(f"layout shared_prefix is not possible ({reason}); using paired", stacklevel=2)
             layout = "paired"
@@ -115,6 +122,12 @@ class PreferenceTrainer(DPOTrainer):
             peft_config=peft_config,
             **more,
         )
+        asked = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+        if self.accelerator.mixed_precision != asked:
+            raise UserError(
+                f"training: the launcher's mixed precision is {self.accelerator.mixed_precision!r}, the recipe's is "
+                f"{asked!r}: set training.bf16 or training.fp16, or launch with --mixed_precision {asked}"
+            )
         self.add_callback(DisplacementAlarm(displacement_alarm))
         if self.aux_loss_enabled:
             warnings.warn("the router's auxiliary loss is not added: only the objective is trained", stacklevel=2)
@@ -132,6 +145,8 @@ class PreferenceTrainer(DPOTrainer):
                 )
         before = len(dataset)
         if set(ID_COLUMNS) <= set(dataset.column_names):
+            if self._calibrated and "calibration_ids" not in dataset.column_names:
+                raise UserError(f"{dataset_name} data: the rows bring token ids, but no calibration_ids")
             dataset = dataset.filter(_prompt_fits, fn_kwargs={"max_length": args.max_length})
         else:
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -147,8 +162,14 @@ class PreferenceTrainer(DPOTrainer):
     def _tokenise_calibration(self, dataset, processing_class, args, dataset_name):
         """`calibration_ids`, by TRL's own tokenisation with the calibration response in the place of chosen."""
         stand_in = dataset.select_columns(["prompt", "calibration", "rejected"]).rename_column("calibration", "chosen")
-        ids = super()._prepare_dataset(stand_in, processing_class, args, dataset_name)["chosen_ids"]
-        return dataset.add_column("calibration_ids", ids)
+        tokenised = super()._prepare_dataset(stand_in, processing_class, args, dataset_name)
+        for row, (own, other) in enumerate(zip(dataset["prompt_ids"], tokenised["prompt_ids"], strict=True), start=1):
+            if own != other:
+                raise UserError(
+                    f"{dataset_name} data: row {row}: the prompt's last token merges with the calibration response "
+                    "differently than with the others; end the prompt on a token boundary, or give token ids"
+                )
+        return dataset.add_column("calibration_ids", tokenised["chosen_ids"])
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -171,14 +192,21 @@ class PreferenceTrainer(DPOTrainer):
 
     @property
     def _compute_dtype(self) -> torch.dtype:
-        if self.args.bf16 or self.args.fp16:
-            return torch.bfloat16 if self.args.bf16 else torch.float16
         dtype: torch.dtype = self.model.dtype
-        return dtype
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, dtype)
 
     def _score(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`[B, k]` log-probs, in nats; shared rows are taken apart where the model turned out not to take them."""
         rows = {key: inputs[key] for key in ROW_KEYS}
+        if self.collator.layout == "paired" and int(rows["row_segments"].max()) > 1:
+            rows = self._paired(rows)  # collated ahead, or in a worker, before the layout was settled
         return sequence_logps(model, self.model.config, self.model.dtype, rows, self._branches)
+
+    def _paired(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        rows = {key: inputs[key] for key in ROW_KEYS}
+        if int(rows["row_segments"].max()) <= 1:
+            return rows
+        return repaired(rows, self._branches, self.collator.pad_token_id)
 
     def _reference_logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """`[B, k]` under the reference: its own model, or the policy with its adapter switched off or to `ref`."""
@@ -217,13 +245,13 @@ class PreferenceTrainer(DPOTrainer):
         """Mean of the objective over the pairs of this micro-batch."""
         if return_outputs:
             raise UserError("training: `compute_metrics` needs logits, which are not kept; leave it out")
-        first = self.model.training and not self._start_checked
-        if first:
-            inputs = self._agreed_layout(model, inputs)
+        if not self._layout_settled:
+            self._settle_layout(model, inputs)
         batch = self.pair_logps(model, inputs)
-        if first:
-            self._check_start(model, inputs, batch)
-            self._totals["train"].restart()
+        if self.model.training and not self._begun:
+            self._begin(model, inputs, batch)
+        if self.model.training and not self._gradient_seen:
+            self._look_for_gradient(batch)
         losses = self.objective.loss(batch)
         self._record(inputs, batch)
         return losses.mean()
@@ -232,37 +260,75 @@ class PreferenceTrainer(DPOTrainer):
         """Evaluation has a loss and no logits."""
         return super().prediction_step(model, inputs, True, ignore_keys)
 
-    def _agreed_layout(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The first batch, in the layout that this model can take: compared with `paired` rather than assumed."""
-        if self.collator.layout == "paired":
-            return inputs
-        paired = inputs | repaired({k: inputs[k] for k in ROW_KEYS}, self._branches, self.collator.pad_token_id)
-        with torch.no_grad(), self.accelerator.autocast():
-            agree = layouts_agree(self._score(model, inputs), self._score(model, paired), self._compute_dtype)
-        if self._any_process(not agree):
-            self.collator.layout = "paired"
-            warnings.warn("layout shared_prefix gives other log-probs on this model; using paired", stacklevel=2)
-            return paired
-        return inputs
+    def evaluate(self, *args, **kwargs):
+        """As TRL's; throughput counts from here, and training's from its end."""
+        self._totals["eval"].restart()
+        metrics = super().evaluate(*args, **kwargs)
+        self._totals["train"].restart()
+        return metrics
 
-    def _check_start(self, model: Any, inputs: dict[str, torch.Tensor], batch: PairLogps) -> None:
-        """The step-0 check of a fresh run, and the probe rows where no reference tells what the start was."""
-        self._start_checked = True
-        if self.state.global_step > 0:  # resumed: the policy is no longer the start
+    def _settle_layout(self, model: Any, inputs: dict[str, torch.Tensor]) -> None:
+        """Compare the layouts on the first batch rather than trust a list of architectures."""
+        self._layout_settled = True
+        if self.collator.layout == "paired":
             return
-        paired = {k: inputs[k] for k in ROW_KEYS}
-        if self.collator.layout != "paired":
-            paired = repaired(paired, self._branches, self.collator.pad_token_id)
-        model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            start = self._score(model, paired)
-        model.train()
+            expected = self._score(model, self._paired(inputs))
+            try:
+                gap = relative_gap(self._score(model, inputs), expected)
+                reason = f"gives log-probs that are off by a relative {gap:.2g}"
+                differ = gap > TOLERANCE[self._compute_dtype]
+            except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                differ, reason = True, f"fails ({' '.join(str(error).split())[:120]})"
+        if self._any_process(differ):
+            self.collator.layout = "paired"
+            warnings.warn(f"layout shared_prefix {reason} on this model; using paired", stacklevel=2)
+
+    def _begin(self, model: Any, inputs: dict[str, torch.Tensor], batch: PairLogps) -> None:
+        """Before the first update: the step-0 check of a fresh run; of a resumed one, that its reference is the same.
+
+        `start.json` keeps the first batch of the main process with its log-probs under the starting model.
+        """
+        self._begun = True
         starts_at_reference = self.start_is_reference and self._needs_reference
-        problem = step_zero_problem(self.objective, batch, start, self._compute_dtype, starts_at_reference)
-        if self._any_process(problem is not None):
-            raise UserError(f"step-0 check: {problem or 'another process stopped'}")
-        if not starts_at_reference:
-            self._probe = ({k: inputs[k] for k in ROW_KEYS}, start)
+        file = Path(str(self.args.output_dir)) / "start.json"
+        if self.state.global_step > 0:
+            self._start = read_start(file, self.accelerator.device)
+            if self._start is not None and starts_at_reference:
+                gap = relative_gap(self._reference_logps(self.ref_model or model, self._start[0]), self._start[1])
+                if self._any_process(gap > TOLERANCE[self._compute_dtype]):
+                    raise UserError(
+                        f"--resume: the reference's log-probs are off by a relative {gap:.2g} from the model that "
+                        f"this run began with: the weights behind {self.model.config._name_or_path!r} have changed"
+                    )
+        else:
+            paired = self._paired(inputs)
+            model.eval()
+            with torch.no_grad(), self.accelerator.autocast():
+                start = self._score(model, paired)
+            model.train()
+            problem = step_zero_problem(self.objective, batch, start, self._compute_dtype, starts_at_reference)
+            if self._any_process(problem is not None):
+                raise UserError(f"step-0 check: {problem or 'another process stopped'}")
+            if self.accelerator.is_main_process:
+                write_start(file, paired, start)
+            self.accelerator.wait_for_everyone()
+            self._start = read_start(file, self.accelerator.device)
+        self._totals["train"].restart()
+
+    def _look_for_gradient(self, batch: PairLogps) -> None:
+        """Stop where the objective pushes no pair of any process in the first three steps: nothing would be learned.
+
+        A single batch may well have no gradient: pairs whose scores tie, under an objective that reads them.
+        """
+        self._gradient_seen = self._any_process(bool((losses_and_slopes(self.objective, batch)[1] > 0).any()))
+        if not self._gradient_seen and self.state.global_step >= 3:
+            raise UserError(
+                f"objective {self.objective.card.name!r} has had no gradient on any pair of the first three steps: "
+                "nothing would be learned"
+            )
 
     def _any_process(self, flag: bool) -> bool:
         count = torch.tensor(float(flag), device=self.accelerator.device)
@@ -281,6 +347,8 @@ class PreferenceTrainer(DPOTrainer):
             "real_tokens": scored_tokens(inputs["row_segments"]),
             "padded_tokens": torch.ones_like(inputs["row_segments"]),
         }
+        if (capped := self.objective.capped(batch)) is not None:
+            values["capped"] = capped.double()
         if self._needs_reference:
             # E_ref[log ref/π] = KL(ref ‖ π) if the responses are samples of the reference; on other data it is only
             # the mean drift of these responses.
@@ -294,14 +362,18 @@ class PreferenceTrainer(DPOTrainer):
         """Adds the metrics since the last line, over all processes, to what transformers logs."""
         mode = "train" if self.model.training else "eval"
         found = self._totals[mode].reduce(lambda total: self.accelerator.reduce(total, reduction="sum"))
-        if found and mode == "train" and self._probe is not None:
-            rows, start = self._probe
+        if found and mode == "train" and "displacement/chosen" not in found and self._start is not None:
+            rows, start = self._start  # no reference tells where the pairs of this step began: the first batch does
             with torch.no_grad(), self.accelerator.autocast():
-                moved = self._score(self.model_wrapped, rows) - start
-            moved = self.accelerator.reduce(moved.mean(0), reduction="mean")
+                moved = (self._score(self.model_wrapped, rows) - start).mean(0)
             found |= {"displacement/chosen": float(moved[0]), "displacement/rejected": float(moved[1])}
         self._metrics[mode].update({name: [value] for name, value in found.items()})
         super().log(logs, start_time)
+
+
+def needs_reference(objective: Objective) -> bool:
+    """Whether training scores responses under a reference (iteration 1's previous iterate is the reference)."""
+    return bool({"reference", "ref_calibration", "previous"} & set(objective.needs))
 
 
 def _why_not_shared(model: PreTrainedModel, peft_config: Any) -> str | None:

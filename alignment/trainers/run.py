@@ -6,10 +6,12 @@ doing once is done by the main process while the others wait.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -34,8 +37,9 @@ from alignment.objectives import get_objective
 from alignment.recipes import Recipe
 from alignment.rewards import get_reward
 from alignment.trainers import rundir
-from alignment.trainers.offline import PreferenceTrainer
+from alignment.trainers.offline import PreferenceTrainer, needs_reference
 
+WAIT_HOURS = 24
 SAMPLES_FORMAT = "1"  # part of the cache key: raise it when the same settings give other pairs
 
 
@@ -185,7 +189,6 @@ def _adapter_config(recipe: Recipe) -> Any:
     return LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
         target_modules=section.target_modules,
         task_type="CAUSAL_LM",
     )
@@ -210,18 +213,19 @@ def build_trainer(
 ) -> PreferenceTrainer:
     """Model, objective and trainer of a recipe. `args` must exist first: with ZeRO-3 it makes loading shard."""
     model = load_model(**_model_arguments(recipe), trainable_adapter=recipe.lora is None)
+    objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    full = recipe.lora is None and recipe.model.adapter is None
+    second = zero3 and recipe.lora is None and not is_peft_model(model) and needs_reference(objective)
     trainer = PreferenceTrainer(
         model=model,
-        objective=get_objective(recipe.objective.name, **recipe.objective.hyperparameters),
+        objective=objective,
         args=args,
         train_dataset=data,
         eval_dataset=held_out,
         processing_class=tokenizer,
         # Sharded parameters cannot be copied; the same weights are loaded a second time instead.
-        ref_model=load_model(**_model_arguments(recipe)).requires_grad_(False) if zero3 and full else None,
-        start_is_reference=True,
+        ref_model=load_model(**_model_arguments(recipe)).requires_grad_(False) if second else None,
+        start_is_reference=True if second else None,
         peft_config=_adapter_config(recipe),
         layout=recipe.training.layout,
         group_by_length=recipe.training.group_by_length,
@@ -246,7 +250,10 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     started = time.perf_counter()
     run = Path(recipe.training.output_dir)
     settle_accelerator()
-    state = PartialState(cpu=recipe.training.use_cpu or not torch.cuda.is_available())
+    # The main process may sample for hours while the others wait for it.
+    state = PartialState(
+        cpu=recipe.training.use_cpu or not torch.cuda.is_available(), timeout=datetime.timedelta(hours=WAIT_HOURS)
+    )
     plan_batches(recipe.training.global_batch_size, 1, state.num_processes)  # refuse before anything is touched
     _set_threads(recipe.training.cpu_threads, state)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **_tokenizer_arguments(recipe))
@@ -256,12 +263,13 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     state.wait_for_everyone()
     if resume and not main:
         checkpoint = rundir.last_checkpoint(run)
+    finished = False
     try:
         _train_in(run, recipe, state, tokenizer, held_out, checkpoint, started)
-    except UserError:
-        if main and not resume:
+        finished = True
+    finally:
+        if main and not resume and not finished:
             rundir.undo_unless_begun(run, aside)
-        raise
     return run
 
 
@@ -280,17 +288,26 @@ def _train_in(
     sampled = time.perf_counter()
     _say(state, f"[2/3] model and reference: {recipe.model.name_or_path}")
     args = _arguments(recipe, run, state.num_processes)
-    trainer = build_trainer(recipe, args, data, held_out, tokenizer)
+    try:
+        trainer = build_trainer(recipe, args, data, held_out, tokenizer)
+    except (ValueError, ImportError, RuntimeError) as error:  # what PEFT, TRL and transformers say of a setting
+        raise UserError(f"cannot set up training: {' '.join(str(error).split())[:400]}") from error
     pairs = len(trainer.train_dataset)  # type: ignore[arg-type]  # a Dataset, by our constructor
     manifest = _manifest(recipe, state.num_processes) | {
         "pairs": pairs,
         "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps},
+        "repeated_pairs": -pairs % recipe.training.global_batch_size,
+        "chat": not isinstance(data[0]["prompt"], str),
         "data_fingerprint": hashlib.sha256(json.dumps(data.to_list(), sort_keys=True).encode()).hexdigest(),
         "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
     }
+    if checkpoint is not None:
+        rundir.refuse_other_data(run, manifest["data_fingerprint"])
+    state.wait_for_everyone()
     if state.is_main_process:
         write_json(run / "manifest.json", manifest)
-    _say(state, f"[3/3] training: {pairs} pairs, objective {recipe.objective.name}")
+    twice = f" ({manifest['repeated_pairs']} of them twice, to fill the last batch)" * bool(manifest["repeated_pairs"])
+    _say(state, f"[3/3] training: {pairs} pairs{twice}, objective {recipe.objective.name}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trained = time.perf_counter()
     _save_final(trainer, run, state)
@@ -319,7 +336,11 @@ def _save_final(trainer: PreferenceTrainer, run: Path, state: PartialState) -> N
     trainer.save_model(str(beside))
     state.wait_for_everyone()
     if state.is_main_process:
-        final = run / "final"
+        shutil.rmtree(
+            beside / "ref", ignore_errors=True
+        )  # TRL's frozen copy of the adapter that training started from
+        final, before = run / "final", run / ".final-before"
         if final.exists():  # only when a finished run is resumed
-            final.rename(run / f".final-{int(time.time())}")
+            final.rename(before)
         beside.rename(final)
+        shutil.rmtree(before, ignore_errors=True)

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, read_json_object, write_json_lines
+from alignment.files import iterate_json_lines, jsonable, read_json_object, write_json_lines
 
 PACKAGES = ("alignment", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "tokenizers")
 
@@ -79,6 +79,16 @@ def refuse_other_recipe(run: Path, resolved: dict[str, Any]) -> None:
                 raise UserError(f"--resume: {section}.{key} is {now!r} but {run} began with {was!r}")
 
 
+def refuse_other_data(run: Path, fingerprint: str) -> None:
+    """Resuming on other rows would be neither run.
+
+    Raises:
+        UserError: the data's fingerprint is not the manifest's.
+    """
+    if read_json_object(run / "manifest.json").get("data_fingerprint", fingerprint) != fingerprint:
+        raise UserError(f"--resume: the preference rows are not those that {run} began with")
+
+
 def hardware(world: int) -> dict[str, Any]:
     """What this runs on, for the manifest."""
     model = platform.processor() or platform.machine()
@@ -119,17 +129,9 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
         if state.is_world_process_zero and logs and "total_flos" not in logs:
-            numbers = {k: float(v) for k, v in logs.items() if isinstance(v, (int, float, str)) and _is_number(v)}
+            numbers = {name: float(value) for name, value in logs.items()}
             with self.path.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
+                handle.write(json.dumps(jsonable({"step": state.global_step, **numbers})) + "\n")
 
 
 class CompactProgress(ProgressCallback):

@@ -79,7 +79,7 @@ def test_files_that_cannot_be_read(tmp_path):
         (CHAT | {"chosen": chat("good", "")}, "column 'chosen' is empty"),
         (CHAT | {"chosen": []}, "column 'chosen': expected text or a list of messages"),
         (CHAT | {"chosen": [{"role": "assistant"}]}, "column 'chosen': expected text or a list of messages"),
-        (CHAT | {"prompt": "p"}, "mix text and chat messages"),
+        (CHAT | {"rejected": "bad"}, "mix text and chat messages"),
         (CHAT, "text rows and chat rows are mixed in one file"),
         (GOOD | {"chosen": "bad"}, "chosen and rejected are the same"),
         (GOOD | {"reward_chosen": True}, "column 'reward_chosen': expected a number, got True"),
@@ -124,3 +124,36 @@ def test_prompts(tmp_path):
         read_prompts(write(tmp_path, "none.txt", "# only this\n"))
     with pytest.raises(UserError, match=r"gone\.txt: no such file"):
         read_prompts(tmp_path / "gone.txt")
+
+
+USER, KIND, COLD = (
+    {"role": "user", "content": "my dog is"},
+    {"role": "assistant", "content": "kind ."},
+    {"role": "assistant", "content": "cold ."},
+)
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        # UltraFeedback's binarised form: the prompt as text, and again at the head of both lists
+        ({"prompt": "my dog is", "chosen": [USER, KIND], "rejected": [USER, COLD]}, [USER]),
+        ({"prompt": "my dog is", "chosen": [SYSTEM, USER, KIND], "rejected": [SYSTEM, USER, COLD]}, [SYSTEM, USER]),
+        # TRL's implicit prompt
+        ({"chosen": [USER, KIND], "rejected": [USER, COLD]}, [USER]),
+        # the prompt's messages repeated in both lists: they must not be trained on
+        ({"prompt": [USER], "chosen": [USER, KIND], "rejected": [USER, COLD]}, [USER]),
+        ({"prompt": [USER], "chosen": [KIND], "rejected": [COLD]}, [USER]),
+        ({"prompt": "my dog is", "chosen": [KIND], "rejected": [COLD]}, [USER]),
+    ],
+)
+def test_conversations_are_taken_apart_into_prompt_and_responses(row, prompt):
+    data = preference_dataset([row], "made up")[0]
+    assert (data["prompt"], data["chosen"], data["rejected"]) == (prompt, [KIND], [COLD])
+
+
+def test_a_text_prompt_that_is_not_what_the_conversations_begin_with_is_refused():
+    row = {"prompt": "your cat is", "chosen": [USER, KIND], "rejected": [USER, COLD]}
+    with pytest.raises(UserError, match="row 1: .*mix"):
+        preference_dataset([row], "made up")

@@ -101,12 +101,15 @@ def test_saturated_dpo_has_its_closed_form() -> None:
     assert get_objective("hinge", beta=0.1).saturated(margins(9.9, 10.1)).tolist() == [False, True]
 
 
-def test_saturated_f_dpo_counts_capped_pairs() -> None:
+def test_f_dpo_counts_capped_pairs_and_does_not_call_them_saturated() -> None:
     """forward_kl leaves e^(-z) at z = -10, alpha = 0.5 at z = -20: here z_w = m/2."""
     batch = margins(-19.9, -20.1, -39.9, -40.1)
-    assert get_objective("f_dpo", divergence="forward_kl").saturated(batch).tolist() == [False, True, True, True]
+    assert get_objective("f_dpo", divergence="forward_kl").capped(batch).tolist() == [False, True, True, True]
     alpha = get_objective("f_dpo", divergence="alpha", alpha=0.5)
-    assert alpha.saturated(batch).tolist() == [False, False, False, True]
+    assert alpha.capped(batch).tolist() == [False, False, False, True]
+    # A chosen response far below the reference is pushed e^z harder than at the start, not less.
+    assert not alpha.saturated(margins(-40.1)).item()
+    assert get_objective("dpo").capped(batch) is None
 
 
 def test_signature_carries_types_and_defaults_for_the_recipe_schema() -> None:

@@ -212,7 +212,12 @@ def test_step_zero_check_stops_an_objective_without_gradient(tiny, tmp_path):
         trainer_for(tiny, tmp_path, Flat(beta=0.1)).train()
 
 
-def test_a_model_that_misreads_shared_rows_is_trained_paired(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "batches",
+    [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {"dataloader_num_workers": 1}],
+    ids=["plain", "accumulation", "worker"],
+)
+def test_a_model_that_misreads_shared_rows_is_trained_paired(tiny, tmp_path, monkeypatch, batches):
     """The guard does not trust the list of architectures: it compares the layouts on the first batch."""
     model = load_model(str(tiny))
     forward = model.forward
@@ -222,11 +227,48 @@ def test_a_model_that_misreads_shared_rows_is_trained_paired(tiny, tmp_path, mon
         return forward(attention_mask=mask, **more)
 
     monkeypatch.setattr(model, "forward", blind_to_four_dimensions)
+    args = config(tmp_path, **batches)
     with pytest.warns(UserWarning, match="using paired"):
-        trainer = trainer_for(tiny, tmp_path, model=model, ref_model=load_model(str(tiny)), start_is_reference=True)
+        trainer = trainer_for(
+            tiny, tmp_path, model=model, args=args, ref_model=load_model(tiny), start_is_reference=True
+        )
         trainer.train()
-    assert trainer.collator.layout == "paired"
-    assert logged(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
+    plain = trainer_for(tiny, tmp_path, args=config(tmp_path, **batches), layout="paired")
+    plain.train()
+    # Every step, also on batches that were collated before the layout was settled.
+    assert logged(trainer) == pytest.approx(logged(plain), abs=1e-5)
+
+
+def test_ties_are_no_reason_to_stop_but_no_gradient_at_all_is(tiny, tmp_path):
+    """Pairs whose scores tie teach reward_aware_rpo nothing at the start: a batch of them is legitimate."""
+
+    def rows(gap: float, n: int = 8):
+        return [row | {"reward_chosen": 1.0 + gap, "reward_rejected": 1.0} for row in preferences(n).to_list()]
+
+    mixed = preference_dataset(rows(0.0) + rows(1.0), "made up")
+    args = config(tmp_path, per_device_train_batch_size=1, max_steps=16)
+    trainer_for(tiny, tmp_path, "reward_aware_rpo", train_dataset=mixed, args=args).train()
+    with pytest.raises(UserError, match="no gradient"):
+        all_tied = preference_dataset(rows(0.0), "made up")
+        trainer_for(tiny, tmp_path, "reward_aware_rpo", train_dataset=all_tied).train()
+
+
+def test_launcher_and_recipe_must_agree_on_precision(tiny, tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UserError, match="launcher's mixed precision is 'bf16'"):
+        trainer_for(tiny, tmp_path)
+    AcceleratorState._reset_state()
+
+
+def test_previous_iterate_of_the_rows_needs_a_named_reference_and_is_checked(tiny, tmp_path):
+    rows = [row | {"prev_chosen": -90.0, "prev_rejected": -200.0} for row in preferences().to_list()]
+    data = preference_dataset(rows, "made up")
+    with pytest.raises(UserError, match="give the reference as ref_model"):
+        trainer_for(tiny, tmp_path, "inpo", train_dataset=data)
+    with pytest.raises(UserError, match="previous iterate and starting model differ"):
+        trainer_for(tiny, tmp_path, "inpo", train_dataset=data, ref_model=load_model(tiny)).train()
 
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -305,15 +347,17 @@ def test_sampler_visits_all_once_groups_lengths_and_ignores_the_world():
     lengths = [(i * 37) % 101 + 1 for i in range(203)]
     sampler = LengthGroupedSampler(lengths, batch_size=8, seed=3)
     order = list(sampler)
-    assert sorted(order) == list(range(203))
-    batches = [order[i : i + 8] for i in range(0, 203, 8)]
+    # 203 pairs make 25 batches of 8 and 3 more: 5 pairs are visited twice, so that every batch is whole.
+    assert len(order) == len(sampler) == 208 and set(order) == set(range(203))
+    batches = [order[i : i + 8] for i in range(0, 208, 8)]
     spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / len(batches)
     assert spread < 10  # a random batch of 8 spreads over about 80
     assert max(lengths) in [lengths[i] for i in batches[0]]
     assert list(LengthGroupedSampler(lengths, 8, 3)) == order
     sampler.set_epoch(1)
     assert list(sampler) != order
-    assert sorted(LengthGroupedSampler(lengths, 8, 3, group=False)) == list(range(203))
+    assert set(LengthGroupedSampler(lengths, 8, 3, group=False)) == set(range(203))
+    assert len(list(LengthGroupedSampler([5, 1, 9], 8, 0))) == 8  # fewer pairs than a batch
 
 
 def test_means_are_over_pairs_not_over_batches():
@@ -349,6 +393,32 @@ def test_training_then_resuming_equals_training_through(tiny, tmp_path):
     assert all(torch.equal(weights[k], same[k]) for k in weights)
 
 
+def test_resuming_with_other_weights_under_the_same_name_is_refused(tiny, tmp_path):
+    """The trap: the reference of a resumed run is whatever now lies on disk."""
+    args = config(tmp_path, save_strategy="steps", save_steps=2)
+    trainer_for(tiny, tmp_path, args=args).train()
+    other = load_model(tiny)
+    with torch.no_grad():
+        other.lm_head.weight *= 1.1
+    args = config(tmp_path, max_steps=6)
+    with pytest.raises(UserError, match="weights behind .* have changed"):
+        trainer_for(tiny, tmp_path, model=other, args=args).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+def test_displacement_without_a_reference_survives_resuming(tiny, tmp_path):
+    def run(folder: str, checkpoint=None):
+        args = config(tmp_path / folder, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-3)
+        trainer = trainer_for(tiny, tmp_path, "simpo", args=args)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return logged(trainer, "displacement/chosen")
+
+    through = run("through")
+    assert len(through) == 4 and abs(through[-1]) > 0.01
+    assert run("through", str(tmp_path / "through" / "checkpoint-2")) == pytest.approx(through, abs=1e-6)
+
+
 def test_evaluation_reports_the_objective_on_held_out_pairs(tiny, tmp_path):
     data = preferences(40)
     held_out = data.select(range(32, 40))
@@ -378,6 +448,24 @@ def test_accumulation_changes_nothing(tiny, tmp_path):
             warnings.simplefilter("ignore")
             trainer.train()
         series.append(logged(trainer))
+    assert series[0] == pytest.approx(series[1], abs=1e-5)
+
+
+def test_pairs_that_do_not_fill_the_last_batch_weigh_the_same_however_it_is_split(tiny, tmp_path):
+    series = []
+    for size, steps in ((8, 1), (2, 4)):
+        args = config(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            learning_rate=1e-3,
+            max_steps=-1,
+            num_train_epochs=2,
+        )
+        trainer = trainer_for(tiny, tmp_path, args=args, train_dataset=preferences(11))
+        trainer.train()
+        series.append(logged(trainer))
+    assert len(series[0]) == 4
     assert series[0] == pytest.approx(series[1], abs=1e-5)
 
 
