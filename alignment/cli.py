@@ -73,31 +73,34 @@ def train(
     accelerate_config: Annotated[
         Path | None, typer.Option("--accelerate-config", help="Such as recipes/accelerate/zero3.yaml.")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
 ) -> None:
     """Train as a recipe says.
 
-    The same as `accelerate launch [--config_file FILE] scripts/train.py RECIPE [SECTION.KEY=VALUE]...`, after a check
-    of the recipe and of the files that it names.
+    The same as `accelerate launch --quiet [--config_file FILE] scripts/train.py RECIPE [SECTION.KEY=VALUE]...
+    [--resume]`, after a check of the recipe and of what it names.
     """
     from alignment.recipes import RecipeError, load_recipe
-    from alignment.recipes.inspection import missing_files
+    from alignment.recipes.inspection import what_is_missing
 
-    problems = missing_files(load_recipe(recipe, overrides or ()))
+    problems = what_is_missing(load_recipe(recipe, overrides or ()))
     if problems:
         raise RecipeError(problems)
     if accelerate_config is not None and not accelerate_config.is_file():
         raise UserError(f"--accelerate-config: {accelerate_config}: no such file")
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # no traceback of its own after ours
     launch += ["--config_file", str(accelerate_config)] if accelerate_config is not None else []
     sys.stdout.flush()
-    os.execv(launch[0], [*launch, "-m", "alignment.launched", str(recipe), *(overrides or ())])
+    words = [str(recipe), *(overrides or ()), *(["--resume"] if resume else [])]
+    os.execv(launch[0], [*launch, "-m", "alignment.launched", *words])
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")]) -> None:
     """Write a run's report.html.
 
-    Curves, win rate with its interval, samples before and after; self-contained.
+    Curves, win rate with its interval, samples before and after; self-contained. Where the run's recipe names a Python
+    file in objective.file, it is executed.
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such run folder; training.output_dir of the recipe names it")
@@ -113,9 +116,10 @@ def check(
         typer.Argument(help="Recipes, then overrides for all of them.", metavar="RECIPE"),
     ],
 ) -> None:
-    """Check recipes and the files that they name.
+    """Check recipes, and the files and packages that they name.
 
-    Every problem is a line of its own; exit code 2 if there is one. No weights are loaded.
+    Every problem is a line of its own; exit code 2 if there is one. No weights are loaded. A Python file in
+    objective.file is executed: it registers the objective.
     """
     from alignment.recipes.inspection import check as problems_of
 
@@ -139,7 +143,8 @@ def check(
 def explain(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Show every value and where it came from.
 
-    That is a file and line, the command line, or a default with its source.
+    That is a file and line, the command line, or a default with its source. A Python file in objective.file is
+    executed: it registers the objective.
     """
     from alignment.recipes import load_recipe
     from alignment.recipes.inspection import explain as explained
@@ -149,7 +154,10 @@ def explain(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @recipe_app.command()
 def diff(first: RecipeFile, second: RecipeFile) -> None:
-    """Show the resolved values in which two recipes differ."""
+    """Show the resolved values in which two recipes differ.
+
+    A Python file in objective.file is executed: it registers the objective.
+    """
     from alignment.recipes import load_recipe
     from alignment.recipes.inspection import diff as difference
 
@@ -187,7 +195,9 @@ def show(name: Annotated[str, typer.Argument(help="An objective's name.", metava
 @objectives_app.command("check")
 def prove(
     names: Annotated[list[str] | None, typer.Argument(help="Objectives; all if none.", metavar="NAME")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="Python file that registers an objective.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="Python file that registers an objective; it is executed.")
+    ] = None,
 ) -> None:
     """Run the conformance suite.
 

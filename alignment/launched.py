@@ -12,7 +12,7 @@ import sys
 
 from alignment.errors import UserError, run_or_exit
 from alignment.recipes import RecipeError, load_recipe
-from alignment.recipes.inspection import missing_files
+from alignment.recipes.inspection import what_is_missing
 
 
 def main() -> None:
@@ -26,8 +26,10 @@ def main() -> None:
     if unknown := [w for w in words[1:] if w.startswith("-") or "=" not in w]:
         raise UserError(f"{unknown[0]!r}: expected section.key=value or --resume after the recipe")
     recipe = load_recipe(words[0], words[1:])  # before torch: a mistake in the recipe takes no time
-    if problems := missing_files(recipe):
+    if problems := what_is_missing(recipe):
         raise RecipeError(problems)
+    if resume and recipe.training.trl_arguments().get("save_only_model"):
+        raise UserError("--resume: checkpoints under training.save_only_model hold no optimiser to resume")
     from accelerate import PartialState
 
     from alignment.trainers.run import train

@@ -265,17 +265,3 @@ def parse_value(text: str, path: KeyPath, source: str) -> tuple[Any, Document]:
     root = _compose(text, source, path)
     value = None if root is None else _Reader(document, line_offset=None).value(root, path)
     return value, document
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text exactly where `_Loader` would read something else."""
-
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def dump(values: dict[str, Any]) -> str:
-    """Plain values as the YAML that `parse_document` reads back to equal values."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)

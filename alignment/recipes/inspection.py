@@ -1,7 +1,7 @@
 """What `alignment recipe check | explain | diff` print: plain lines, made for reading and for `grep`.
 
-Not the checks themselves, which `load_recipe` makes; only whether the files that a recipe names exist is looked up
-here, because `check` promises that and `load_recipe` reads nothing but recipes.
+Not the checks themselves, which `load_recipe` makes; only whether the files and packages that a recipe names exist is
+looked up here, because `check` promises that and `load_recipe` reads nothing but recipes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from typing import Any
 
 from alignment.recipes.document import Origin, Problem, RecipeError
 from alignment.recipes.loading import Recipe, load_recipe
+from alignment.recipes.trl_keys import REPORTERS
 
+# Of which Python packages one must be there (`kernels` fetches the same kernel from the hub); all others need none.
+ATTENTION_PACKAGES: dict[str, tuple[str, ...]] = {
+    "flash_attention_2": ("flash_attn", "kernels"),
+    "flash_attention_3": ("flash_attn_interface", "kernels"),
+}
 _MISSING = object()
 
 
@@ -22,25 +28,26 @@ def check(path: str | Path, overrides: Sequence[str] = ()) -> list[Problem]:
     """All problems of a recipe, in the order of its lines; empty if it can be used.
 
     Beyond the schema this looks whether the local files that the recipe names exist (paths are relative to the current
-    folder). No weights are loaded and nothing is downloaded.
+    folder), and the Python packages that its values need. No weights are loaded and nothing is downloaded; a Python
+    file in `objective.file` is executed, because it registers the objective.
     """
     try:
         recipe = load_recipe(path, overrides)
     except RecipeError as failed:
         return failed.problems
-    return missing_files(recipe)
+    return what_is_missing(recipe)
 
 
-def missing_files(recipe: Recipe) -> list[Problem]:
-    """One problem per local file that the recipe names and that does not exist."""
+def what_is_missing(recipe: Recipe) -> list[Problem]:
+    """One problem per local file or Python package that the recipe needs and that is not there."""
     problems = []
-    for dotted, message in _missing(recipe):
+    for dotted, message in (*_missing_files(recipe), *_missing_packages(recipe)):
         place = recipe.origin(dotted) or Origin(str(recipe.path))
         problems.append(Problem(place, tuple(dotted.split(".")), message))
     return sorted(problems)
 
 
-def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _missing_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     data, evaluation = recipe.data, recipe.evaluation
     files = {
         "data.train": data.train if _is_local(data.train) else None,
@@ -53,7 +60,24 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield dotted, f"{name}: no such file (looked in {Path.cwd()})"
     if recipe.model.adapter is not None and not Path(recipe.model.adapter).is_dir():
         yield "model.adapter", f"{recipe.model.adapter}: no such folder"
+    if recipe.lora is not None and (Path(recipe.model.name_or_path) / "adapter_config.json").is_file():
+        yield (
+            "lora",
+            f"trains a fresh adapter, and {recipe.model.name_or_path} is an adapter already: give one of them",
+        )
     yield from (("model.name_or_path", message) for message in _missing_model(recipe.model.name_or_path))
+
+
+def _missing_packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    reporters = recipe.training.report_to
+    named = [
+        ("training.report_to", name, REPORTERS) for name in ([reporters] if isinstance(reporters, str) else reporters)
+    ]
+    named.append(("model.attn_implementation", recipe.model.attn_implementation or "", ATTENTION_PACKAGES))
+    for dotted, name, table in named:
+        packages = table.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            yield dotted, f"{name} needs the Python package {packages[0]}, which is not installed"
 
 
 def _is_local(name: str | None) -> bool:

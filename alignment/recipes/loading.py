@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from alignment.errors import nearest
-from alignment.recipes.document import Document, KeyPath, Origin, Problem, RecipeError, dump
+from alignment.recipes.document import Document, KeyPath, Origin, Problem, RecipeError
 from alignment.recipes.merge import COMMAND_LINE, apply_overrides, read_with_bases
 from alignment.recipes.sections import (
     DataSection,
@@ -24,13 +25,13 @@ from alignment.recipes.sections import (
     OpenSection,
     RewardSection,
     Section,
-    refused_at,
+    error,
 )
 from alignment.recipes.training import TrainingSection
 
 
 class Recipe(Section):
-    """A checked recipe. Attributes are the sections; `where` says which line a value came from."""
+    """A checked recipe. Attributes are the sections; `origin` says which line a value came from."""
 
     objective: ObjectiveSection = Field(description="The loss and its hyper-parameters.")
     model: ModelSection = Field(description="What is trained, and the reference.")
@@ -47,12 +48,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
-        if self.data.sample is not None and self.reward is None:
-            raise refused_at("needs a reward section: something has to choose between samples", "data", "sample")
-        if self.evaluation is not None and self.reward is None:
-            raise refused_at("needs a reward section: something has to judge the responses", "evaluation")
-        if self.training.eval_strategy != "no" and self.data.eval is None:
-            raise refused_at(f"{self.training.eval_strategy!r} needs data.eval", "training", "eval_strategy")
+        if problems := list(_misfits(self)):
+            raise ValidationError.from_exception_data("recipe", problems)
         return self
 
     @property
@@ -64,17 +61,28 @@ class Recipe(Section):
         """Every value, defaults included, as plain JSON-able types."""
         return self.model_dump(mode="json")
 
-    def to_yaml(self) -> str:
-        """`resolved()` as a recipe file's text."""
-        return dump(self.resolved())
-
     def origin(self, dotted: str) -> Origin | None:
         """Where the value of `training.learning_rate` was written; None for a default."""
         return self._document.origins.get(tuple(dotted.split(".")))
 
-    def where(self, dotted: str) -> str:
-        """`FILE:LINE: training.learning_rate`, the beginning of an error message about that value."""
-        return f"{self._document.origin(tuple(dotted.split('.')))}: {dotted}"
+
+def _misfits(recipe: Recipe) -> Iterator[InitErrorDetails]:
+    """Rules that tie sections together, each at the key that breaks it."""
+    data, training = recipe.data, recipe.training
+    if data.sample is not None and recipe.reward is None:
+        yield error("needs a reward section: something has to choose between samples", "data", "sample")
+    if recipe.evaluation is not None and recipe.reward is None:
+        yield error("needs a reward section: something has to judge the responses", "evaluation")
+    if recipe.lora is not None and recipe.model.adapter is not None:
+        yield error("trains a fresh adapter, and model.adapter is trained on as it is: give one of them", "lora")
+    if training.eval_strategy != "no" and data.eval is None:
+        yield error(f"{training.eval_strategy!r} needs data.eval", "training", "eval_strategy")
+    elif training.eval_strategy == "no":
+        missing = "data.eval" if data.eval is None else "training.eval_strategy steps or epoch"
+        for key, value in training.what_needs_evaluation().items():
+            yield error(f"{_show(value)} needs {missing}", "training", key)
+    if (training.model_extra or {}).get("eval_on_start") and data.eval is None:
+        yield error("true needs data.eval", "training", "eval_on_start")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -90,7 +98,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: an override is not of that form.
     """
     document = apply_overrides(read_with_bases(Path(path)), overrides)
-    _fill_in_paths(document)
+    _fill_in(document)
     try:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as failed:
@@ -103,11 +111,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _fill_in_paths(document: Document) -> None:
-    """Name the run after the recipe unless it is named; make `objective.file` absolute."""
-    training = document.values.get("training")
-    if isinstance(training, dict) and "output_dir" not in training:
-        document.values["training"] = {"output_dir": f"runs/{Path(document.source).stem}", **training}
+def _fill_in(document: Document) -> None:
+    """Defaults that depend on what is written: the run's name, evaluation of data.eval; `objective.file` absolute."""
+    training, data = document.values.get("training"), document.values.get("data")
+    if isinstance(training, dict):
+        defaults = {"output_dir": f"runs/{Path(document.source).stem}"}
+        if isinstance(data, dict) and data.get("eval") is not None:
+            defaults["eval_strategy"] = "epoch"
+        document.values["training"] = {**defaults, **training}
     objective = document.values.get("objective")
     if isinstance(objective, dict) and isinstance(objective.get("file"), str):
         origin = document.origin(("objective", "file"))
@@ -138,7 +149,9 @@ def _translate(found: dict[str, Any], document: Document) -> Problem:
     loc: KeyPath = found["loc"]
     kind, value, ctx = found["type"], found["input"], found.get("ctx", {})
     if kind == "extra_forbidden":
-        message = f"unknown key{nearest(str(loc[-1]), _keys_at(loc[:-1]))}"
+        section = _section_at(loc[:-1])
+        reason = section.refused.get(str(loc[-1])) if issubclass(section, Section) else None
+        message = f"not accepted: {reason}" if reason else f"unknown key{nearest(str(loc[-1]), _keys_at(loc[:-1]))}"
     elif kind == "missing":
         what = "section" if len(loc) == 1 else "key"
         message = f"required {what} is missing: {_description(loc)}"
@@ -188,22 +201,21 @@ def _choices(expected: str) -> list[str]:
     return [choice.strip().strip("'") for choice in expected.replace(" or ", ", ").split(",")]
 
 
-def _models_at(path: KeyPath) -> Iterator[type[Section] | type[OpenSection]]:
-    """The section models from the recipe down to `path`."""
+def _section_at(path: KeyPath) -> type[Section] | type[OpenSection]:
+    """The section model at `path`; the recipe itself at `()`."""
     model: type[Section] | type[OpenSection] = Recipe
-    yield model
     for part in path:
         annotation = model.model_fields[str(part)].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         model = next(o for o in options if isinstance(o, type) and issubclass(o, Section | OpenSection))
-        yield model
+    return model
 
 
 def _keys_at(path: KeyPath) -> list[str]:
-    keys = list(list(_models_at(path))[-1].model_fields)
+    keys = list(_section_at(path).model_fields)
     return keys if path else [*keys, "extends"]
 
 
 def _description(path: KeyPath) -> str:
-    field = list(_models_at(path[:-1]))[-1].model_fields[str(path[-1])]
+    field = _section_at(path[:-1]).model_fields[str(path[-1])]
     return (field.description or "").rstrip(".")

@@ -7,10 +7,11 @@ registries, which are imported only when such a section is checked.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
@@ -42,9 +43,10 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A section whose keys are all listed here."""
+    """A section whose keys are all listed here; `refused` has reasons for keys that people expect in vain."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    refused: ClassVar[dict[str, str]] = {}
 
 
 class OpenSection(BaseModel):
@@ -93,14 +95,43 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    """Train low-rank adapters instead of all weights; the reference is the model without them."""
+    """Train low-rank adapters instead of all weights; the reference is the model without them.
+
+    There is no dropout: policy and reference must agree at step 0 (TRL, too, sets every dropout of the policy to 0).
+    """
+
+    refused: ClassVar[dict[str, str]] = {
+        "dropout": "dropout is off in training: policy and reference must agree at step 0"
+    }
 
     r: int = option(16, "Rank.", "PEFT users' common choice; alignment-handbook's QLoRA recipes use 16", ge=1)
     alpha: int = option(32, "Scale: the update counts alpha / r.", "twice the rank", ge=1)
-    dropout: float = option(0.0, "Dropout before the adapter.", "PEFT", ge=0, lt=1)
     target_modules: Names = option(
-        "all-linear", "Module names, or all-linear.", "QLoRA (2305.14314): adapters on every linear layer"
+        "all-linear",
+        "Module names, one pattern for their full names, or all-linear.",
+        "QLoRA (2305.14314): adapters on every linear layer",
     )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _modules(cls, value: str | list[str]) -> str | list[str]:
+        """PEFT takes a string for a pattern of the whole dotted name: a plain name becomes a list of one."""
+        if isinstance(value, str) and value != "all-linear" and re.fullmatch(r"[\w-]+", value):
+            value = [value]
+        try:
+            on_head = (
+                re.fullmatch(value, "lm_head") is not None
+                if isinstance(value, str)
+                else any(name.rpartition(".")[2] == "lm_head" for name in value)
+            )
+        except re.error as failed:
+            raise ValueError(f"{value!r} is not a valid expression: {failed}") from None
+        if on_head:
+            raise ValueError(
+                "lm_head cannot have an adapter: TRL takes log-probabilities from the head's own weight and refuses "
+                "one there; name other modules"
+            )
+        return value
 
 
 class SampleSection(Section):

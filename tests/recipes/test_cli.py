@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from alignment.errors import UserError
 from tests.recipes.conftest import ROOT
 
 ALIGNMENT = [sys.executable, "-c", "from alignment.cli import main; main()"]
@@ -84,8 +86,38 @@ def test_train_hands_over_to_accelerate(monkeypatch):
     monkeypatch.setattr(cli.os, "execv", lambda program, arguments: commands.append((program, arguments)))
     recipe, config = Path("recipes/quickstart/dpo.yaml"), Path("recipes/accelerate/cpu.yaml")
     cli.train(recipe, ["training.seed=1"], config)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    assert commands == [(sys.executable, [*launch, "-m", "alignment.launched", str(recipe), "training.seed=1"])]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+    program = ["-m", "alignment.launched", str(recipe), "training.seed=1"]
+    assert commands == [(sys.executable, [*launch, *program])]
+    done = CliRunner().invoke(cli.app, ["train", str(recipe), "--resume", "training.seed=1"])
+    assert done.exit_code == 0, done.output
+    assert commands[1] == (sys.executable, [*launch[:4], *program, "--resume"])
+
+
+def test_the_launcher_knows_the_options():
+    from accelerate.commands.launch import launch_command_parser
+
+    words = ["--quiet", "--config_file", "x.yaml", "-m", "alignment.launched", "r.yaml", "training.seed=1", "--resume"]
+    parsed = launch_command_parser().parse_args(words)
+    assert (parsed.quiet, parsed.module, parsed.training_script) == (True, True, "alignment.launched")
+    assert parsed.training_script_args == ["r.yaml", "training.seed=1", "--resume"]
+
+
+def test_a_run_whose_checkpoints_hold_no_optimiser_is_not_resumed(monkeypatch):
+    from alignment import launched
+
+    monkeypatch.chdir(ROOT)
+    words = ["recipes/quickstart/dpo.yaml", "training.save_only_model=true", "--resume"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(UserError, match="--resume: checkpoints under training.save_only_model hold no optimiser"):
+        launched.main()
+
+
+@pytest.mark.parametrize("words", [["recipe", "check"], ["recipe", "explain"], ["objectives", "check"], ["report"]])
+def test_help_says_where_a_users_file_is_executed(words):
+    from alignment.cli import app
+
+    assert "executed" in CliRunner().invoke(app, [*words, "--help"]).stdout
 
 
 def test_objectives_check_prints_a_line_per_check():

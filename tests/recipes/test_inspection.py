@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from alignment.recipes import load_recipe
+from alignment.recipes import inspection, load_recipe
 from alignment.recipes.inspection import check, diff, explain, flatten
+from alignment.recipes.trl_keys import REPORTERS
 from tests.recipes.conftest import ROOT
 
 SHIPPED = sorted(
@@ -26,7 +27,7 @@ def test_a_resolved_recipe_is_an_equal_recipe(path, monkeypatch, tmp_path):
     resolved = load_recipe(path).resolved()
     assert json.loads(json.dumps(resolved)) == resolved
     again = tmp_path / "again.yaml"
-    again.write_text(load_recipe(path).to_yaml())
+    again.write_text(json.dumps(resolved))  # as manifest.json holds it; JSON is YAML
     assert load_recipe(again).resolved() == resolved
 
 
@@ -47,7 +48,7 @@ def test_a_resolved_recipe_is_an_equal_recipe(path, monkeypatch, tmp_path):
 )
 def test_resolving_is_stable_under_overrides(small, overrides):
     recipe = load_recipe(small(), overrides)
-    Path("again.yaml").write_text(recipe.to_yaml())
+    Path("again.yaml").write_text(json.dumps(recipe.resolved()))
     assert load_recipe("again.yaml").resolved() == recipe.resolved()
 
 
@@ -125,9 +126,55 @@ def test_diff_shows_what_differs_and_nothing_else(small):
             ["command line: model.name_or_path: package://yaml/m.gguf: the package 'yaml' has no file 'm.gguf'"],
         ),
         (["data.train=org/name", "model.name_or_path=package://yaml/__init__.py"], []),
+        (
+            ["data.train=org/name", "model.name_or_path=an_adapter", "lora.r=4"],
+            ["command line: lora: trains a fresh adapter, and an_adapter is an adapter already: give one of them"],
+        ),
     ],
 )
 def test_check_looks_for_the_files_that_a_recipe_names(small, overrides, expected):
+    Path("an_adapter").mkdir()
+    Path("an_adapter/adapter_config.json").write_text("{}")
     found = [str(problem) for problem in check(small(), overrides)]
     assert len(found) == len(expected)
     assert all(problem.startswith(start) for problem, start in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("override", "installed", "expected"),
+    [
+        ("training.report_to=none", [], None),
+        ("training.report_to=all", [], None),
+        ("training.report_to=kubeflow", [], None),  # known by an environment variable, not by a package
+        ("training.report_to=wandb", ["wandb"], None),
+        ("training.report_to=wandb", ["tensorboard"], "training.report_to: wandb needs the Python package wandb"),
+        (
+            "training.report_to=[wandb, mlflow]",
+            ["wandb"],
+            "training.report_to: mlflow needs the Python package mlflow",
+        ),
+        ("training.report_to=tensorboard", ["tensorboardX"], None),
+        ("training.report_to=tensorboard", [], "training.report_to: tensorboard needs the Python package tensorboard"),
+        ("model.attn_implementation=sdpa", [], None),
+        ("model.attn_implementation=flash_attention_2", ["flash_attn"], None),
+        ("model.attn_implementation=flash_attention_2", ["kernels"], None),
+        (
+            "model.attn_implementation=flash_attention_2",
+            [],
+            "model.attn_implementation: flash_attention_2 needs the Python package flash_attn",
+        ),
+    ],
+)
+def test_check_looks_for_the_packages_that_a_recipe_needs(small, monkeypatch, override, installed, expected):
+    monkeypatch.setattr(inspection.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    found = [str(problem) for problem in check(small(), ["data.train=org/name", override])]
+    if expected is None:
+        assert found == []
+    else:
+        assert found == [f"command line: {expected}, which is not installed"]
+
+
+def test_reporters_are_those_of_transformers():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(REPORTERS) == set(INTEGRATION_TO_CALLBACK)

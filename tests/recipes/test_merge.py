@@ -33,10 +33,10 @@ def test_sections_merge_key_by_key_and_the_objective_is_replaced_whole(small):
 
 
 def test_a_chain_of_three_and_lists_are_replaced(small):
-    small("5e-7", "5e-7\n  report_to: [a, b, c]", name="a.yaml")
-    write("b.yaml", "extends: a.yaml\ntraining:\n  report_to: [d]\n  seed: 1\n")
+    small("5e-7", "5e-7\n  report_to: [wandb, mlflow, trackio]", name="a.yaml")
+    write("b.yaml", "extends: a.yaml\ntraining:\n  report_to: [clearml]\n  seed: 1\n")
     recipe = load_recipe(write("c.yaml", "extends: b.yaml\ntraining:\n  seed: 2\nlora:\n  r: 4\n"))
-    assert (recipe.training.report_to, recipe.training.seed) == (["d"], 2)
+    assert (recipe.training.report_to, recipe.training.seed) == (["clearml"], 2)
     assert recipe.lora is not None and recipe.lora.r == 4
 
 
@@ -81,14 +81,14 @@ def test_overrides_are_yaml_and_win(small):
         [
             "training.learning_rate=1e-6",
             "lora={r: 8}",
-            "training.report_to=[a, b]",
+            "training.report_to=[wandb, mlflow]",
             "model.revision='1.0'",
             "data.eval=e",
         ],
     )
     assert recipe.training.learning_rate == 1e-6
     assert recipe.lora is not None and recipe.lora.r == 8
-    assert recipe.training.report_to == ["a", "b"]
+    assert recipe.training.report_to == ["wandb", "mlflow"]
     assert recipe.model.revision == "1.0"
     assert str(recipe.origin("training.learning_rate")) == "command line"
     assert str(recipe.origin("training.global_batch_size")) == "r.yaml:9"

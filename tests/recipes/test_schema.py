@@ -9,7 +9,8 @@ import warnings
 import pytest
 
 from alignment.recipes import RecipeError, load_recipe
-from alignment.recipes.training import OURS, PASSED_THROUGH, REFUSED, LrScheduler, TrainingSection
+from alignment.recipes.training import OURS, TrainingSection
+from alignment.recipes.trl_keys import PASSED_THROUGH, REFUSED, SCHEDULER_NEEDS, LrScheduler
 
 
 def problems(path, *overrides):
@@ -28,12 +29,18 @@ def test_values_and_defaults(small):
     assert recipe.lora is None and recipe.reward is None and recipe.evaluation is None and recipe.data.sample is None
     assert recipe.data.max_length == 1024
     assert str(recipe.path) == "r.yaml"
-    assert recipe.where("training.learning_rate") == "r.yaml:10: training.learning_rate"
+    assert str(recipe.origin("training.learning_rate")) == "r.yaml:10"
 
 
 def test_derived_hyperparameters_are_filled_in(small):
     recipe = load_recipe(small("name: dpo\n  beta: 0.2", "name: inpo\n  eta: 0.3"))
     assert recipe.objective.hyperparameters == {"eta": 0.3, "tau": pytest.approx(0.1)}
+
+
+LM_HEAD = (
+    "r.yaml:7: lora.target_modules: lm_head cannot have an adapter: TRL takes log-probabilities from the head's own "
+    "weight and refuses one there; name other modules"
+)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +52,8 @@ def test_derived_hyperparameters_are_filled_in(small):
         ("train: pairs.jsonl", "train: pairs.jsonl\n  evall: x", "r.yaml:8: data.evall: unknown key; did you mean 'eval'?"),
         ("learning_rate", "learning_rat", "r.yaml:10: training.learning_rat: unknown key; did you mean 'learning_rate'?"),
         ("data:", "generation:\n  topp: 1.0\ndata:", "r.yaml:7: generation.topp: unknown key; did you mean 'top_p'?"),
-        ("data:", "lora:\n  rank: 8\ndata:", "r.yaml:7: lora.rank: unknown key; valid: alpha, dropout, r, target_modules"),
+        ("data:", "lora:\n  rank: 8\ndata:", "r.yaml:7: lora.rank: unknown key; valid: alpha, r, target_modules"),
+        ("data:", "lora:\n  dropout: 0.05\ndata:", "r.yaml:7: lora.dropout: not accepted: dropout is off in training: policy and reference must agree at step 0"),
         ("data:", "reward:\n  name: vader\n  patern: x\ndata:", "r.yaml:8: reward.patern: reward 'vader' has no key 'patern'; it takes none"),
         ("data:", "modle:\n  dtype: float32\ndata:", "r.yaml:6: modle: unknown key; did you mean 'model'?"),
         ("train: pairs.jsonl", "sample:\n    prompts: p.txt\n    limits: 3", "r.yaml:9: data.sample.limits: unknown key; did you mean 'limit'?"),
@@ -64,7 +72,8 @@ def test_derived_hyperparameters_are_filled_in(small):
         # ranges and choices
         ("0.2", "-1", "r.yaml:3: objective.beta: must be a number > 0, got -1"),
         ("5e-7", "0", "r.yaml:10: training.learning_rate: must be > 0, got 0"),
-        ("16", "12", "r.yaml:9: training.global_batch_size: 12 is not a multiple of per_device_train_batch_size 8; change one of them"),
+        ("5e-7", "5e-7\n  report_to: wanbd", "r.yaml:11: training.report_to: unknown reporter 'wanbd'; did you mean 'wandb'?"),
+        ("5e-7", "5e-7\n  report_to: [wandb, none]", "r.yaml:11: training.report_to: 'none' stands alone, not in a list with others"),
         ("name: dpo", "name: dpoo", "r.yaml:2: objective.name: unknown objective 'dpoo'; did you mean 'dpo'?"),
         ("some/model", "some/model\n  dtype: bf16", "r.yaml:6: model.dtype: expected one of 'float32', 'bfloat16', 'float16'; got 'bf16'; did you mean 'bfloat16'?"),
         ("data:", "reward:\n  name: vadr\ndata:", "r.yaml:7: reward.name: unknown reward 'vadr'; did you mean 'vader'?"),
@@ -75,6 +84,18 @@ def test_derived_hyperparameters_are_filled_in(small):
         ("train: pairs.jsonl", "sample:\n    prompts: p.txt", "r.yaml:7: data.sample: needs a reward section: something has to choose between samples"),
         ("data:", "evaluation:\n  prompts: p.txt\ndata:", "r.yaml:6: evaluation: needs a reward section: something has to judge the responses"),
         ("5e-7", "5e-7\n  eval_strategy: steps", "r.yaml:11: training.eval_strategy: 'steps' needs data.eval"),
+        ("5e-7", "5e-7\n  eval_on_start: true", "r.yaml:11: training.eval_on_start: true needs data.eval"),
+        ("5e-7", "5e-7\n  load_best_model_at_end: true", "r.yaml:11: training.load_best_model_at_end: true needs data.eval"),
+        ("5e-7", "5e-7\n  lr_scheduler_type: greedy", "r.yaml:11: training.lr_scheduler_type: 'greedy' needs data.eval"),
+        ("5e-7", "5e-7\n  save_strategy: best", "r.yaml:11: training.save_strategy: 'best' needs metric_for_best_model, such as loss"),
+        ("5e-7", "5e-7\n  save_strategy: best\n  metric_for_best_model: loss", "r.yaml:11: training.save_strategy: 'best' needs data.eval"),
+        ("5e-7", "5e-7\n  lr_scheduler_type: warmup_stable_decay", "r.yaml:11: training.lr_scheduler_type: 'warmup_stable_decay' needs num_decay_steps in lr_scheduler_kwargs"),
+        ("5e-7", "5e-7\n  lr_scheduler_type: cosine_with_min_lr\n  lr_scheduler_kwargs: {num_cycles: 1}", "r.yaml:11: training.lr_scheduler_type: 'cosine_with_min_lr' needs min_lr or min_lr_rate in lr_scheduler_kwargs"),
+        ("some/model", "some/model\n  adapter: a\nlora:\n  r: 4", "r.yaml:7: lora: trains a fresh adapter, and model.adapter is trained on as it is: give one of them"),
+        ("data:", "lora:\n  target_modules: lm_head\ndata:", LM_HEAD),
+        ("data:", "lora:\n  target_modules: [q_proj, model.lm_head]\ndata:", LM_HEAD),
+        ("data:", "lora:\n  target_modules: .*\ndata:", LM_HEAD),
+        ("data:", "lora:\n  target_modules: .*(\ndata:", "r.yaml:7: lora.target_modules: '.*(' is not a valid expression: missing ), unterminated subpattern at position 2"),
         ("5e-7", "5e-7\n  bf16: true\n  fp16: true", "r.yaml:11: training.bf16: excludes fp16; set one of them to false"),
     ],
 )  # fmt: skip
@@ -116,6 +137,46 @@ def test_all_problems_are_collected_in_the_order_of_lines_and_the_message_shows_
     assert keys == ["betta", "label_smoothing", "logging_step", "seed"]
     assert str(caught.value).startswith("r.yaml:3: objective.betta: ")
     assert str(caught.value).endswith(" (+3 more problems)")
+
+
+@pytest.mark.parametrize(
+    ("written", "taken"),
+    [
+        ("all-linear", "all-linear"),
+        ("q_proj", ["q_proj"]),  # PEFT would take the string for a pattern of the whole dotted name and find nothing
+        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        (r".*self_attn\.(q|v)_proj", r".*self_attn\.(q|v)_proj"),
+    ],
+)
+def test_names_and_patterns_of_adapted_modules(small, written, taken):
+    recipe = load_recipe(small("data:", f"lora:\n  target_modules: {written}\ndata:"))
+    assert recipe.lora is not None and recipe.lora.target_modules == taken
+
+
+def test_held_out_pairs_are_evaluated_unless_that_is_declined(small):
+    assert load_recipe(small()).training.eval_strategy == "no"
+    given = ["data.eval=held.jsonl"]
+    assert load_recipe("r.yaml", given).training.eval_strategy == "epoch"
+    assert load_recipe("r.yaml", [*given, "training.eval_strategy=steps"]).training.eval_strategy == "steps"
+    declined = [*given, "training.eval_strategy=no"]
+    assert load_recipe("r.yaml", declined).training.eval_strategy == "no"
+    assert problems("r.yaml", *declined, "training.lr_scheduler_type=greedy") == [
+        "command line: training.lr_scheduler_type: 'greedy' needs training.eval_strategy steps or epoch"
+    ]
+
+
+def test_a_batch_need_not_be_a_multiple_of_what_fits_on_a_device(small):
+    training = load_recipe(small("16", "12\n  per_device_train_batch_size: 8")).training
+    assert (training.global_batch_size, training.per_device_train_batch_size) == (12, 8)
+
+
+def test_what_changes_no_result_is_a_key_and_none_of_those_that_do():
+    keys = TrainingSection.NO_EFFECT_ON_RESULT
+    assert keys <= {*TrainingSection.model_fields, *PASSED_THROUGH}
+    decisive = {"learning_rate", "global_batch_size", "num_train_epochs", "max_steps", "seed", "data_seed", "optim"}
+    decisive |= {"group_by_length", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16"}
+    decisive |= {"eval_strategy", "eval_steps", "load_best_model_at_end", "save_only_model", "adam_beta1"}
+    assert not keys & decisive
 
 
 def test_no_and_strategies_mean_what_they_say(small):
@@ -192,6 +253,24 @@ def test_choices_are_those_of_transformers():
     assert choices(PASSED_THROUGH["logging_strategy"]) == values(IntervalStrategy)
     assert choices(PASSED_THROUGH["hub_strategy"]) == values(HubStrategy)
     assert choices(PASSED_THROUGH["log_level"]) == set(trainer_log_levels)
+
+
+@pytest.mark.parametrize("name", typing.get_args(LrScheduler))
+def test_schedules_are_built_exactly_with_the_settings_that_are_asked_for(name):
+    import torch
+    from transformers import get_scheduler
+
+    def build(settings):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=9, scheduler_specific_kwargs=settings)
+
+    needed = SCHEDULER_NEEDS.get(name, ())
+    if not needed:
+        return build({})
+    with pytest.raises((TypeError, ValueError)):
+        build({})
+    for key in needed:
+        build({key: 0.5})
 
 
 def test_defaults_said_to_be_trls_are_trls():
