@@ -6,6 +6,7 @@ The order of the launches is this file's order: each takes ten seconds, so each 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,10 +21,8 @@ from alignment.data.preferences import read_rows
 from tests.e2e.conftest import Grammar, finished, launched, series
 
 RECIPE = "recipes/quickstart/dpo.yaml"
-STEPS = 12
 NUMBERS = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "displacement/chosen")
-# Global batch 8. Twelve steps are less than one pass: a last, incomplete batch is another matter.
-SETTINGS = ["training.learning_rate=1e-3", f"training.max_steps={STEPS}"]
+SETTINGS = ["training.learning_rate=1e-3"]  # one epoch; the pairs do not fill the last of its batches of 8
 CHECKPOINTS = ["training.save_strategy=steps", "training.save_steps=4"]
 
 
@@ -44,10 +43,11 @@ def one(root: Path, grammar: Grammar, runs: Path) -> Path:
 def test_run_directory_is_complete(one: Path):
     manifest = json.loads((one / "manifest.json").read_text())
     pairs = read_rows(one / "preferences.jsonl")
-    assert manifest["pairs"] == len(pairs) >= 8 * STEPS and manifest["steps"] == STEPS
+    steps = math.ceil(len(pairs) / 8)
+    assert manifest["pairs"] == len(pairs) and len(pairs) % 8 and manifest["steps"] == steps > 10
     assert manifest["hardware"]["processes"] == 1 and manifest["versions"]["trl"].startswith("1.16")
     assert manifest["recipe"]["training"]["global_batch_size"] == 8
-    assert [row[0] for row in series(one, "loss")] == list(range(1, STEPS + 1))
+    assert [row[0] for row in series(one, "loss")] == list(range(1, steps + 1))
     assert "<html" in (one / "report.html").read_text()
     AutoTokenizer.from_pretrained(one / "final")
     AutoModelForCausalLM.from_pretrained(one / "final")
