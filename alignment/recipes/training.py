@@ -112,9 +112,7 @@ class TrainingSection(OpenSection):
             "log_level_replica log_on_each_node disable_tqdm displacement_alarm skip_memory_metrics debug "
             "trackio_space_id trackio_bucket_id trackio_static_space_id "
             # When checkpoints are written and which are kept. Not save_only_model: those cannot be resumed from.
-            "save_strategy save_steps save_total_limit save_on_each_node enable_jit_checkpoint "
-            # Uploads of what was trained.
-            "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision"
+            "save_strategy save_steps save_total_limit save_on_each_node enable_jit_checkpoint"
         ).split()
     )
 

@@ -81,6 +81,10 @@ REFUSED: dict[str, str] = {
     "do_train": "has no effect in TRL",
     "do_eval": "has no effect in TRL; write eval_strategy",
     "do_predict": "has no effect in TRL",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "would upload the whole run with its preferences; upload final/ yourself: hf upload NAME RUN/final",
+    ),
     "hub_token": "a recipe is shared, a secret is not; log in with `hf auth login`",
     "pad_token": "deprecated in TRL; the tokenizer's own is used",
     # Not of this TRL, but still found in recipes.
@@ -120,12 +124,6 @@ PASSED_THROUGH: dict[str, Any] = {
     "save_only_model": bool,
     "save_on_each_node": bool,
     "enable_jit_checkpoint": bool,
-    "push_to_hub": bool,
-    "hub_private_repo": bool | None,
-    "hub_model_id": str | None,
-    "hub_strategy": Literal["end", "every_save", "checkpoint", "all_checkpoints"],
-    "hub_always_push": bool,
-    "hub_revision": str | None,
     "load_best_model_at_end": bool,
     "metric_for_best_model": str | None,
     "greater_is_better": bool | None,

@@ -130,7 +130,7 @@ def _prepare_run(recipe: Recipe, run: Path, resume: bool, world: int) -> tuple[P
     if resume:
         if not (run / "manifest.json").is_file():
             raise UserError(f"--resume: {run} is not a run directory")
-        rundir.refuse_other_recipe(run, recipe.resolved())
+        rundir.refuse_other_recipe(run, recipe)
         return rundir.last_checkpoint(run), None
     aside = rundir.move_aside(run)
     if aside is not None:

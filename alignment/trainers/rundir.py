@@ -20,6 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, jsonable, read_json_object, write_json_lines
+from alignment.recipes import Recipe
 
 PACKAGES = ("alignment", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "tokenizers")
 
@@ -62,21 +63,21 @@ def last_checkpoint(run: Path) -> Path:
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-def refuse_other_recipe(run: Path, resolved: dict[str, Any]) -> None:
-    """Resuming under another recipe would be neither run.
+def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
+    """Resuming under another recipe would be neither run; keys that change no result may differ.
 
     Raises:
         UserError: naming the first key whose value differs from the manifest's.
     """
     before = read_json_object(run / "manifest.json")["recipe"]
+    # Where evaluations steer the run (best model, plateau schedule), so does when they happen.
+    free = frozenset() if recipe.training.what_needs_evaluation() else recipe.training.NO_EFFECT_ON_RESULT
+    resolved = json.loads(json.dumps(recipe.resolved()))
     for section in sorted(set(before) | set(resolved)):
-        old, new = before.get(section), json.loads(json.dumps(resolved.get(section)))
-        if old == new:
-            continue
-        for key in sorted(set(old or {}) | set(new or {})):
-            was, now = (old or {}).get(key), (new or {}).get(key)
-            if was != now:
-                raise UserError(f"--resume: {section}.{key} is {now!r} but {run} began with {was!r}")
+        old, new = before.get(section) or {}, resolved.get(section) or {}
+        for key in sorted(set(old) | set(new)):
+            if old.get(key) != new.get(key) and not (section == "training" and key in free):
+                raise UserError(f"--resume: {section}.{key} is {new.get(key)!r} but {run} began with {old.get(key)!r}")
 
 
 def refuse_other_data(run: Path, fingerprint: str) -> None:
@@ -120,6 +121,8 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102 - transformers' hook
+        # A checkpoint brings its own intervals; those of the recipe, which may have changed, count.
+        state.compute_steps(args, state.max_steps)
         if not state.is_world_process_zero or not self.path.is_file():
             return
         # A killed process may have left half a line; it belongs to a step that is repeated.

@@ -237,7 +237,7 @@ def members(kind):
 
 
 def test_choices_are_those_of_transformers():
-    from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
     from transformers.training_args import trainer_log_levels
 
     def values(enum):
@@ -251,7 +251,6 @@ def test_choices_are_those_of_transformers():
     assert choices(fields["eval_strategy"].annotation) == values(IntervalStrategy)
     assert choices(fields["save_strategy"].annotation) == values(SaveStrategy)
     assert choices(PASSED_THROUGH["logging_strategy"]) == values(IntervalStrategy)
-    assert choices(PASSED_THROUGH["hub_strategy"]) == values(HubStrategy)
     assert choices(PASSED_THROUGH["log_level"]) == set(trainer_log_levels)
 
 
