@@ -195,8 +195,8 @@ def _adapter_config(recipe: Recipe) -> Any:
 
 
 def _set_threads(wanted: int | None, state: PartialState) -> None:
-    """CPU threads of this process. `accelerate launch` exports OMP_NUM_THREADS=1 unless told otherwise: that is its
-    default and nobody's wish, so it is undone; a number that the user exported is kept."""
+    """CPU threads of this process. `accelerate launch` exports OMP_NUM_THREADS=1 unless told otherwise: that cannot be
+    told from a wish, and is undone (training.cpu_threads=1 is the wish); any other exported number is kept."""
     if state.device.type != "cpu":
         return
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
@@ -257,6 +257,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     plan_batches(recipe.training.global_batch_size, 1, state.num_processes)  # refuse before anything is touched
     _set_threads(recipe.training.cpu_threads, state)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **_tokenizer_arguments(recipe))
+    _refuse_overlap(recipe)
     held_out = None if recipe.data.eval is None else load_preferences(*_name_and_split(recipe.data.eval, "test"))
     main = state.is_main_process
     checkpoint, aside = _prepare_run(recipe, run, resume, state.num_processes) if main else (None, None)
@@ -319,6 +320,19 @@ def _train_in(
     manifest["steps"] = trainer.state.global_step
     if state.is_main_process:
         write_json(run / "manifest.json", manifest)
+
+
+def _refuse_overlap(recipe: Recipe) -> None:
+    """Prompts that are both trained and judged on are found before the training time is spent, not after."""
+    if recipe.data.sample is None or recipe.evaluation is None:
+        return
+    trained = set(read_prompts(recipe.data.sample.prompts, recipe.data.sample.limit))
+    for prompt in read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit):
+        if prompt in trained:
+            raise UserError(
+                f"evaluation.prompts: {prompt[:60]!r} of {recipe.evaluation.prompts} is also in "
+                f"{recipe.data.sample.prompts}: judge on prompts that training does not see"
+            )
 
 
 def _name_and_split(text: str, default: str) -> tuple[str, str]:

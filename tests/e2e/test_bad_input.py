@@ -187,3 +187,16 @@ def test_real_processes(root, grammar, tmp_path):
         assert done.returncode == 2, done.stderr
         assert message in said(done.stderr)
         assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_would_be_trained_and_judged_on(refused, tmp_path):
+    file = tmp_path / "openings.txt"
+    file.write_text("my dog is\nour car was\n")
+    found = refused(
+        f"data.sample.prompts={file}", "data.sample.limit=null", f"evaluation.prompts={file}", "evaluation.limit=null"
+    )
+    assert "'my dog is'" in found and "judge on prompts that training does not see" in found
+
+
+def test_what_peft_says_of_a_setting_is_one_line(refused):
+    assert "no_such_layer" in refused("lora.target_modules=[no_such_layer]")
