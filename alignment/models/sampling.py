@@ -64,6 +64,62 @@ def _own_defaults_only(model: PreTrainedModel) -> Iterator[None]:
         inner.generation_config = shipped
 
 
+def _shared_prompts(model: PreTrainedModel, rows: dict[str, torch.Tensor], n: int, pad: int) -> Any | None:
+    """The key-value cache of all but the last token of each prompt, computed once per prompt and repeated n times.
+
+    `generate` itself computes it, so that masks and positions are its own. A prompt's last token stays out: it gives
+    the first token's logits.
+
+    Args:
+        rows: `input_ids` and `attention_mask`, `[prompts, tokens]`, padded on the left.
+
+    Returns:
+        A cache of `n * prompts` rows; None where this model's is not plain keys and values (sliding windows, states).
+    """
+    from transformers import GenerationConfig
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    config = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=pad, return_dict_in_generate=True)
+    generate: Any = model.generate
+    cache = generate(**rows, generation_config=config).past_key_values
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    cache.crop(-1)
+    cache.batch_repeat_interleave(n)
+    return cache
+
+
+class _Sampler:
+    """Continues padded prompts n times each, with one pass over each prompt where the model's cache allows it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, **settings: Any) -> None:
+        from transformers import GenerationConfig
+
+        self.model, self.tokenizer, self.n = model, tokenizer, n
+        self.ends = _end_ids(model, tokenizer)
+        self.pad: Any = tokenizer.pad_token_id
+        self.config = GenerationConfig(pad_token_id=self.pad, eos_token_id=sorted(self.ends), **settings)
+        self.share = n > 1
+
+    def draw(self, prompts: list[list[int]]) -> list[list[Sample]]:
+        """n samples of each prompt (token ids), drawn with the global generator."""
+        padded = self.tokenizer.pad({"input_ids": prompts}, padding=True, padding_side="left", return_tensors="pt")
+        rows = {name: padded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        cache = None
+        if self.share and rows["input_ids"].size(1) > 1:  # a single token is all last token
+            cache = _shared_prompts(self.model, rows, self.n, self.pad)
+            self.share = cache is not None  # asked of a model once
+        repeated = {name: value.repeat_interleave(self.n, dim=0) for name, value in rows.items()}
+        generate: Any = self.model.generate
+        generated = generate(**repeated, past_key_values=cache, generation_config=self.config)
+        found = [self._sample(row) for row in generated[:, rows["input_ids"].size(1) :].tolist()]
+        return [found[i : i + self.n] for i in range(0, len(found), self.n)]
+
+    def _sample(self, row: list[int]) -> Sample:
+        ids, finished = _cut(row, self.ends)
+        return Sample(ids, str(self.tokenizer.decode(ids, skip_special_tokens=True)), finished)
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -86,7 +142,7 @@ def sample(
         prompts: texts, or chat messages.
         n: continuations per prompt.
         max_new_tokens: tokens; a continuation that has not ended by then is cut (`finished` is False).
-        temperature: 0 means greedy.
+        temperature: 0 means greedy: one continuation is computed and stands n times, since all would be the same.
         top_p, top_k: nucleus and top-k truncation; 1.0 and 0 mean none.
         batch_size: rows per forward pass; more is faster until memory is full. Part of what a seed means.
         seed: of these draws alone: the global generator is left as it was.
@@ -96,21 +152,14 @@ def sample(
         One list of n samples per prompt, in the order of `prompts`.
     """
     from tqdm import tqdm
-    from transformers import GenerationConfig
 
+    greedy = temperature == 0
+    draws = 1 if greedy else n
+    settings = {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampler = _Sampler(model, tokenizer, draws, max_new_tokens=max_new_tokens, do_sample=not greedy, **settings)
     encoded = [prompt_ids(tokenizer, p) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))  # like lengths together: little padding
-    per_batch = max(1, batch_size // n)
-    ends = _end_ids(model, tokenizer)
-    greedy = temperature == 0
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
-        num_return_sequences=n,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(ends),
-        **({} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}),
-    )
+    per_batch = max(1, batch_size // draws)
     found: list[list[Sample]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
@@ -120,15 +169,8 @@ def sample(
         torch.manual_seed(seed)
         for start in range(0, len(order), per_batch):
             batch = order[start : start + per_batch]
-            rows = tokenizer.pad(
-                {"input_ids": [encoded[i] for i in batch]}, padding=True, padding_side="left", return_tensors="pt"
-            ).to(model.device)
-            generate: Any = model.generate
-            generated = generate(**rows, generation_config=config)[:, rows["input_ids"].size(1) :].tolist()
-            for position, row in enumerate(generated):
-                ids, finished = _cut(row, ends)
-                text = str(tokenizer.decode(ids, skip_special_tokens=True))
-                found[batch[position // n]].append(Sample(ids, text, finished))
+            for i, samples in zip(batch, sampler.draw([encoded[i] for i in batch]), strict=True):
+                found[i] = samples * (n // draws)
             bar.update(len(batch))
     model.train(was_training)
     return found

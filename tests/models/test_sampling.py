@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from alignment.models import load_model, load_tokenizer
 from alignment.models.sampling import _cut, prompt_ids, sample
@@ -97,6 +97,61 @@ def test_greedy_is_argmax_whatever_the_batch(speaker):
     for batch_size in (1, 2, 64):
         found = sample(model, tokenizer, PROMPTS, 1, max_new_tokens=10, temperature=0, batch_size=batch_size)
         assert [group[0].ids for group in found] == expected
+
+
+def test_greedy_draws_are_one_draw_repeated(speaker):
+    once, thrice = (sample(*speaker, PROMPTS, n, max_new_tokens=8, temperature=0) for n in (1, 3))
+    assert thrice == [group * 3 for group in once]
+
+
+def padded(tokenizer, prompts: list[str]):
+    ids = {"input_ids": [prompt_ids(tokenizer, p) for p in prompts]}
+    return tokenizer.pad(ids, padding=True, padding_side="left", return_tensors="pt")
+
+
+def drawn_by_transformers(model, tokenizer, prompts: list[str], n: int, seed: int) -> list[list[list[int]]]:
+    """Ids of n continuations per prompt by `generate` alone, every prompt computed n times; without end and pad."""
+    rows = padded(tokenizer, prompts)
+    config = GenerationConfig(
+        max_new_tokens=8, do_sample=True, top_k=0, num_return_sequences=n,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        generated = model.generate(**rows, generation_config=config)[:, rows["input_ids"].size(1) :].tolist()
+    plain = [without_special(tokenizer, row) for row in generated]
+    return [plain[i : i + n] for i in range(0, len(plain), n)]
+
+
+def without_special(tokenizer, ids: list[int]) -> list[int]:
+    return [i for i in ids if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
+
+
+def with_window(tokenizer) -> MistralForCausalLM:
+    """A random model that sees the last three tokens only: its cache drops what came before."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=3, initializer_range=0.5, max_position_embeddings=64,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("prompts", [["my", "the"], ["my dog is", "our dog is"], ["my", *PROMPTS]], ids=len)
+@pytest.mark.parametrize("window", [False, True], ids=["shared", "fallback"])
+def test_prompts_are_computed_once_and_give_the_same_draws(speaker, prompts, window):
+    """Equal to the plain way token by token; a model whose cache cannot be shared takes the plain way."""
+    model, tokenizer = (with_window(speaker[1]), speaker[1]) if window else speaker
+    prompts = sorted(prompts, key=lambda p: len(prompt_ids(tokenizer, p)))  # the order in which a batch is drawn
+    expected = drawn_by_transformers(model, tokenizer, prompts, 8, seed=3)
+    passes: list[tuple[int, ...]] = []
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: passes.append(tuple(inputs[0].shape)))
+    found = sample(model, tokenizer, prompts, 8, max_new_tokens=8, seed=3)
+    hook.remove()
+    assert [[without_special(tokenizer, s.ids) for s in group] for group in found] == expected
+    longest = max(len(prompt_ids(tokenizer, p)) for p in prompts)
+    first = [] if longest == 1 else [(len(prompts), longest)]  # one token has nothing before it to share
+    assert passes[: len(first) + 1] == [*first, (8 * len(prompts), longest if window else 1)]
 
 
 def test_the_end_token_is_found_by_position_even_where_pad_is_the_end_token(tiny):
