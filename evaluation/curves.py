@@ -81,11 +81,12 @@ CURVES = (
         (0.0, "step 0"),
     ),
     Curve(
-        "Distance from the reference",
-        (("KL estimate", "kl"),),
-        "nats",
-        "The price of the reward: compare two runs' win rates at a similar distance. An estimate from few responses "
-        "is noisy and can dip below 0; a steady climb with no gain in win rate is drift.",
+        "Drift from the reference",
+        (("log reference − log π", "kl"),),
+        "nats per response",
+        "Mean of log reference − log policy over the training responses. It estimates KL(reference ‖ policy) only if "
+        "they are plain samples of the reference, which the best and the worst of several draws are not. It can dip "
+        "below 0; a steady climb with no gain in win rate is a price paid for nothing.",
         (0.0, "reference"),
     ),
     Curve(

@@ -19,6 +19,7 @@ from evaluation.comparison import Comparison, Side, compare
 from evaluation.files import Prompt, locate_prompts, refuse_training_prompts
 
 RESAMPLES = 10_000
+BASELINE_SEED_OFFSET = 1_000_000  # the two sides must not share random numbers: their samples are independent draws
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class ModelSource:
     Attributes:
         name: what reports call it.
         load: arguments of `alignment.models.load_model`.
+        seed_offset: added to the plan's seed to give the seed of this model's samples.
     """
 
     name: str
     load: dict[str, Any]
+    seed_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Plan:
         generation: how samples are drawn.
         samples_per_prompt: of each model.
         resamples: bootstrap resamples over prompts.
-        seed: of the samples and of the bootstrap.
+        seed: of the bootstrap and, with each model's offset, of its samples.
+        chat: each prompt is what the user says in the models' chat template; else it is a text to continue.
         notes: further fields of win_rate.json.
     """
 
@@ -69,6 +73,7 @@ class Plan:
     samples_per_prompt: int = 2
     resamples: int = RESAMPLES
     seed: int = 1
+    chat: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -77,26 +82,36 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def load_source_tokenizer(source: ModelSource, chat: bool) -> Any:
+    """The tokenizer of a model; with `chat` it must have a chat template."""
+    from alignment.models import load_tokenizer
+
+    keys = {key: value for key, value in source.load.items() if key in ("revision", "trust_remote_code")}
+    tokenizer = load_tokenizer(source.load["name_or_path"], **keys)
+    if chat and not tokenizer.chat_template:
+        raise UserError(f"{source.name}: its tokenizer has no chat template; use --no-chat for prompts as plain text")
+    return tokenizer
+
+
 def sample_side(source: ModelSource, plan: Plan) -> Side:
     """Load a model, draw its samples, and let the model go."""
     import torch
 
-    from alignment.models import load_model, load_tokenizer
+    from alignment.models import load_model
     from alignment.models.sampling import sample
 
+    tokenizer = load_source_tokenizer(source, plan.chat)
     say(f"loading {source.name}")
     model: Any = load_model(**source.load)
     if torch.cuda.is_available():
         model.cuda()
-    tokenizer_keys = {key: value for key, value in source.load.items() if key in ("revision", "trust_remote_code")}
-    tokenizer = load_tokenizer(source.load["name_or_path"], **tokenizer_keys)
     drawn = sample(
         model,
         tokenizer,
-        [prompt.text for prompt in plan.prompts],
+        [[{"role": "user", "content": p.text}] if plan.chat else p.text for p in plan.prompts],
         plan.samples_per_prompt,
         **asdict(plan.generation),
-        seed=plan.seed,
+        seed=plan.seed + source.seed_offset,
         progress=f"sampling {source.name}",
     )
     return Side(source.name, [[s.text for s in group] for group in drawn], [[s.finished for s in g] for g in drawn])
@@ -105,19 +120,36 @@ def sample_side(source: ModelSource, plan: Plan) -> Side:
 def run_plan(plan: Plan) -> Comparison:
     """Sample both models and compare them.
 
-    Each model is sampled in a pass of its own that starts from the same seed: neither sees the other's outputs, and a
-    model compared with itself gives exactly one half.
+    Each model is sampled in a pass of its own from a seed of its own, so that every sample is independent of every
+    other: a model compared with itself comes out near one half, not at it.
     """
+    for source in (plan.model, plan.baseline) if plan.chat else ():
+        load_source_tokenizer(source, plan.chat)  # what is wrong with the second is said before the first is sampled
     model, baseline = sample_side(plan.model, plan), sample_side(plan.baseline, plan)
     texts = [prompt.text for prompt in plan.prompts]
     comparison = compare(texts, model, baseline, plan.judge, resamples=plan.resamples, seed=plan.seed)
-    drawn = plan.generation
-    note = (
-        f"temperature {drawn.temperature:g}, top-p {drawn.top_p:g}, top-k {drawn.top_k}, at most "
-        f"{drawn.max_new_tokens} new tokens; each model in a pass of its own from seed {plan.seed}"
-    )
-    extra = {"sampling": {**asdict(drawn), "seed": plan.seed}, "sampling_note": note, **plan.notes}
+    extra = {"sampling": sampling_facts(plan), "sampling_note": sampling_note(plan), **plan.notes}
     return replace(comparison, result={**comparison.result, **extra})
+
+
+def sampling_facts(plan: Plan) -> dict[str, Any]:
+    """How a plan's samples are drawn, as it stands in win_rate.json."""
+    seeds = {"seed": plan.seed + plan.model.seed_offset, "baseline_seed": plan.seed + plan.baseline.seed_offset}
+    return {"chat": plan.chat, **asdict(plan.generation), **seeds}
+
+
+def sampling_note(plan: Plan) -> str:
+    """The same in words."""
+    facts = sampling_facts(plan)
+    form = "through the chat template" if plan.chat else "as plain text"
+    if facts["temperature"] == 0:
+        how = "greedy: one response per prompt and model, repeated"
+    else:
+        how = (
+            f"temperature {facts['temperature']:g}, top-p {facts['top_p']:g}, top-k {facts['top_k']}; independent "
+            f"draws, the model's from seed {facts['seed']}, the baseline's from seed {facts['baseline_seed']}"
+        )
+    return f"prompts {form}; at most {facts['max_new_tokens']} new tokens; {how}"
 
 
 def section(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -147,11 +179,13 @@ def plan_of_run(
     samples_per_prompt: int | None = None,
     resamples: int | None = None,
     seed: int | None = None,
+    chat: bool | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The trained model of a run against the model that training started from.
 
-    Settings that are not given come from the recipe in the run's manifest.
+    Settings that are not given come from the recipe in the run's manifest; prompts take the form (chat or plain text)
+    that the training rows had.
 
     Raises:
         UserError: no finished model, no judge, no prompts, prompts that were trained on, or the seed that drew the
@@ -164,9 +198,11 @@ def plan_of_run(
     judge, is_training_reward = _judge_of_run(run_dir, manifest, judge)
     if seed is None:
         seed = int(evaluation.get("seed", 1))
-    if section(manifest, "data").get("sample") and seed == settings.get("seed", 0):
+    data_seed = settings.get("seed", 0) if section(manifest, "data").get("sample") else None
+    if data_seed in (seed, seed + BASELINE_SEED_OFFSET):
         raise UserError(
-            f"{run_dir}: evaluation seed {seed} is generation.seed, which drew the training data; change it"
+            f"{run_dir}: evaluation seed {seed} draws with generation.seed {data_seed}, which drew the training data; "
+            "change it"
         )
     if prompts is None:
         if not evaluation.get("prompts"):
@@ -184,6 +220,7 @@ def plan_of_run(
         samples_per_prompt=samples_per_prompt or evaluation.get("samples_per_prompt", 2),
         resamples=resamples or evaluation.get("bootstrap", RESAMPLES),
         seed=seed,
+        chat=bool(manifest.get("chat", False)) if chat is None else chat,
         notes={"judge_is_training_reward": is_training_reward, **_overlap_notes(run_dir, found)},
     )
 
@@ -209,7 +246,8 @@ def _models_of_run(run_dir: Path, model: Mapping[str, Any]) -> tuple[ModelSource
     start = {"name_or_path": model["name_or_path"], "adapter": model.get("adapter")}
     final = str(run_dir / "final")
     name = " + ".join(part for part in start.values() if part)
-    return ModelSource(final, {"name_or_path": final, **loading}), ModelSource(name, {**start, **loading})
+    trained = ModelSource(final, {"name_or_path": final, **loading})
+    return trained, ModelSource(name, {**start, **loading}, BASELINE_SEED_OFFSET)
 
 
 def _overlap_notes(run_dir: Path, prompts: list[Prompt]) -> dict[str, Any]:

@@ -71,9 +71,10 @@ def report_content(run: Path) -> dict[str, Any]:
         "objective_name": (recipe.get("objective") or {}).get("name"),
         "model_name": (recipe.get("model") or {}).get("name_or_path"),
         "result": describe_result(result) if result else None,
+        "outdated": bool(result) and is_outdated(run),
         "brief": training_brief(metrics),
         "alarm": displacement_alarm(metrics, recipe),
-        "figures": draw_figures(metrics, manifest),
+        "figures": draw_figures(metrics),
         "samples": choose_samples(samples),
         "samples_shown": SAMPLES_SHOWN,
         "card": objective_card(recipe.get("objective") or {}),
@@ -89,6 +90,12 @@ def _optional_object(path: Path) -> dict[str, Any]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl, as far as training has written them."""
     return [row for _, row in iterate_json_lines(path, skip_unfinished=True)] if path.is_file() else []
+
+
+def is_outdated(run: Path) -> bool:
+    """Whether the model in `final` was saved after win_rate.json was written: a finished run was taken up again."""
+    saved = [file.stat().st_mtime for file in (run / "final").glob("*")]
+    return bool(saved) and (run / "win_rate.json").stat().st_mtime < max(saved)
 
 
 def describe_result(result: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def training_brief(metrics: curves.Rows) -> list[tuple[str, str]]:
         ("Margin", "rewards/margins"),
         ("Accuracy", "rewards/accuracies"),
         ("Log π chosen since step 0", "displacement/chosen"),
-        ("KL estimate", "kl"),
+        ("Drift from the reference", "kl"),
         ("Tokens per second", "tokens_per_second"),
         ("Padding share", "padding"),
     )
@@ -147,11 +154,11 @@ def displacement_alarm(metrics: curves.Rows, recipe: Mapping[str, Any]) -> str |
     )
 
 
-def draw_figures(metrics: curves.Rows, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def draw_figures(metrics: curves.Rows) -> list[dict[str, Any]]:
     """Title, drawing and reading of every curve that the run has."""
     from markupsafe import Markup
 
-    start = starting_loss(metrics, manifest)
+    start = starting_loss(metrics)
     figures = []
     for curve in curves.CURVES:
         level = (
@@ -165,15 +172,9 @@ def draw_figures(metrics: curves.Rows, manifest: Mapping[str, Any]) -> list[dict
     return figures
 
 
-def starting_loss(metrics: curves.Rows, manifest: Mapping[str, Any]) -> float | None:
-    """The loss before the first update, or None where the run did not record it.
-
-    That is the row of step 0; else the row of step 1, whose forward pass comes before the first update; else
-    `step0.loss` of the manifest.
-    """
-    losses = dict(zip(*curves.series(metrics, "loss"), strict=True))
-    recorded = losses.get(0.0, losses.get(1.0, (manifest.get("step0") or {}).get("loss")))
-    return float(recorded) if isinstance(recorded, int | float) else None
+def starting_loss(metrics: curves.Rows) -> float | None:
+    """The loss before the first update: that of step 1, which is computed before it. None where it was not logged."""
+    return dict(zip(*curves.series(metrics, "loss"), strict=True)).get(1.0)
 
 
 def choose_samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

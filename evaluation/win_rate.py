@@ -28,7 +28,16 @@ from alignment.files import jsonable, write_json, write_json_lines
 from alignment.rewards import RewardFunction, get_reward
 from evaluation.comparison import Comparison, Side, compare, describe
 from evaluation.files import locate_prompts, read_outputs, shorten
-from evaluation.plans import RESAMPLES, Generation, ModelSource, Plan, plan_of_run, run_plan, say
+from evaluation.plans import (
+    BASELINE_SEED_OFFSET,
+    RESAMPLES,
+    Generation,
+    ModelSource,
+    Plan,
+    plan_of_run,
+    run_plan,
+    say,
+)
 
 
 def win_rate_of_files(
@@ -49,21 +58,6 @@ def win_rate_of_files(
             )
     model, baseline = (Side(str(f), [out[p][1] for p in outputs_a]) for f, out in ((a, outputs_a), (b, outputs_b)))
     return compare(list(outputs_a), model, baseline, judge, resamples=resamples, seed=seed)
-
-
-def evaluate_run(run_dir: Path, **settings: Any) -> dict[str, Any]:
-    """Compare a run with its starting model; write win_rate.json, samples.jsonl and report.html into the run.
-
-    Args:
-        run_dir: a run directory with a trained model in `final`.
-        **settings: as in `plan_of_run`.
-
-    Returns:
-        The content of win_rate.json.
-    """
-    comparison = run_plan(plan_of_run(run_dir, **settings))
-    write_into_run(run_dir, comparison)
-    return comparison.result
 
 
 def write_into_run(run_dir: Path, comparison: Comparison) -> list[Path]:
@@ -92,7 +86,7 @@ def parse_reward_keys(pairs: list[str]) -> dict[str, str]:
     return keys
 
 
-_SAMPLING = {"prompts", "limit", "samples", *asdict(Generation())}
+_SAMPLING = {"prompts", "limit", "samples", "chat", *asdict(Generation())}
 _SHARED = {"reward", "reward_key", "seed", "bootstrap", "output", "json"}
 _FORMS = {  # what says which form is meant, what it needs, what it may have besides
     "run": ({"RUN_DIR"}, {"RUN_DIR"}, _SHARED | _SAMPLING),
@@ -127,7 +121,7 @@ def compare_as_asked(form: str, given: dict[str, Any]) -> Comparison:
     renamed = {"bootstrap": "resamples", "seed": "seed", "samples": "samples_per_prompt"}
     settings = {renamed[key]: given[key] for key in renamed if key in given}
     if form == "run":
-        file = {key: given[key] for key in ("prompts", "limit") if key in given}
+        file = {key: given[key] for key in ("prompts", "limit", "chat") if key in given}
         return run_plan(plan_of_run(given["RUN_DIR"], judge=judge, generation=_generation(given), **file, **settings))
     if judge is None:
         raise UserError("--reward missing")  # choose_form has seen to it
@@ -136,10 +130,13 @@ def compare_as_asked(form: str, given: dict[str, Any]) -> Comparison:
     dtype = given.get("dtype", "float32")
     plan = Plan(
         model=ModelSource(given["model"], {"name_or_path": given["model"], "dtype": dtype}),
-        baseline=ModelSource(given["baseline"], {"name_or_path": given["baseline"], "dtype": dtype}),
+        baseline=ModelSource(
+            given["baseline"], {"name_or_path": given["baseline"], "dtype": dtype}, BASELINE_SEED_OFFSET
+        ),
         prompts=locate_prompts(given["prompts"], given.get("limit")),
         judge=judge,
         generation=Generation(**_generation(given)),
+        chat=given.get("chat", False),
         notes={"overlap_note": "not checked: what the models were trained on is unknown here"},
         **settings,
     )
@@ -190,6 +187,12 @@ def main(
     limit: Annotated[
         OptionalInt, typer.Option(min=1, help="Only the first so many prompts: a quick look. [all]")
     ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            help="Prompts go through the chat template as what a user says. [as the run's training rows, else not]"
+        ),
+    ] = None,
     reward: Annotated[str | None, typer.Option(help="Judge: vader, length or regex. [recipe's reward]")] = None,
     reward_key: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the judge, such as pattern='(?i)good'.")
@@ -201,7 +204,10 @@ def main(
         OptionalInt, typer.Option(min=1, help="Longest response; time grows with it. [24]")
     ] = None,
     temperature: Annotated[
-        OptionalFloat, typer.Option(min=0, help="1 compares the models as trained; 0 is greedy. [1]")
+        OptionalFloat,
+        typer.Option(
+            min=0, help="1 compares the models as trained; 0 is greedy, with one response for all samples. [1]"
+        ),
     ] = None,
     top_p: Annotated[OptionalFloat, typer.Option(min=0, max=1, help="Nucleus sampling; 1 is off. [1]")] = None,
     top_k: Annotated[OptionalInt, typer.Option(min=0, help="Only the k likeliest tokens; 0 is off. [0]")] = None,
@@ -212,7 +218,12 @@ def main(
         str | None, typer.Option(help="Weights with --model: float32, bfloat16, float16. [float32]")
     ] = None,
     seed: Annotated[
-        OptionalInt, typer.Option(min=0, help="Of sampling and bootstrap; not the seed that drew training data. [1]")
+        OptionalInt,
+        typer.Option(
+            min=0,
+            help="Of the bootstrap and the model's samples; the baseline's add 1,000,000. Not the seed that drew the "
+            "training data. [1]",
+        ),
     ] = None,
     bootstrap: Annotated[
         OptionalInt, typer.Option(min=100, help="Resamples of prompts; under 1,000 the limits wobble. [10000]")
@@ -221,8 +232,8 @@ def main(
         OptionalPath, typer.Option(help="Folder for win_rate.json and samples.jsonl. [RUN_DIR, else nothing kept]")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print win_rate.json's content instead of the text.")
-    ] = False,
+        bool | None, typer.Option("--json", help="Print win_rate.json's content instead of the text.")
+    ] = None,
 ) -> None:
     """Win rate of a model against a baseline on the same prompts, with a 95 % interval over prompts.
 
@@ -230,7 +241,7 @@ def main(
     Settings that are not given come from the run's recipe, else from the value in brackets. Every sample of one side
     meets every sample of the other; ties count one half, and the rate without them is stated too.
     """
-    given = {key: value for key, value in locals().items() if value is not None and value is not False}
+    given = {key: value for key, value in locals().items() if value is not None}
     run_program({{"run_dir": "RUN_DIR", "as_json": "json"}.get(key, key): value for key, value in given.items()})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -64,12 +65,12 @@ def recipe() -> dict:
 def metric_rows(steps: int, fall: float) -> list[dict]:
     return [
         {
-            "step": s, "loss": 0.6931 - 0.01 * s, "rewards/chosen": 0.1 * s, "rewards/rejected": -0.1 * s,
+            "step": s, "loss": 0.6931 - 0.01 * (s - 1), "rewards/chosen": 0.1 * s, "rewards/rejected": -0.1 * s,
             "rewards/margins": 0.2 * s, "rewards/accuracies": 0.5, "displacement/chosen": -fall * s / steps,
             "displacement/rejected": -s, "kl": 0.01 * s, "saturated": 0.0, "tokens_per_second": 500 + s,
             "padding": 0.1,
         }
-        for s in range(steps + 1)
+        for s in range(1, steps + 1)
     ]  # fmt: skip
 
 
@@ -127,8 +128,21 @@ def test_numbers_are_those_of_the_files(run_dir):
     ):
         assert shown in page.text
     assert "fallen by 12.0 nats since step 0 (alarm: 10)" in page.text
-    for curve in ("Loss", "Implicit rewards", "Accuracy", "Log-probability since step 0", "Throughput"):
+    curves = ("Loss", "Implicit rewards", "Accuracy", "Log-probability since step 0", "Drift from the reference")
+    for curve in (*curves, "Throughput"):
         assert curve in page.text
+    assert "KL(reference ‖ policy) only if they are plain samples of the reference" in page.text
+
+
+def test_a_model_saved_after_its_evaluation_is_said(run_dir):
+    (run_dir / "final").mkdir()
+    weights = run_dir / "final" / "model.safetensors"
+    weights.touch()
+    evaluated = (run_dir / "win_rate.json").stat().st_mtime
+    notice = "Evaluated before the model was last saved"
+    for age, said in ((-60, False), (60, True)):
+        os.utime(weights, (evaluated + age, evaluated + age))
+        assert (notice in Page(write_report(run_dir).read_text()).text) == said
 
 
 def test_a_drawn_line_has_the_metrics_values(run_dir):
@@ -137,7 +151,7 @@ def test_a_drawn_line_has_the_metrics_values(run_dir):
     loss = html[html.index("<h3>Loss</h3>") : html.index("<h3>Implicit rewards</h3>")]
     path = max(re.findall(r'<path d="([^"]*)"', loss), key=lambda d: d.count("L") if "var" not in d else 0)
     points = [tuple(map(float, point)) for point in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
-    assert len(points) == 21
+    assert len(points) == 20
     for axis in (0, 1):
         gaps = [b[axis] - a[axis] for a, b in zip(points, points[1:], strict=False)]
         assert min(gaps) > 0
@@ -161,11 +175,9 @@ def test_missing_parts_are_said(tmp_path):
 
 
 def test_starting_loss_is_one_from_before_the_first_update():
-    rows = [{"step": s, "loss": float(s)} for s in (0, 1, 2)]
-    assert starting_loss(rows, {}) == 0.0
-    assert starting_loss(rows[1:], {"step0": {"loss": 9.0}}) == 1.0
-    assert starting_loss(rows[2:], {"step0": {"loss": 9.0}}) == 9.0
-    assert starting_loss(rows[2:], {}) is None
+    rows = [{"step": 0, "eval_loss": 9.0}, {"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}]
+    assert starting_loss(rows) == 5.0
+    assert starting_loss(rows[2:]) is None
 
 
 def test_samples_are_chosen_by_rule():

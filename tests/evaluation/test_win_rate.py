@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from alignment.errors import UserError
 from alignment.rewards import get_reward
 from evaluation.comparison import Side, compare, describe
 from evaluation.files import Prompt, locate_prompts, refuse_training_prompts
-from evaluation.plans import plan_of_run
-from evaluation.win_rate import choose_form, evaluate_run, win_rate_of_files
+from evaluation.plans import ModelSource, Plan, plan_of_run, run_plan
+from evaluation.win_rate import app, choose_form, run_program, win_rate_of_files
+from tests import tiny_lm
 
 REPOSITORY = Path(__file__).parents[2]
 AS_SCRIPT = (sys.executable, str(REPOSITORY / "evaluation" / "win_rate.py"))
@@ -110,6 +112,7 @@ def test_program_mistakes_end_with_one_line_and_code_2(files, tmp_path):
         ({"a", "reward"}, "--b missing: needed with --a"),
         ({"model", "baseline", "reward"}, "--prompts missing: needed with --baseline, --model"),
         ({"a", "b", "reward", "top_p"}, "--top-p does not apply with --a, --b"),
+        ({"a", "b", "reward", "chat"}, "--chat does not apply with --a, --b"),
         ({"RUN_DIR", "dtype"}, "--dtype does not apply with RUN_DIR"),
     ],
 )
@@ -206,7 +209,7 @@ def make_run(folder: Path, start: Path, prompts: list[str], **sections: object) 
         | {"seed": 1},
         **sections,
     }
-    (folder / "manifest.json").write_text(json.dumps({"recipe": recipe, "seed": 42}))
+    (folder / "manifest.json").write_text(json.dumps({"recipe": recipe, "seed": 42, "chat": False}))
     write_rows(folder / "preferences.jsonl", [{"prompt": "trained on", "chosen": "a", "rejected": "b"}])
     return folder
 
@@ -220,7 +223,7 @@ def test_mistakes_in_a_run_are_found_before_a_model_is_loaded(tmp_path):
         UserError, match=r"heldout.txt:2: prompt 'trained on' was trained on \(.*preferences.jsonl:1\)"
     ):
         plan_of_run(run_dir)
-    with pytest.raises(UserError, match="evaluation seed 0 is generation.seed"):
+    with pytest.raises(UserError, match="evaluation seed 0 draws with generation.seed 0"):
         plan_of_run(run_dir, limit=1, seed=0)
     bare = make_run(tmp_path / "bare", tmp_path / "start", ["new"], reward=None, evaluation=None)
     (bare / "final").mkdir()
@@ -262,15 +265,27 @@ def save_tiny_model(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_run_directory_end_to_end(tmp_path):
+def evaluate(run_dir: Path, **given: object) -> dict:
+    """win_rate.json after `win_rate.py RUN_DIR` with the given options."""
+    run_program({"RUN_DIR": run_dir, **given})
+    return json.loads((run_dir / "win_rate.json").read_text())
+
+
+def responses_of(run_dir: Path, side: str) -> list[list[str]]:
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    return [[sample["response"] for sample in row[side]] for row in rows]
+
+
+def test_run_directory_end_to_end(tmp_path, capsys):
     prompts = ["a fine day", "the cat", "we", "once upon a time"]
     run_dir = make_run(tmp_path / "run", save_tiny_model(tmp_path / "start", 0), prompts)
     save_tiny_model(run_dir / "final", 1)
-    result = evaluate_run(run_dir)
-    assert result == json.loads((run_dir / "win_rate.json").read_text())
+    result = evaluate(run_dir)
     assert result["judge_is_training_reward"] is True
-    assert "judge IS the reward that the model was trained on" in describe(result)
-    assert result["sampling"]["seed"] == 1
+    printed = capsys.readouterr().out
+    assert "judge IS the reward that the model was trained on" in printed
+    assert "prompts as plain text" in printed
+    assert result["sampling"]["chat"] is False
     rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == prompts
     # The win rate again, from the file, by loops and from the responses' own lengths.
@@ -282,8 +297,75 @@ def test_run_directory_end_to_end(tmp_path):
     assert result["win_rate"] == pytest.approx(sum(shares) / 4)
     assert (run_dir / "report.html").is_file()
     before = (run_dir / "samples.jsonl").read_text()
-    evaluate_run(run_dir)
+    evaluate(run_dir)
     assert (run_dir / "samples.jsonl").read_text() == before  # same seed, same samples
-    same = make_run(tmp_path / "same", run_dir / "final", prompts)
-    (same / "final").symlink_to(run_dir / "final")
-    assert evaluate_run(same)["win_rate"] == 0.5  # a model against itself
+
+
+def test_a_model_against_itself_draws_anew_and_comes_out_near_one_half(tiny, tmp_path):
+    """The two sides share no random numbers: equal samples at equal places would make the pairs dependent."""
+    prompts = tiny_lm.openings()[:60]
+    run_dir = make_run(tmp_path / "run", tiny, prompts)
+    (run_dir / "final").symlink_to(tiny)
+    result = evaluate(run_dir)
+    assert result["sampling"]["seed"] != result["sampling"]["baseline_seed"]
+    assert responses_of(run_dir, "model") != responses_of(run_dir, "baseline")
+    assert result["interval"][0] < 0.5 < result["interval"][1]
+    assert result["standard_error"] > 0
+
+
+def test_outputs_against_themselves_are_exactly_one_half(files):
+    result = win_rate_of_files(files[0], files[0], get_reward("length")).result
+    assert (result["win_rate"], result["mean_score"]["difference"]) == (0.5, 0.0)
+
+
+def test_greedy_is_one_response_for_all_samples(tiny, tmp_path, capsys):
+    run_dir = make_run(tmp_path / "run", tiny, tiny_lm.openings()[:5])
+    (run_dir / "final").symlink_to(tiny)
+    assert evaluate(run_dir, temperature=0.0)["win_rate"] == 0.5
+    assert responses_of(run_dir, "model") == responses_of(run_dir, "baseline")
+    assert all(len(group) == 2 and len(set(group)) == 1 for group in responses_of(run_dir, "model"))
+    assert "greedy: one response per prompt and model" in capsys.readouterr().out
+
+
+def test_prompts_take_the_form_of_the_training_rows(tiny, tmp_path, capsys):
+    """In a chat the tiny model answers with a sentence of its own, which repeats the opening; plain, it goes on."""
+    openings = tiny_lm.openings()[:12]
+    run_dir = make_run(tmp_path / "run", tiny, openings)
+    (run_dir / "final").symlink_to(tiny)
+
+    def repeated(side: str) -> float:
+        """Share of responses that begin with their own prompt."""
+        groups = zip(openings, responses_of(run_dir, side), strict=True)
+        hits = [response.startswith(opening) for opening, group in groups for response in group]
+        return sum(hits) / len(hits)
+
+    def evaluated(**given: object) -> tuple[bool, str]:
+        shared = {"max_new_tokens": 12, "batch_size": 24}
+        return evaluate(run_dir, **shared, **given)["sampling"]["chat"], capsys.readouterr().out
+
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    (run_dir / "manifest.json").write_text(json.dumps(manifest | {"chat": True}))
+    chat, printed = evaluated()
+    assert chat and "prompts through the chat template" in printed
+    assert repeated("model") > 0.4 and repeated("baseline") > 0.4  # by chance: one in 180
+    assert "prompts through the chat template" in (run_dir / "report.html").read_text()
+    chat, printed = evaluated(chat=False)
+    assert not chat and "prompts as plain text" in printed
+    assert repeated("model") == repeated("baseline") == 0
+
+
+def test_chat_without_a_template_is_one_line_before_anything_is_sampled(tiny, tmp_path, monkeypatch):
+    bare = save_tiny_model(tmp_path / "bare", 0)
+    model, baseline = (ModelSource(str(p), {"name_or_path": str(p)}) for p in (tiny, bare))
+    monkeypatch.setattr("evaluation.plans.sample_side", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(UserError) as caught:
+        run_plan(Plan(model, baseline, [Prompt("hello", "f:1")], get_reward("length"), chat=True))
+    assert str(caught.value).startswith(f"{bare}: its tokenizer has no chat template; use --no-chat")
+
+
+@pytest.mark.parametrize(("words", "chat"), [([], None), (["--chat"], True), (["--no-chat"], False)])
+def test_chat_option_reaches_the_plan(tmp_path, monkeypatch, words, chat):
+    seen = {}
+    monkeypatch.setattr("evaluation.win_rate.run_program", seen.update)
+    assert CliRunner().invoke(app, [str(tmp_path), *words]).exit_code == 0
+    assert seen == {"RUN_DIR": tmp_path} | ({} if chat is None else {"chat": chat})
