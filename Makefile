@@ -1,4 +1,5 @@
 # make train     the quick start: install, align a real 135M model, report its win rate
+#                another recipe: make train RECIPE=recipes/quickstart/ipo.yaml; another place: RUN=runs/mine
 # make test      install, then lint, types and the tests that fit into ten minutes
 # make test-all  the same with the slow tests (sharding, every objective in every mode)
 #
@@ -7,7 +8,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/quickstart/dpo.yaml
-RUN ?= runs/quickstart-dpo
+# Where the run goes; empty leaves it to the recipe's training.output_dir.
+RUN ?=
+OUTPUT_DIR := import sys; from alignment.recipes import load_recipe; print(load_recipe(sys.argv[1]).training.output_dir)
 # `accelerate launch` warns about each of these that is left to its default, and adds a traceback of its own to any
 # error unless it is told to be quiet.
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
@@ -18,10 +21,10 @@ export TOKENIZERS_PARALLELISM := false
 
 train: $(VENV)/installed
 	@echo "== training: $(RECIPE)"
-	@$(LAUNCH) scripts/train.py $(RECIPE) training.output_dir=$(RUN)
+	@$(LAUNCH) scripts/train.py "$(RECIPE)" $(if $(RUN),"training.output_dir=$(RUN)")
 	@echo "== win rate against the starting model"
-	@$(BIN)/python evaluation/win_rate.py $(RUN)
-	@echo "report: $(RUN)/report.html"
+	@run="$(or $(RUN),$$($(BIN)/python -c '$(OUTPUT_DIR)' "$(RECIPE)"))" && $(BIN)/python evaluation/win_rate.py "$$run" \
+	  && echo "report: $$run/report.html"
 
 test: $(VENV)/installed
 	@$(MAKE) --no-print-directory static
