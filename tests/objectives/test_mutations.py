@@ -178,7 +178,7 @@ MUTANTS = [
     (SignOfOptimism, "golden paper start_law optimum"),
     (FlippedAlpha, "golden paper optimum"),
     (RewardConstantKept, "start"),
-    (SwappedKL, "golden paper start_law"),
+    (SwappedKL, "golden paper start_law bounds"),
     (GammaTimesBeta, "golden paper start_law optimum"),
     (OddsOfTheSum, "golden paper start_law"),
     (LikelihoodSign, "golden paper start_law direction optimum"),

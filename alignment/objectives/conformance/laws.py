@@ -160,6 +160,59 @@ BOUNDS: dict[str, list[Bound]] = {
     "cpo": [({"beta": _B}, 0.0, _B + 1, _B)],
     "dpop": [({"beta": _B, "lam": 5.0}, 0.0, _B * 6, _B)],
 }
+# What else the cards claim: name -> settings, claim, pairs that keep it by hyper-parameters, columns, loss and slopes.
+Columns = dict[str, torch.Tensor]
+Holds = Callable[[dict[str, Any], Columns, torch.Tensor, Columns], torch.Tensor]
+
+
+def _margin(columns: Columns) -> torch.Tensor:
+    return columns["chosen"] - columns["ref_chosen"] - (columns["rejected"] - columns["ref_rejected"])
+
+
+def _reward_gap(h: dict[str, Any], columns: Columns) -> torch.Tensor:
+    return h["scale"] * (columns["reward_chosen"] - columns["reward_rejected"])
+
+
+def _positive_off_target(h: dict[str, Any], columns: Columns, loss: torch.Tensor, slope: Columns) -> torch.Tensor:
+    return (loss > 0) | (h["beta"] * _margin(columns) == _reward_gap(h, columns))
+
+
+def _below_softplus(h: dict[str, Any], columns: Columns, loss: torch.Tensor, slope: Columns) -> torch.Tensor:
+    return loss <= torch.log1p(_reward_gap(h, columns).abs().exp()) * (1 + 1e-12)
+
+
+def _linear_slope(h: dict[str, Any], columns: Columns, loss: torch.Tensor, slope: Columns) -> torch.Tensor:
+    rest = slope["chosen"] - 2 * _margin(columns)
+    return (rest - rest[0]).abs() <= 1e-9
+
+
+def _all_or_nothing(h: dict[str, Any], columns: Columns, loss: torch.Tensor, slope: Columns) -> torch.Tensor:
+    return slope["chosen"] == -h["beta"] * (h["beta"] * _margin(columns) < 1).to(DOUBLE)
+
+
+def _never_lets_go(h: dict[str, Any], columns: Columns, loss: torch.Tensor, slope: Columns) -> torch.Tensor:
+    return slope["chosen"] <= -h["eta"] * h["beta"]
+
+
+def _limit_of_slope(h: dict[str, Any], columns: Columns, loss: torch.Tensor, slope: Columns) -> torch.Tensor:
+    limit = -h["beta"] * h["label_smoothing"] / (1 - 2 * h["label_smoothing"])
+    return (_margin(columns) < 400) | ((slope["chosen"] - limit).abs() <= 1e-9)
+
+
+CLAIMS: dict[str, list[tuple[dict[str, Any], str, Holds]]] = {
+    "reward_aware_rpo": [
+        ({"beta": _B}, "loss 0 only at m' = D", _positive_off_target),
+        ({"beta": _B, "form": "bwd_kl"}, "loss 0 only at m' = D", _positive_off_target),
+        ({"beta": _B, "form": "fwd_kl"}, "loss 0 only at m' = D", _positive_off_target),
+        ({"beta": _B, "form": "fwd_kl"}, "loss <= softplus(|D|)", _below_softplus),
+        ({"beta": _B, "form": "fwd_kl", "scale": 3.0}, "loss <= softplus(|D|)", _below_softplus),
+    ],
+    "hinge": [({"beta": _B}, "slope beta before beta m = 1, 0 after", _all_or_nothing)],
+    "ipo": [({}, "slope linear in m", _linear_slope)],
+    "inpo": [({"eta": 0.1}, "slope linear in h", _linear_slope)],
+    "rpo": [({"beta": _B, "eta": 0.5}, "|dL/ds_w| >= eta beta at every margin", _never_lets_go)],
+    "robust": [({"beta": _B, "label_smoothing": 0.1}, "slope tends to -beta e/(1-2e)", _limit_of_slope)],
+}
 RATIOS = (-800.0, -80.0, -8.0, -1.0, 0.0, 1.0, 8.0, 21.97, 80.0, 800.0)
 
 
@@ -183,4 +236,8 @@ def bounds(cls: type[Objective]) -> str:
         for column, limit in (("chosen", steepest_chosen), ("rejected", steepest_rejected)):
             largest = slope[column].abs().max().item()
             require(largest <= limit * (1 + 1e-9), f"{keywords}: |dL/d {column}| = {largest:.6g} exceeds {limit:.6g}")
+    for keywords, claim, holds in CLAIMS.get(cls.card.name, []):
+        objective = cls(**keywords)
+        kept = holds(objective.hyperparameters, batch.columns(), objective.loss(batch), slopes(objective, batch))
+        require(bool(kept.all()), f"{keywords}: {claim}: not so for {int((~kept).sum())} of {len(kept)} pairs")
     return cls.card.bounds
