@@ -9,6 +9,7 @@ Not a library: see `alignment.trainers.run`.
 """
 
 import sys
+import warnings
 
 from alignment.errors import UserError, run_or_exit
 from alignment.recipes import RecipeError, load_recipe
@@ -30,6 +31,8 @@ def main() -> None:
         raise RecipeError(problems)
     if resume and recipe.training.trl_arguments().get("save_only_model"):
         raise UserError("--resume: checkpoints under training.save_only_model hold no optimiser to resume")
+    # transformers and TRL deprecate each other's names; that is not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from accelerate import PartialState
 
     from alignment.trainers.run import train
