@@ -171,6 +171,24 @@ RunDir = Annotated[
 OptionalPath = Path | None
 OptionalInt = int | None
 OptionalFloat = float | None
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        help="Prompts go through the chat template as what a user says. [as the run's training rows, else not]"
+    ),
+]
+Temperature = Annotated[
+    OptionalFloat,
+    typer.Option(min=0, help="1 compares the models as trained; 0 is greedy, one response for all samples. [1]"),
+]
+Seed = Annotated[
+    OptionalInt,
+    typer.Option(
+        min=0,
+        help="Of the bootstrap and the model's samples; the baseline's add 1,000,000. Not the seed that drew the "
+        "training data. [1]",
+    ),
+]
 
 
 def main(
@@ -187,12 +205,7 @@ def main(
     limit: Annotated[
         OptionalInt, typer.Option(min=1, help="Only the first so many prompts: a quick look. [all]")
     ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            help="Prompts go through the chat template as what a user says. [as the run's training rows, else not]"
-        ),
-    ] = None,
+    chat: Chat = None,
     reward: Annotated[str | None, typer.Option(help="Judge: vader, length or regex. [recipe's reward]")] = None,
     reward_key: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the judge, such as pattern='(?i)good'.")
@@ -203,12 +216,7 @@ def main(
     max_new_tokens: Annotated[
         OptionalInt, typer.Option(min=1, help="Longest response; time grows with it. [24]")
     ] = None,
-    temperature: Annotated[
-        OptionalFloat,
-        typer.Option(
-            min=0, help="1 compares the models as trained; 0 is greedy, with one response for all samples. [1]"
-        ),
-    ] = None,
+    temperature: Temperature = None,
     top_p: Annotated[OptionalFloat, typer.Option(min=0, max=1, help="Nucleus sampling; 1 is off. [1]")] = None,
     top_k: Annotated[OptionalInt, typer.Option(min=0, help="Only the k likeliest tokens; 0 is off. [0]")] = None,
     batch_size: Annotated[
@@ -217,14 +225,7 @@ def main(
     dtype: Annotated[
         str | None, typer.Option(help="Weights with --model: float32, bfloat16, float16. [float32]")
     ] = None,
-    seed: Annotated[
-        OptionalInt,
-        typer.Option(
-            min=0,
-            help="Of the bootstrap and the model's samples; the baseline's add 1,000,000. Not the seed that drew the "
-            "training data. [1]",
-        ),
-    ] = None,
+    seed: Seed = None,
     bootstrap: Annotated[
         OptionalInt, typer.Option(min=100, help="Resamples of prompts; under 1,000 the limits wobble. [10000]")
     ] = None,
