@@ -194,7 +194,12 @@ class EvaluationSection(Section):
     limit: int | None = option(None, "Use only the first so many prompts.", "all", ge=1)
     samples_per_prompt: int = option(2, "Responses per prompt and model.", "alignment", ge=1)
     bootstrap: int = option(10000, "Resamplings of prompts for the interval.", "alignment", ge=100)
-    seed: int = option(1, "Seed of the responses (the baseline's use it + 1,000,000) and the bootstrap.", "alignment: not generation.seed", ge=0)
+    seed: int = option(
+        1,
+        "Seed of the responses (the baseline's use it + 1,000,000) and the bootstrap.",
+        "alignment: not generation.seed",
+        ge=0,
+    )
 
 
 class RewardSection(OpenSection):
