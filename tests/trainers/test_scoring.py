@@ -131,7 +131,7 @@ def test_traps_are_visible(monkeypatch):
     right = scored(model, prompts, responses, "paired")
 
     def off() -> float:
-        return float((scored(model, prompts, responses, "shared_prefix") - right).abs().max())
+        return float((scored(model, prompts, responses, "shared_prefix") - right).detach().abs().max())
 
     assert off() < 1e-4
     mask = scoring.branch_mask
