@@ -77,22 +77,26 @@ def train(
 ) -> None:
     """Train as a recipe says.
 
-    The same as `accelerate launch --quiet [--config_file FILE] scripts/train.py RECIPE [SECTION.KEY=VALUE]...
-    [--resume]`, after a check of the recipe and of what it names.
+    In one process, with exit code 2 for any mistake of yours; with --accelerate-config the same as `accelerate launch
+    --quiet --config_file FILE scripts/train.py RECIPE [SECTION.KEY=VALUE]... [--resume]`, after a check of the recipe
+    and of what it names.
     """
+    words = [str(recipe), *(overrides or ()), *(["--resume"] if resume else [])]
+    if accelerate_config is None:
+        from alignment.launched import main as launched
+
+        return launched(words)
     from alignment.recipes import RecipeError, load_recipe
     from alignment.recipes.inspection import what_is_missing
 
     problems = what_is_missing(load_recipe(recipe, overrides or ()))
     if problems:
         raise RecipeError(problems)
-    if accelerate_config is not None and not accelerate_config.is_file():
+    if not accelerate_config.is_file():
         raise UserError(f"--accelerate-config: {accelerate_config}: no such file")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # no traceback of its own after ours
-    launch += ["--config_file", str(accelerate_config)] if accelerate_config is not None else []
     sys.stdout.flush()
-    words = [str(recipe), *(overrides or ()), *(["--resume"] if resume else [])]
-    os.execv(launch[0], [*launch, "-m", "alignment.launched", *words])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # no traceback of its own after ours
+    os.execv(launch[0], [*launch, "--config_file", str(accelerate_config), "-m", "alignment.launched", *words])
 
 
 @app.command()

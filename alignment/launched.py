@@ -10,15 +10,16 @@ Not a library: see `alignment.trainers.run`.
 
 import sys
 import warnings
+from collections.abc import Sequence
 
 from alignment.errors import UserError, run_or_exit
 from alignment.recipes import RecipeError, load_recipe
 from alignment.recipes.inspection import what_is_missing
 
 
-def main() -> None:
-    """argv: RECIPE [section.key=value …] [--resume]."""
-    words = sys.argv[1:]
+def main(argv: Sequence[str] | None = None) -> None:
+    """Words (argv unless given): RECIPE [section.key=value …] [--resume]."""
+    words = list(sys.argv[1:] if argv is None else argv)
     resume = "--resume" in words
     words = [w for w in words if w != "--resume"]
     if not words or words[0] in ("-h", "--help"):

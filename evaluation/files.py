@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.data.preferences import read_prompts
+from alignment.data.preferences import read_prompts, same_prompt
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, read_text
 
@@ -74,10 +74,6 @@ def read_outputs(path: Path) -> dict[str, tuple[str, list[str]]]:
     return outputs
 
 
-def _same_prompt(text: str) -> str:
-    return " ".join(text.split())
-
-
 def refuse_training_prompts(prompts: Sequence[Prompt], preferences: Path) -> int:
     """Refuse evaluation prompts that stand in the training data; they are compared with spaces collapsed.
 
@@ -93,12 +89,12 @@ def refuse_training_prompts(prompts: Sequence[Prompt], preferences: Path) -> int
     """
     trained: dict[str, str] = {}
     for where, row in iterate_json_lines(preferences):
-        trained.setdefault(_same_prompt(prompt_text(row.get("prompt"), where)), where)
-    overlap = [prompt for prompt in prompts if _same_prompt(prompt.text) in trained]
+        trained.setdefault(same_prompt(prompt_text(row.get("prompt"), where)), where)
+    overlap = [prompt for prompt in prompts if same_prompt(prompt.text) in trained]
     if overlap:
         first = overlap[0]
         raise UserError(
-            f"{first.where}: prompt {shorten(first.text)} was trained on ({trained[_same_prompt(first.text)]}); "
+            f"{first.where}: prompt {shorten(first.text)} was trained on ({trained[same_prompt(first.text)]}); "
             f"{len(overlap)} of {len(prompts)} evaluation prompts were; evaluate on prompts absent from training"
         )
     return len(trained)

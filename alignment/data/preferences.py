@@ -95,6 +95,8 @@ def _text_problem(row: dict[str, Any], column: str) -> str | None:
         return None
     if f"{column}_ids" in row:
         return f"column '{column}_ids' is empty"
+    if isinstance(value, list) and value[0]["role"] in ("user", "system"):
+        return f"column {column!r} begins with a {value[0]['role']} message that is not the prompt's"
     text = value if isinstance(value, str) else value[-1]["content"]
     return None if text.strip() else f"column {column!r} is empty"
 
@@ -102,9 +104,9 @@ def _text_problem(row: dict[str, Any], column: str) -> str | None:
 def explicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
     """The row with its prompt's messages in `prompt` and nowhere else.
 
-    `chosen` and `rejected` may be whole conversations: `prompt` is then absent, or a text (what the user said last),
-    or the list of messages that they begin with. What both begin with becomes the prompt. Other rows come back as
-    they are, to be judged by `_problem`.
+    `chosen` and `rejected` may be whole conversations: `prompt` is then absent, or a text (what the user said first or
+    last), or the list of messages that they begin with. What both begin with becomes the prompt, and is cut off
+    `calibration` too. Other rows come back as they are, to be judged by `_problem`.
     """
     chosen: Any = row.get("chosen")
     rejected: Any = row.get("rejected")
@@ -116,15 +118,22 @@ def explicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
         shared += 1
     if isinstance(prompt, str) and shared == 0:
         return row | {"prompt": [{"role": "user", "content": prompt}]}
-    whole = isinstance(prompt, list) and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]
-    if prompt is None or whole or (isinstance(prompt, str) and _said_last(chosen[:shared]) == prompt.strip()):
-        cut = len(prompt) if isinstance(prompt, list) else shared
-        return row | {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
-    return row
+    said = [m["content"].strip() for m in chosen[:shared] if m["role"] == "user"]
+    if isinstance(prompt, list) and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        shared = len(prompt)
+    elif not (shared and (prompt is None or (isinstance(prompt, str) and prompt.strip() in said[:1] + said[-1:]))):
+        return row
+    head, found = chosen[:shared], {"prompt": chosen[:shared]}
+    for column in ("chosen", "rejected", "calibration"):
+        value = row.get(column)
+        if isinstance(value, list) and value[:shared] == head:
+            found[column] = value[shared:]
+    return row | found
 
 
-def _said_last(messages: list[dict[str, str]]) -> str | None:
-    return next((m["content"].strip() for m in reversed(messages) if m["role"] == "user"), None)
+def same_prompt(text: str) -> str:
+    """What two prompts have in common when they count as one: their words; spaces do not matter."""
+    return " ".join(text.split())
 
 
 def preference_dataset(rows: list[dict[str, Any]], source: str) -> Dataset:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def converted_folder(file: Path) -> Path:
     folder = cache_root() / "gguf" / f"{file.stem}-{file_digest(file)[:16]}-{FORMAT}"
     if (folder / "config.json").is_file():
         return folder
-    print(f"Converting {file.name} (once; kept in the cache) …", flush=True)
+    print(f"Converting {file.name} (once; kept in the cache) …", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:

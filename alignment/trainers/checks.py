@@ -2,7 +2,8 @@
 
 Compares the first batch as training scores it with an independent scoring of the same rows: the starting model in eval
 mode, one response a row. What it catches: a wrong reference or previous iterate, policy and reference in different
-dtypes, active dropout, a broken mask or position, a loss that is not the objective's, an objective without gradient.
+dtypes, active dropout, a broken mask or position, a loss that is not the objective's, a model that is all frozen.
+(That the objective has a gradient is looked for over the first three steps: one batch of ties has none.)
 """
 
 from __future__ import annotations

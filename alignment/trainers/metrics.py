@@ -1,4 +1,4 @@
-"""What is logged: sums over every pair of every process since the last log line, and the alarm on falling chosen.
+"""What is logged: sums over every pair of every process since the last log line, and what watches training's steps.
 
 Not averages of per-device averages: an accuracy is a share of pairs, whatever the batch layout.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -67,3 +68,20 @@ class DisplacementAlarm(TrainerCallback):
                 file=sys.stderr,
                 flush=True,
             )
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler which epoch it is.
+
+    Accelerate and transformers do so too, but not through the two wrappers of a resumed run on several processes,
+    which would visit the first epoch's order instead.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102 - transformers' hook
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):  # noqa: D102
+        self.on_train_begin(args, state, control)

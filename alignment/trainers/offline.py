@@ -1,8 +1,9 @@
 """`PreferenceTrainer`: TRL's DPOTrainer with the objective, the rows and the reference replaced.
 
 Overrides: data preparation (token ids taken as they are), collation, sampler, loss, reference, logging. Kept from TRL:
-PEFT, evaluation, checkpoints, DeepSpeed/FSDP, model card, hub push. Tested with TRL 1.16 only; the contract test names
-what moved. Not here: recipes and argv (`run.py`), maths (`alignment.objectives`), forward passes (`scoring.py`).
+PEFT, evaluation, checkpoints, DeepSpeed/FSDP, model card, hub push (which recipes refuse). Tested with TRL 1.16 only;
+the contract test names what moved. Not here: recipes and argv (`run.py`), maths (`alignment.objectives`), forward
+passes (`scoring.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective
 from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
 from alignment.trainers.collation import BRANCHES, LengthGroupedSampler, PairCollator
-from alignment.trainers.metrics import DisplacementAlarm, Totals
+from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals
 from alignment.trainers.scoring import (
     ROW_KEYS,
     TOLERANCE,
@@ -129,6 +130,7 @@ class PreferenceTrainer(DPOTrainer):
                 f"{asked!r}: set training.bf16 or training.fp16, or launch with --mixed_precision {asked}"
             )
         self.add_callback(DisplacementAlarm(displacement_alarm))
+        self.add_callback(EpochOrder(self))
         if self.aux_loss_enabled:
             warnings.warn("the router's auxiliary loss is not added: only the objective is trained", stacklevel=2)
 
@@ -186,7 +188,8 @@ class PreferenceTrainer(DPOTrainer):
         lengths = [sum(len(row[c]) for c in columns) for row in dataset.select_columns(columns)]
         global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler(lengths, global_batch, seed, self.group_by_length)
+        self.sampler = LengthGroupedSampler(lengths, global_batch, seed, self.group_by_length)
+        return self.sampler
 
     # --- log-probs ----------------------------------------------------------------------------------------------
 
@@ -295,6 +298,7 @@ class PreferenceTrainer(DPOTrainer):
         starts_at_reference = self.start_is_reference and self._needs_reference
         file = Path(str(self.args.output_dir)) / "start.json"
         if self.state.global_step > 0:
+            self._gradient_seen = True  # looked for at the start; the end of a run may well have none left
             self._start = read_start(file, self.accelerator.device)
             if self._start is not None and starts_at_reference:
                 gap = relative_gap(self._reference_logps(self.ref_model or model, self._start[0]), self._start[1])
@@ -325,10 +329,19 @@ class PreferenceTrainer(DPOTrainer):
         """
         self._gradient_seen = self._any_process(bool((losses_and_slopes(self.objective, batch)[1] > 0).any()))
         if not self._gradient_seen and self.state.global_step >= 3:
-            raise UserError(
-                f"objective {self.objective.card.name!r} has had no gradient on any pair of the first three steps: "
-                "nothing would be learned"
-            )
+            self._refuse_no_gradient()
+
+    def _refuse_no_gradient(self) -> None:
+        raise UserError(
+            f"objective {self.objective.card.name!r} has had no gradient on any pair in {self.state.global_step} steps"
+        )
+
+    def train(self, *args, **kwargs):
+        """As TRL's; a run too short for the look-out is judged at its end."""
+        result = super().train(*args, **kwargs)
+        if self._begun and not self._gradient_seen:
+            self._refuse_no_gradient()
+        return result
 
     def _any_process(self, flag: bool) -> bool:
         count = torch.tensor(float(flag), device=self.accelerator.device)

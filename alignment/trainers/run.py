@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig
 
-from alignment.data.preferences import load_preferences, preference_dataset, read_prompts, read_rows
+from alignment.data.preferences import load_preferences, preference_dataset, read_prompts, read_rows, same_prompt
 from alignment.data.sampled import best_against_worst
 from alignment.errors import UserError
 from alignment.files import write_json, write_json_lines
@@ -155,8 +155,7 @@ def _training_data(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase
     """Preferences of the recipe; the main process builds and writes them, the others read what it wrote."""
     file = run / "preferences.jsonl"
     if recipe.data.train is not None:
-        name, _, split = recipe.data.train.partition(":")
-        return load_preferences(name, split or "train")
+        return load_preferences(*_name_and_split(recipe.data.train, "train"))
     if state.is_main_process and not file.is_file():
         write_json_lines(file, sampled_preferences(recipe, tokenizer))
     state.wait_for_everyone()
@@ -307,8 +306,8 @@ def _train_in(
     state.wait_for_everyone()
     if state.is_main_process:
         write_json(run / "manifest.json", manifest)
-    twice = f" ({manifest['repeated_pairs']} of them twice, to fill the last batch)" * bool(manifest["repeated_pairs"])
-    _say(state, f"[3/3] training: {pairs} pairs{twice}, objective {recipe.objective.name}")
+    repeats = f" (and {manifest['repeated_pairs']} repeats, to fill the last batch)" * bool(manifest["repeated_pairs"])
+    _say(state, f"[3/3] training: {pairs} pairs{repeats}, objective {recipe.objective.name}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trained = time.perf_counter()
     _save_final(trainer, run, state)
@@ -326,9 +325,9 @@ def _refuse_overlap(recipe: Recipe) -> None:
     """Prompts that are both trained and judged on are found before the training time is spent, not after."""
     if recipe.data.sample is None or recipe.evaluation is None:
         return
-    trained = set(read_prompts(recipe.data.sample.prompts, recipe.data.sample.limit))
+    trained = {same_prompt(p) for p in read_prompts(recipe.data.sample.prompts, recipe.data.sample.limit)}
     for prompt in read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit):
-        if prompt in trained:
+        if same_prompt(prompt) in trained:
             raise UserError(
                 f"evaluation.prompts: {prompt[:60]!r} of {recipe.evaluation.prompts} is also in "
                 f"{recipe.data.sample.prompts}: judge on prompts that training does not see"
@@ -353,6 +352,8 @@ def _save_final(trainer: PreferenceTrainer, run: Path, state: PartialState) -> N
         shutil.rmtree(
             beside / "ref", ignore_errors=True
         )  # TRL's frozen copy of the adapter that training started from
+        trainer.create_model_card(model_name=run.name)  # into the run, as with every checkpoint
+        shutil.copy(run / "README.md", beside / "README.md")
         final, before = run / "final", run / ".final-before"
         if final.exists():  # only when a finished run is resumed
             final.rename(before)

@@ -15,6 +15,7 @@ Not here: truncation (the collator), references and adapters (the trainer), obje
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -174,8 +175,10 @@ def unfold(per_row: torch.Tensor, branches: int) -> torch.Tensor:
 
 
 def relative_gap(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference of log-probs, relative to their size (at least 1 nat); to be held against `TOLERANCE`."""
-    return float(((found - expected).abs() / expected.abs().clamp(min=1.0)).max())
+    """Largest difference of log-probs, relative to their size (at least 1 nat), to be held against `TOLERANCE`;
+    infinite where anything is not a number, which would pass every comparison."""
+    gap = float(((found - expected).abs() / expected.abs().clamp(min=1.0)).max())
+    return gap if math.isfinite(gap) else math.inf
 
 
 def scored_tokens(segments: torch.Tensor) -> torch.Tensor:

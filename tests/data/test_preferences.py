@@ -153,7 +153,27 @@ def test_conversations_are_taken_apart_into_prompt_and_responses(row, prompt):
     assert (data["prompt"], data["chosen"], data["rejected"]) == (prompt, [KIND], [COLD])
 
 
+def test_calibration_loses_the_prompt_too():
+    row = {"prompt": "my dog is", "chosen": [USER, KIND], "rejected": [USER, COLD], "calibration": [USER, COLD]}
+    assert preference_dataset([row], "made up")[0]["calibration"] == [COLD]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "my dog is", "chosen": [USER | {"content": "my dog is "}, KIND], "rejected": [USER, COLD]},
+        {"prompt": [USER], "chosen": [USER, KIND], "rejected": [COLD]},
+        {"prompt": [SYSTEM, USER], "chosen": [USER, KIND], "rejected": [USER, COLD]},
+        {"prompt": [USER], "chosen": [KIND], "rejected": [COLD], "calibration": [USER, COLD]},
+    ],
+)
+def test_a_response_that_begins_with_what_the_user_says_is_refused(row):
+    """Otherwise the prompt would be trained on as part of the response."""
+    with pytest.raises(UserError, match="row 1: column '.*' begins with a user message"):
+        preference_dataset([row], "made up")
+
+
 def test_a_text_prompt_that_is_not_what_the_conversations_begin_with_is_refused():
     row = {"prompt": "your cat is", "chosen": [USER, KIND], "rejected": [USER, COLD]}
-    with pytest.raises(UserError, match="row 1: .*mix"):
+    with pytest.raises(UserError, match="row 1: column 'chosen' begins with a user message"):
         preference_dataset([row], "made up")

@@ -39,7 +39,7 @@ def test_names_and_paths():
         resolve_path("package://no_such_package/x.gguf")
     with pytest.raises(UserError, match="not installed"):
         resolve_path("package://../etc/x.gguf")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="has no file"):
         resolve_path("package://yaml/x.gguf")
 
 

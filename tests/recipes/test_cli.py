@@ -89,9 +89,18 @@ def test_train_hands_over_to_accelerate(monkeypatch):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
     program = ["-m", "alignment.launched", str(recipe), "training.seed=1"]
     assert commands == [(sys.executable, [*launch, *program])]
-    done = CliRunner().invoke(cli.app, ["train", str(recipe), "--resume", "training.seed=1"])
-    assert done.exit_code == 0, done.output
-    assert commands[1] == (sys.executable, [*launch[:4], *program, "--resume"])
+    words = ["train", str(recipe), "--accelerate-config", str(config), "--resume", "training.seed=1"]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert commands[1] == (sys.executable, [*launch, *program, "--resume"])
+
+
+def test_train_without_a_launcher_is_one_process_with_exit_code_2(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    data = ["data.sample=null", "data.train=pairs.jsonl", "evaluation=null"]
+    done = run("train", str(ROOT / "recipes/quickstart/dpo.yaml"), *data, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "row 1: column 'rejected' is missing" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_the_launcher_knows_the_options():

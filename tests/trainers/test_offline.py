@@ -203,13 +203,14 @@ def test_step_zero_check_stops_active_dropout(tiny, tmp_path):
         trainer_for(tiny, tmp_path, model=model, args=args, layout="paired").train()
 
 
-def test_step_zero_check_stops_an_objective_without_gradient(tiny, tmp_path):
+def test_an_objective_without_gradient_is_stopped(tiny, tmp_path):
     class Flat(type(get_objective("dpo"))):
         def pair_loss(self, batch):
             return 0.0 * batch.chosen
 
-    with pytest.raises(UserError, match="no gradient"):
-        trainer_for(tiny, tmp_path, Flat(beta=0.1)).train()
+    for steps in (5, 2):  # a run shorter than the look-out is judged at its end
+        with pytest.raises(UserError, match="no gradient"):
+            trainer_for(tiny, tmp_path, Flat(beta=0.1), args=config(tmp_path, max_steps=steps)).train()
 
 
 @pytest.mark.parametrize(
@@ -405,6 +406,51 @@ def test_resuming_with_other_weights_under_the_same_name_is_refused(tiny, tmp_pa
         trainer_for(tiny, tmp_path, model=other, args=args).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-2")
         )
+
+
+def test_a_resumed_run_may_have_no_gradient_left(tiny, tmp_path):
+    """Hinge is done with a pair once its margin is 1 / beta: the usual end of a run, not a mistake."""
+    args = config(tmp_path, save_strategy="steps", save_steps=5, learning_rate=3e-3)
+    easy = get_objective("hinge", beta=100.0)
+    trainer_for(tiny, tmp_path, easy, args=args).train()
+    resumed = trainer_for(tiny, tmp_path, easy, args=config(tmp_path, max_steps=8, learning_rate=1e-9))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert logged(resumed)[-1] == 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resuming_in_a_later_epoch_visits_that_epochs_pairs(tiny, tmp_path, processes):
+    """The trap: accelerate's wrappers around a resumed loader keep the epoch from reaching the sampler."""
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+    from torch.utils.data import DataLoader
+    from transformers import TrainerControl, TrainerState
+
+    from alignment.trainers.metrics import EpochOrder
+
+    def order(epoch: float, skip: int) -> list[int]:
+        trainer = trainer_for(tiny, tmp_path)
+        sampler = trainer._get_train_sampler()
+        loader = prepare_data_loader(
+            DataLoader(range(32), batch_size=4, sampler=sampler),
+            num_processes=processes,
+            process_index=0,
+            put_on_device=False,
+        )
+        loader = skip_first_batches(loader, skip) if skip else loader
+        EpochOrder(trainer).on_train_begin(None, TrainerState(epoch=epoch), TrainerControl())
+        loader.set_epoch(int(epoch))  # as transformers' Trainer does
+        return [int(i) for batch in loader for i in batch]
+
+    whole = order(1.0, 0)
+    assert whole != order(0.0, 0)
+    assert order(1.25, 2) == whole[8:]
+
+
+def test_what_is_not_a_number_is_infinitely_far_off():
+    from alignment.trainers.scoring import relative_gap
+
+    assert relative_gap(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+    assert relative_gap(torch.tensor([-10.1]), torch.tensor([-10.0])) == pytest.approx(0.01, rel=1e-4)
 
 
 def test_displacement_without_a_reference_survives_resuming(tiny, tmp_path):
