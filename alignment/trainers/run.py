@@ -145,6 +145,7 @@ def _manifest(recipe: Recipe, world: int) -> dict[str, Any]:
         "recipe": recipe.resolved(),
         "recipe_path": str(recipe.path),
         "objective": {"name": recipe.objective.name, **recipe.objective.hyperparameters},
+        "objective_file_sha256": rundir.objective_digest(recipe),
         "seed": recipe.training.seed,
         "versions": rundir.versions(),
         "hardware": rundir.hardware(world),

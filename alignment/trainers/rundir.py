@@ -20,6 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, jsonable, read_json_object, write_json_lines
+from alignment.models.gguf import file_digest
 from alignment.recipes import Recipe
 
 PACKAGES = ("alignment", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "tokenizers")
@@ -63,13 +64,21 @@ def last_checkpoint(run: Path) -> Path:
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
+def objective_digest(recipe: Recipe) -> str | None:
+    """SHA-256 of the user's objective file; None for a built-in objective."""
+    return None if recipe.objective.file is None else file_digest(Path(recipe.objective.file))
+
+
 def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
     """Resuming under another recipe would be neither run; keys that change no result may differ.
 
     Raises:
         UserError: naming the first key whose value differs from the manifest's.
     """
-    before = read_json_object(run / "manifest.json")["recipe"]
+    manifest = read_json_object(run / "manifest.json")
+    before = manifest["recipe"]
+    if manifest.get("objective_file_sha256") != objective_digest(recipe):
+        raise UserError(f"--resume: {recipe.objective.file} is not the file that {run} began with")
     # Where evaluations steer the run (best model, plateau schedule), so does when they happen.
     free = frozenset() if recipe.training.what_needs_evaluation() else recipe.training.NO_EFFECT_ON_RESULT
     resolved = json.loads(json.dumps(recipe.resolved()))

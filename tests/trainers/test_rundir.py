@@ -1,0 +1,92 @@
+"""Run directories: what a resumed run may change, and where an earlier run goes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignment.errors import UserError
+from alignment.files import write_json
+from alignment.recipes import load_recipe
+from alignment.trainers import rundir
+from alignment.trainers.run import _manifest
+
+RECIPE = "recipes/quickstart/dpo.yaml"
+PLUGIN = """import torch.nn.functional as F
+from alignment.objectives import Card, Objective, register
+
+
+@register
+class Resumed(Objective):
+    card = Card("resumed", "For a test", "none", "none", "softplus(-m)")
+
+    def pair_loss(self, batch):
+        return F.softplus(-batch.margin)
+"""
+
+
+@pytest.fixture
+def run(root, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(root)
+    return tmp_path / "run"
+
+
+def begin(run: Path, *overrides: str) -> None:
+    write_json(run / "manifest.json", _manifest(load_recipe(RECIPE, overrides), world=1))
+
+
+def test_changes_without_effect_on_the_result_may_be_resumed_with(run):
+    begin(run)
+    for change in ("training.logging_steps=3", "training.per_device_train_batch_size=2", "training.cpu_threads=1"):
+        rundir.refuse_other_recipe(run, load_recipe(RECIPE, [change]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.learning_rate=1e-5", "training.learning_rate is 1e-05 but .* began with 6e-05"),
+        ("objective.beta=0.2", "objective.beta is 0.2"),
+        ("model.dtype=bfloat16", "model.dtype is 'bfloat16'"),
+        ("training.global_batch_size=16", "training.global_batch_size is 16"),
+    ],
+)
+def test_other_changes_are_refused_by_name(run, change, said):
+    begin(run)
+    with pytest.raises(UserError, match=f"--resume: {said}"):
+        rundir.refuse_other_recipe(run, load_recipe(RECIPE, [change]))
+
+
+def test_an_edited_objective_file_is_another_objective(run, tmp_path):
+    file = tmp_path / "resumed.py"
+    file.write_text(PLUGIN)
+    words = ["objective.name=resumed", f"objective.file={file}"]
+    begin(run, *words)
+    recipe = load_recipe(RECIPE, words)
+    rundir.refuse_other_recipe(run, recipe)
+    file.write_text(PLUGIN.replace("-batch.margin", "-2 * batch.margin"))
+    with pytest.raises(UserError, match=r"resumed\.py is not the file"):
+        rundir.refuse_other_recipe(run, recipe)
+
+
+def test_other_rows_are_refused(run):
+    write_json(run / "manifest.json", {"data_fingerprint": "a"})
+    rundir.refuse_other_data(run, "a")
+    with pytest.raises(UserError, match="preference rows are not those"):
+        rundir.refuse_other_data(run, "b")
+
+
+def test_earlier_runs_are_kept_under_the_next_number(run):
+    for seed in (1, 2, 3):
+        rundir.move_aside(run)
+        write_json(run / "manifest.json", {"seed": seed})
+    kept = {p.name: json.loads((p / "manifest.json").read_text())["seed"] for p in run.parent.glob("run*")}
+    assert kept == {"run": 3, "run.1": 1, "run.2": 2}
+
+
+def test_newest_whole_checkpoint_is_resumed_from(run):
+    for name in ("checkpoint-9", "checkpoint-10"):
+        write_json(run / name / "trainer_state.json", {})
+    (run / "checkpoint-11").mkdir()  # a killed save left it without its state
+    assert rundir.last_checkpoint(run).name == "checkpoint-10"
