@@ -251,6 +251,16 @@ def test_prompts_that_fill_max_length_are_counted_and_all_of_them_is_an_error(ti
         trainer_for(tiny, tmp_path, train_dataset=data, args=config(tmp_path, max_length=2))
 
 
+def test_responses_are_cut_at_max_length_from_the_end():
+    """Prompt and one response together: 3 tokens of prompt leave 4 of 7 for each response."""
+    row = {"prompt_ids": [1, 2, 3], "chosen_ids": [11, 12, 13, 14, 15, 16], "rejected_ids": [21, 22]}
+    for layout in ("shared_prefix", "paired"):
+        batch = PairCollator(0, 7, layout)([row])
+        labels = batch["row_labels"]
+        assert labels[labels != -100].tolist() == [11, 12, 13, 14, 21, 22]
+        assert (batch["chosen_length"].tolist(), batch["rejected_length"].tolist()) == ([4], [2])
+
+
 def test_missing_column_is_named(tiny, tmp_path):
     with pytest.raises(UserError, match="needs column 'reward_chosen'"):
         trainer_for(tiny, tmp_path, "reward_aware_rpo")
