@@ -42,11 +42,20 @@ def resolve_path(name_or_path: str | Path) -> str:
 
 
 def settle_accelerator() -> None:
-    """Tell DeepSpeed, which transformers imports on the way, that there is only a CPU: it would warn on stdout."""
+    """Where there is only a CPU, tell DeepSpeed so (transformers imports it on the way, and it would warn on stdout),
+    and let it communicate through gloo: its own shared-memory kernel would be compiled at the first launch, for a
+    minute, or stop the launch where there is no compiler. The numbers are the same. Call it before any `PartialState`.
+    """
     import torch
+    from accelerate.utils import parse_flag_from_env
 
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if torch.accelerator.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # as `accelerate launch` says it
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _adapter_base(folder: str) -> str | None:
@@ -105,6 +114,7 @@ def load_model(
     name_or_path: str | Path,
     *,
     dtype: str = "float32",
+    quantization: str | None = None,
     attn_implementation: str | None = None,
     adapter: str | None = None,
     trainable_adapter: bool = False,
@@ -117,6 +127,8 @@ def load_model(
         name_or_path: hub id, folder (a full model, or a LoRA adapter whose base is then loaded too), `FILE.gguf`, or
             `package://PKG/FILE.gguf`.
         dtype: of the weights: float32, bfloat16 or float16.
+        quantization: "nf4" (4 bits, double quantisation) or "int8" keeps the linear layers' weights so, by
+            bitsandbytes; they compute in `dtype`.
         attn_implementation: sdpa (transformers' default), eager, flash_attention_2 …
         adapter: folder of an existing LoRA adapter put on top.
         trainable_adapter: leave the adapter's weights trainable.
@@ -124,7 +136,7 @@ def load_model(
         trust_remote_code: run Python code that the model's repository ships; off unless asked.
 
     Raises:
-        UserError: there is no such model, adapter or dtype.
+        UserError: there is no such model, adapter, dtype or quantisation, or bitsandbytes is not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -145,6 +157,7 @@ def load_model(
         name_or_path,
         path,
         dtype=getattr(torch, dtype),
+        quantization_config=_quantization(quantization, dtype),
         attn_implementation=attn_implementation,
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -152,6 +165,29 @@ def load_model(
     if adapter is not None:
         model = _with_adapter(model, adapter, trainable_adapter)
     return model.eval()
+
+
+def _quantization(kind: str | None, dtype: str) -> Any:
+    """bitsandbytes' settings: nf4 as in QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3), or LLM.int8()."""
+    if kind is None:
+        return None
+    from importlib.util import find_spec
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if kind not in ("nf4", "int8"):
+        raise UserError(f"model.quantization: {kind!r} is not one of nf4, int8")
+    if find_spec("bitsandbytes") is None:
+        raise UserError("model.quantization: needs the Python package bitsandbytes: pip install 'alignment[qlora]'")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def _with_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> Any:

@@ -226,3 +226,8 @@ class Objective:
             gradients = torch.autograd.grad(total, [leaves["chosen"], leaves["rejected"]], allow_unused=True)
         parts = [gradient.abs() for gradient in gradients if gradient is not None]
         return torch.stack(parts).sum(0)
+
+
+def reads_reference(objective: Objective) -> bool:
+    """Whether scoring under a frozen model is needed (iteration 1's previous iterate is the reference)."""
+    return bool({"reference", "ref_calibration", "previous"} & set(objective.needs))

@@ -23,6 +23,7 @@ ATTENTION_PACKAGES: dict[str, tuple[str, ...]] = {
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
 }
+QUANTIZATION_PACKAGES: dict[str, tuple[str, ...]] = {"nf4": ("bitsandbytes",), "int8": ("bitsandbytes",)}
 _MISSING = object()
 
 
@@ -76,6 +77,7 @@ def _missing_packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("training.report_to", name, REPORTERS) for name in ([reporters] if isinstance(reporters, str) else reporters)
     ]
     named.append(("model.attn_implementation", recipe.model.attn_implementation or "", ATTENTION_PACKAGES))
+    named.append(("model.quantization", recipe.model.quantization or "", QUANTIZATION_PACKAGES))
     for dotted, name, table in named:
         packages = table.get(name, ())
         if packages and not any(importlib.util.find_spec(package) for package in packages):

@@ -23,6 +23,7 @@ from alignment.recipes.sections import (
     ModelSection,
     ObjectiveSection,
     OpenSection,
+    ReferenceSection,
     RewardSection,
     Section,
     error,
@@ -35,6 +36,10 @@ class Recipe(Section):
 
     objective: ObjectiveSection = Field(description="The loss and its hyper-parameters.")
     model: ModelSection = Field(description="What is trained, and the reference.")
+    reference: ReferenceSection = Field(
+        default_factory=ReferenceSection,
+        description="What the policy is compared with. Default: the model that training starts from.",
+    )
     lora: LoraSection | None = Field(None, description="Train adapters only. Default: all weights are trained.")
     data: DataSection = Field(description="The preferences.")
     generation: GenerationSection = Field(
@@ -75,6 +80,11 @@ def _misfits(recipe: Recipe) -> Iterator[InitErrorDetails]:
         yield error("needs a reward section: something has to judge the responses", "evaluation")
     if recipe.lora is not None and recipe.model.adapter is not None:
         yield error("trains a fresh adapter, and model.adapter is trained on as it is: give one of them", "lora")
+    if recipe.model.quantization is not None and recipe.lora is None and recipe.model.adapter is None:
+        yield error(
+            "quantised weights cannot be trained: add a lora section (or model.adapter)", "model", "quantization"
+        )
+    yield from _idle_reference(recipe)
     if training.eval_strategy != "no" and data.eval is None:
         yield error(f"{training.eval_strategy!r} needs data.eval", "training", "eval_strategy")
     elif training.eval_strategy == "no":
@@ -83,6 +93,18 @@ def _misfits(recipe: Recipe) -> Iterator[InitErrorDetails]:
             yield error(f"{_show(value)} needs {missing}", "training", key)
     if (training.model_extra or {}).get("eval_on_start") and data.eval is None:
         yield error("true needs data.eval", "training", "eval_on_start")
+
+
+def _idle_reference(recipe: Recipe) -> Iterator[InitErrorDetails]:
+    """A reference that the objective does not read."""
+    given = [key for key in ("name_or_path", "precompute") if getattr(recipe.reference, key)]
+    if not given:
+        return
+    from alignment.objectives import get_objective
+    from alignment.objectives.base import reads_reference
+
+    if not reads_reference(get_objective(recipe.objective.name, **recipe.objective.hyperparameters)):
+        yield error(f"objective {recipe.objective.name!r} reads no reference; leave it out", "reference", given[0])
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

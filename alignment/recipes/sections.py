@@ -78,7 +78,7 @@ class OpenSection(BaseModel):
 
 
 class ModelSection(Section):
-    """The language model that training starts from; it is also the reference."""
+    """The language model that training starts from; it is also the reference, unless `reference` names another."""
 
     name_or_path: Text = Field(
         description="Hub id, folder, FILE.gguf, or package://PACKAGE/FILE.gguf (a file in an installed package)."
@@ -89,9 +89,41 @@ class ModelSection(Section):
     attn_implementation: Text | None = option(
         None, "transformers' attention, such as sdpa or eager.", "transformers' own choice for the model"
     )
+    quantization: Literal["nf4", "int8"] | None = option(
+        None,
+        "Keep the frozen weights in 4 or 8 bits (bitsandbytes) and train adapters: QLoRA.",
+        "none; nf4 with double quantisation is QLoRA's (2305.14314)",
+    )
     adapter: Text | None = option(None, "Folder of a LoRA adapter to start from.", "none")
     revision: Text | None = option(None, "Branch, tag or commit of a hub model.", "the hub's main branch")
     trust_remote_code: bool = option(False, "Run Python code that the hub model ships.", "transformers: off")
+
+
+class ReferenceSection(Section):
+    """The frozen model that the policy is compared with, and whether its log-probabilities are kept on disk.
+
+    By default it is the model that training starts from. With another one, an objective that reads the previous
+    iterate (inpo) takes the model that training starts from for that. It has the dtype and quantisation of `model`.
+    """
+
+    name_or_path: Text | None = option(
+        None, "Another model, named as model.name_or_path.", "the model that training starts from"
+    )
+    adapter: Text | None = option(None, "Folder of a LoRA adapter on top of name_or_path.", "none")
+    revision: Text | None = option(None, "Branch, tag or commit of a hub model.", "the hub's main branch")
+    precompute: bool = option(
+        False,
+        "Score all pairs under the frozen models once, before training, and keep the numbers in the cache: no frozen "
+        "model in memory, and one forward pass less per step.",
+        "off; it pays from the second epoch or run on, or where memory is short",
+    )
+
+    @model_validator(mode="after")
+    def _of_a_model(self) -> ReferenceSection:
+        for key in ("adapter", "revision"):
+            if getattr(self, key) is not None and self.name_or_path is None:
+                raise refused_at("belongs to reference.name_or_path, which is not given", key)
+        return self
 
 
 class LoraSection(Section):

@@ -12,7 +12,8 @@ from typing import Any, Literal
 _OBJECTIVE = "belongs to the loss: write it in the objective section"
 _MODEL = "write it in the model section"
 _LAUNCH = "belongs to the launch: accelerate launch --config_file recipes/accelerate/zero3.yaml (or another)"
-_REFERENCE = "the reference is the model that training starts from and stays fixed"
+_REFERENCE = "the reference stays fixed during a run; see the reference section"
+_PRECOMPUTE = "write reference.precompute"
 _BATCH = "would change the batch that global_batch_size declares"
 _NOISE = "policy and reference must agree at step 0, so nothing random is left in the forward pass"
 _PREDICTIONS = "evaluation keeps losses and log-probabilities; there are no predictions to gather or to judge"
@@ -60,8 +61,8 @@ REFUSED: dict[str, str] = {
     "trust_remote_code": _MODEL,
     "use_liger_kernel": _FUSED,
     "liger_kernel_config": _FUSED,
-    "precompute_ref_log_probs": "reference log-probabilities are computed on the fly in this version",
-    "precompute_ref_batch_size": "reference log-probabilities are computed on the fly in this version",
+    "precompute_ref_log_probs": _PRECOMPUTE,
+    "precompute_ref_batch_size": _PRECOMPUTE,
     "sync_ref_model": _REFERENCE,
     "ref_model_mixup_alpha": _REFERENCE,
     "ref_model_sync_steps": _REFERENCE,
