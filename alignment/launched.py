@@ -32,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise RecipeError(problems)
     if resume and recipe.training.trl_arguments().get("save_only_model"):
         raise UserError("--resume: checkpoints under training.save_only_model hold no optimiser to resume")
-    # transformers and TRL deprecate each other's names; that is not the user's to mend.
+    # Libraries deprecate each other's names; that is not the user's to mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # what DeepSpeed calls
     from accelerate import PartialState
 
     from alignment.trainers.run import train
