@@ -58,8 +58,8 @@ def test_run_directory_is_complete(one: Path):
 def test_two_processes_train_the_same(root, grammar, runs, one):
     """The declared batch is the batch, so the number of processes changes nothing."""
     given = grammar.overrides(runs / "two", *SETTINGS)
-    options = ["--multi_gpu", "--num_processes", "2"]
-    printed = finished(launched(root, options, RECIPE, given, ACCELERATE_USE_CPU="true"))
+    options = ["--config_file", "recipes/accelerate/cpu2.yaml"]
+    printed = finished(launched(root, options, RECIPE, given))
     assert printed.count("report: ") == 1  # one process writes
     manifest = json.loads((runs / "two" / "manifest.json").read_text())
     assert manifest["hardware"]["processes"] == 2 and manifest["batch"] == {"per_device": 4, "accumulation": 1}
