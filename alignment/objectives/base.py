@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -43,6 +44,7 @@ class Card:
         bounds: what is claimed (and tested) about the size of the loss and its slopes.
         verified: which parts were checked against what, and which are from memory.
         settings: keyword arguments that the conformance suite runs beside the defaults.
+        selected: what picked this variant of the objective, such as "base='ipo'"; empty where there is only one.
         hyperparameters: filled in by `register` from the class's fields; never written by hand.
     """
 
@@ -62,6 +64,7 @@ class Card:
     pitfalls: tuple[str, ...] = ()
     collisions: tuple[str, ...] = ()
     settings: tuple[dict[str, Any], ...] = ()
+    selected: str = ""
     hyperparameters: tuple[HyperParameter, ...] = ()
 
 
@@ -148,6 +151,20 @@ class Objective:
             raise ValueError(message)
         return float(value) if kind is float else value
 
+    @classmethod
+    def variant(cls, hyperparameters: Mapping[str, Any]) -> type[Objective]:
+        """The class that these hyper-parameters select: this one, unless some of them bring others with them.
+
+        An override returns a prepared subclass with further fields, the same one for the same selection, and raises
+        ValueError "NAME: KEY must be ..." for a selection that does not exist.
+        """
+        return cls
+
+    @classmethod
+    def build(cls, **hyperparameters: Any) -> Objective:
+        """An instance of the variant that the hyper-parameters select; TypeError for one that it does not have."""
+        return cls.variant(hyperparameters)(**hyperparameters)
+
     def resolve(self) -> None:
         """Derive hyper-parameters left at None and check rules that tie two of them (`set_derived`, `refuse`)."""
 
@@ -184,9 +201,17 @@ class Objective:
         return beta * batch.chosen, beta * batch.rejected
 
     def loss(self, batch: PairLogps) -> Tensor:
-        """One value per pair, `[B]`, differentiable; ValueError naming the column if the batch lacks one."""
+        """One value per pair, `[B]`, differentiable; ValueError naming the column if the batch lacks one.
+
+        With a `label` column it is the expected loss of a pair whose label is right with that probability:
+        label * pair_loss(pair) + (1 - label) * pair_loss(swapped pair).
+        """
         try:
-            return self.pair_loss(batch)
+            kept = self.pair_loss(batch)
+            if batch.label is None:
+                return kept
+            label = batch.label.to(kept.dtype)
+            return label * kept + (1 - label) * self.pair_loss(batch.swapped())
         except MissingColumn as error:
             raise ValueError(f"objective {self.card.name!r} needs {', '.join(self.needs)}: {error}") from None
 

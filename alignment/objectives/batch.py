@@ -34,10 +34,15 @@ WHY: dict[str, str] = {
     "calibration_length": "number of completion tokens of the calibration response",
     "reward": "scalar scores of the two responses by a reward model",
     "preference": "probabilities that each response beats the policy",
-    "degree": "preference-degree logits and labels",
+    "degree": "degree logits of degraded copies, from a classification head on the policy, and their labels",
 }
 POLICY_COLUMNS = ("chosen", "rejected", "calibration")  # the columns that carry a gradient
 DEGREE_COLUMNS = ("degree_logits", "degree_labels")
+
+
+def _mirrored(name: str) -> str:
+    """The other response's column: `rejected_length` for `chosen_length`; a column of neither is its own."""
+    return name.replace("chosen", "rejected") if "chosen" in name else name.replace("rejected", "chosen")
 
 
 class MissingColumn(ValueError):
@@ -63,10 +68,13 @@ class PairLogps:
         calibration, ref_calibration, calibration_length: a third response per prompt (VPO, RPO).
         reward_chosen, reward_rejected: scalar scores.
         preference_chosen, preference_rejected: P(response beats the policy).
-        degree_logits, degree_labels: `[B, K, N]` and `[B, K]` (SPO only).
+        degree_logits, degree_labels: of K degraded copies per pair and N degrees, `[B, K, N]` and integers `[B, K]`
+            (-1: there is no such copy); SPO only.
+        label: probability that `chosen` is the better response; absent is 1 for every pair.
 
     Raises:
-        ValueError: a column has another shape than `chosen`, or `chosen` / `rejected` is not floating point.
+        ValueError: a column has another shape than `chosen`, `chosen` / `rejected` is not floating point, or a label
+            or degree is out of range (a look at the values: one small synchronisation on a GPU).
     """
 
     chosen: Tensor
@@ -86,18 +94,47 @@ class PairLogps:
     preference_rejected: Tensor | None = None
     degree_logits: Tensor | None = None
     degree_labels: Tensor | None = None
+    label: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.columns().items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"PairLogps: {name} must be a tensor, got {type(value).__name__}")
-            if name in POLICY_COLUMNS and not value.is_floating_point():
+            if name in (*POLICY_COLUMNS, "label") and not value.is_floating_point():
                 raise ValueError(f"PairLogps: {name} must be floating point, got {value.dtype}")
             if name not in DEGREE_COLUMNS and (value.dim() != 1 or value.shape != self.chosen.shape):
                 expected = list(self.chosen.shape) if self.chosen.dim() == 1 else "[B]"
                 raise ValueError(f"PairLogps: {name} has shape {list(value.shape)}, expected {expected}")
             if value.dtype in (torch.float16, torch.bfloat16):
                 object.__setattr__(self, name, value.float())
+        if self.label is not None:
+            self._refuse(~((self.label >= 0) & (self.label <= 1)), self.label, "label must be in [0, 1]")
+        self._check_degrees()
+
+    def _check_degrees(self) -> None:
+        logits, labels, pairs = self.degree_logits, self.degree_labels, len(self.chosen)
+        if logits is not None and (logits.dim() != 3 or len(logits) != pairs or not logits.is_floating_point()):
+            raise ValueError(
+                f"PairLogps: degree_logits must be floating point of shape [{pairs}, copies, degrees], "
+                f"got {logits.dtype} of shape {list(logits.shape)}"
+            )
+        if labels is None:
+            return
+        shape = [pairs, labels.shape[-1]] if logits is None else list(logits.shape[:2])
+        if list(labels.shape) != shape or labels.is_floating_point():
+            raise ValueError(
+                f"PairLogps: degree_labels must be integers of shape {shape}, "
+                f"got {labels.dtype} of shape {list(labels.shape)}"
+            )
+        if logits is not None:
+            degrees = logits.shape[2]
+            wrong = (labels < -1) | (labels >= degrees)
+            self._refuse(wrong, labels, f"degree_labels must be -1 (no such copy) or 0 to {degrees - 1}")
+
+    def _refuse(self, wrong: Tensor, values: Tensor, rule: str) -> None:
+        if bool(wrong.any()):
+            first = wrong.nonzero()[0]
+            raise ValueError(f"PairLogps: {rule}, got {values[tuple(first)].item():g} in row {int(first[0])}")
 
     def columns(self) -> dict[str, Tensor]:
         """The columns that are present, by name."""
@@ -114,6 +151,17 @@ class PairLogps:
     def map(self, function: Callable[[Tensor], Tensor]) -> PairLogps:
         """A batch with `function` applied to every column: `batch.map(lambda column: column[index])`."""
         return PairLogps(**{name: function(value) for name, value in self.columns().items()})
+
+    def swapped(self) -> PairLogps:
+        """The same pairs labelled the other way round: every column of one response becomes the other's.
+
+        `label` becomes 1 - label, so that a soft-labelled batch and its swap say the same. Columns that belong to no
+        response of the two (calibration, degrees) stay.
+        """
+        columns = {_mirrored(name): value for name, value in self.columns().items()}
+        if self.label is not None:
+            columns["label"] = 1 - self.label
+        return PairLogps(**columns)
 
     @property
     def log_ratio_chosen(self) -> Tensor:

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform, get_type_hints
 
@@ -80,12 +81,19 @@ def get_objective(name: str, **hyperparameters: Any) -> Objective:
     Raises:
         ValueError: unknown name or hyper-parameter (naming the nearest valid one), or a value outside its range.
     """
-    cls = objective_class(name)
+    cls = objective_class(name).variant(hyperparameters)
     valid = [field.name for field in dataclasses.fields(cls)]
     for key in hyperparameters:
         if key not in valid:
-            raise ValueError(f"objective {name!r} has no hyper-parameter {key!r}{nearest(key, valid)}")
+            raise ValueError(no_such_hyperparameter(cls, key))
     return cls(**hyperparameters)
+
+
+def no_such_hyperparameter(cls: type[Objective], key: str) -> str:
+    """The message for a key that a class (a variant, where there are several) does not have."""
+    valid = [field.name for field in dataclasses.fields(cls)]
+    which = f"objective {cls.card.name!r}" + (f" with {cls.card.selected}" if cls.card.selected else "")
+    return f"{which} has no hyper-parameter {key!r}" + (nearest(key, valid) if valid else "; it takes none")
 
 
 def list_objectives() -> list[Card]:
@@ -93,9 +101,18 @@ def list_objectives() -> list[Card]:
     return [_REGISTRY[name].card for name in sorted(_REGISTRY)]
 
 
-def objective_signature(objective: str | type[Objective]) -> dict[str, inspect.Parameter]:
-    """Hyper-parameters of a name or class as keyword-only parameters with resolved annotations and defaults."""
+def objective_signature(
+    objective: str | type[Objective], hyperparameters: Mapping[str, Any] | None = None
+) -> dict[str, inspect.Parameter]:
+    """Hyper-parameters of a name or class as keyword-only parameters with resolved annotations and defaults.
+
+    `hyperparameters` are those that select a variant (spo's base); without them it is the default one.
+
+    Raises:
+        ValueError: an unknown name, or a variant that does not exist.
+    """
     cls = objective_class(objective) if isinstance(objective, str) else objective
+    cls = cls.variant(hyperparameters or {})
     hints = get_type_hints(cls)
     kind = inspect.Parameter.KEYWORD_ONLY
     return {

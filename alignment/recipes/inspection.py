@@ -16,6 +16,7 @@ from alignment.errors import UserError
 from alignment.files import PACKAGE_SCHEME, package_file
 from alignment.recipes.document import Origin, Problem, RecipeError
 from alignment.recipes.loading import Recipe, load_recipe
+from alignment.recipes.sections import ObjectiveSection
 from alignment.recipes.trl_keys import REPORTERS
 
 # Of which Python packages one must be there (`kernels` fetches the same kernel from the hub); all others need none.
@@ -141,7 +142,7 @@ def default_source(recipe: Recipe, dotted: str) -> str:
     """Where a default comes from: the schema's word for it, or the objective's card."""
     section, _, key = dotted.partition(".")
     if section == "objective" and key not in type(recipe.objective).model_fields:
-        return _hyperparameter_source(recipe.objective.name, key)
+        return _hyperparameter_source(recipe.objective, key)
     model: Any = recipe
     *path, last = dotted.split(".")
     for part in path:
@@ -150,10 +151,11 @@ def default_source(recipe: Recipe, dotted: str) -> str:
     return description.partition("Default: ")[2].rstrip(".")
 
 
-def _hyperparameter_source(name: str, key: str) -> str:
+def _hyperparameter_source(objective: ObjectiveSection, key: str) -> str:
     from alignment.objectives import objective_class
 
-    rows = {row.name: row for row in objective_class(name).card.hyperparameters}
+    cls = objective_class(objective.name).variant(objective.hyperparameters)
+    rows = {row.name: row for row in cls.card.hyperparameters}
     return rows[key].source or rows[key].meaning
 
 

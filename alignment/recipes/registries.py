@@ -24,7 +24,8 @@ def objective_defaults_and_errors(data: dict[str, Any]) -> tuple[dict[str, Any],
     Returns:
         Absent hyper-parameters with their (possibly derived) defaults, empty if there are problems; the problems.
     """
-    from alignment.objectives import get_objective, list_objectives, load_plugin, objective_signature
+    from alignment.objectives import get_objective, list_objectives, load_plugin, objective_class
+    from alignment.objectives.registry import no_such_hyperparameter, objective_signature
 
     name, file = data.get("name"), data.get("file")
     if isinstance(file, str):
@@ -38,12 +39,15 @@ def objective_defaults_and_errors(data: dict[str, Any]) -> tuple[dict[str, Any],
     if name not in known:
         return {}, [error(f"unknown objective {name!r}{nearest(name, known)}", "name", value=name)]
 
-    valid = list(objective_signature(name))
     given = {key: value for key, value in data.items() if key not in ObjectiveSection.fixed}
+    try:
+        cls = objective_class(name).variant(given)
+    except ValueError as failed:  # which other keys are valid, nobody can say
+        key, message = _locate(str(failed), name, given)
+        return {}, [error(message, *([key] if key else []), value=data)]
+    valid = list(objective_signature(cls))
     problems = [
-        error(f"objective {name!r} has no hyper-parameter {key!r}{_hint(key, valid)}", key, value=given.pop(key))
-        for key in list(given)
-        if key not in valid
+        error(no_such_hyperparameter(cls, key), key, value=given.pop(key)) for key in list(given) if key not in valid
     ]
     while True:
         try:
