@@ -28,8 +28,12 @@ _RENAMED = {
 _TRL = "TRL 1.16"
 
 
-class TrainingSection(OpenSection):
-    """How the optimiser runs; TRL's names, except for the batch, which is declared for all processes together."""
+class BaseTrainingSection(OpenSection):
+    """What preference training and supervised fine-tuning share; TRL's names, except for the batch."""
+
+    ours: ClassVar[tuple[str, ...]] = OURS
+    passed_through: ClassVar[dict[str, Any]] = PASSED_THROUGH
+    not_accepted: ClassVar[dict[str, str]] = REFUSED
 
     output_dir: Text = option("runs/unnamed", "Folder of the run.", "runs/ and the recipe's file name")
     global_batch_size: int = Field(
@@ -42,18 +46,7 @@ class TrainingSection(OpenSection):
         ge=1,
     )
     per_device_eval_batch_size: int = option(8, "Pairs per forward pass when evaluating.", _TRL, ge=1)
-    layout: Literal["shared_prefix", "paired"] = option(
-        "shared_prefix",
-        "Compute the prompt once per pair, or once per response.",
-        "alignment: same numbers, less work",
-    )
     group_by_length: bool = option(True, "Batch pairs of like length.", "alignment: less padding; TRL's is random")
-    displacement_alarm: float = option(
-        10.0,
-        "Warn when log-probability of chosen responses falls this many nats below step 0.",
-        "alignment: e^10 less likely",
-        gt=0,
-    )
     cpu_threads: int | None = option(
         None,
         "Threads of each process where there is no GPU.",
@@ -88,6 +81,9 @@ class TrainingSection(OpenSection):
     save_steps: float = option(500.0, "Every so many steps with save_strategy steps.", _TRL, gt=0)
     save_total_limit: int | None = option(None, "Keep only the newest so many checkpoints.", f"{_TRL}: all", ge=1)
     report_to: Names = option("none", "wandb, tensorboard, trackio …, or a list.", f"{_TRL}: none")
+    push_to_hub: bool = option(False, "Upload the trained model (final/ alone) to the hub at the end.", _TRL)
+    hub_model_id: Text | None = option(None, "Repository to upload to: NAME or OWNER/NAME.", "the run folder's name")
+    hub_strategy: Text = option("end", "When to upload; only end is possible.", "alignment; TRL's is every_save")
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
@@ -112,7 +108,9 @@ class TrainingSection(OpenSection):
             "log_level_replica log_on_each_node disable_tqdm displacement_alarm skip_memory_metrics debug "
             "trackio_space_id trackio_bucket_id trackio_static_space_id "
             # When checkpoints are written and which are kept. Not save_only_model: those cannot be resumed from.
-            "save_strategy save_steps save_total_limit save_on_each_node enable_jit_checkpoint"
+            "save_strategy save_steps save_total_limit save_on_each_node enable_jit_checkpoint "
+            # Where the trained model is uploaded to.
+            "push_to_hub hub_model_id hub_strategy hub_private_repo hub_revision"
         ).split()
     )
 
@@ -128,14 +126,26 @@ class TrainingSection(OpenSection):
                 raise ValueError(f"unknown reporter {name!r}{nearest(name, [*REPORTERS, 'none', 'all'])}")
         return value
 
+    @field_validator("hub_strategy")
+    @classmethod
+    def _at_the_end(cls, value: str) -> str:
+        if value != "end":
+            raise ValueError(
+                f"{value!r} is not accepted: checkpoints hold more than the model; only 'end' is possible"
+            )
+        return value
+
     @model_validator(mode="after")
-    def _keys_fit(self) -> TrainingSection:
+    def _keys_fit(self) -> BaseTrainingSection:
         problems = []
         given: dict[str, Any] = self.model_extra or {}
         if self.bf16 and self.fp16:
             problems.append(error("excludes fp16; set one of them to false", "bf16"))
         if self.save_strategy == "best" and given.get("metric_for_best_model") is None:
             problems.append(error("'best' needs metric_for_best_model, such as loss", "save_strategy"))
+        for key in ("hub_model_id", "hub_private_repo", "hub_revision"):
+            if not self.push_to_hub and getattr(self, key, None) is not None:
+                problems.append(error("needs push_to_hub: true", key))
         needed = SCHEDULER_NEEDS.get(self.lr_scheduler_type, ())
         settings = given.get("lr_scheduler_kwargs")
         if needed and not isinstance(settings, str) and not set(needed) & set(settings or ()):
@@ -163,32 +173,51 @@ class TrainingSection(OpenSection):
         for key, value in data.items():
             if key in cls.model_fields:
                 continue
-            if key in REFUSED:
-                problems.append(error(f"not accepted: {REFUSED[key]}", key, value=value))
-            elif key not in PASSED_THROUGH:
-                problems.append(error(f"unknown key{_hint(key)}", key, value=value))
+            if key in cls.not_accepted:
+                problems.append(error(f"not accepted: {cls.not_accepted[key]}", key, value=value))
+            elif key not in cls.passed_through:
+                problems.append(error(f"unknown key{cls._hint(key)}", key, value=value))
             else:
-                problems += _type_errors(key, value)
+                problems += _type_errors(cls.passed_through[key], key, value)
         return {}, problems
 
+    @classmethod
+    def _hint(cls, key: str) -> str:
+        """The nearest key; where that one is refused, why."""
+        refused = cls.not_accepted
+        hint = nearest(key, [*cls.model_fields, *cls.passed_through, *refused])
+        if not hint.startswith("; did you mean"):  # a hundred names on one line help nobody
+            return nearest(key, cls.model_fields)
+        meant = hint.split("'")[1]
+        return f"{hint} That is not accepted: {refused[meant]}" if meant in refused else hint
+
     def trl_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for TRL's `DPOConfig`: this section without our own keys."""
-        arguments = {key: value for key, value in self.model_dump().items() if key not in OURS}
+        """Keyword arguments for TRL's config: this section without our own keys.
+
+        `push_to_hub` is among ours: TRL's would upload the whole run directory (see `trainers.hub`).
+        """
+        arguments = {key: value for key, value in self.model_dump().items() if key not in (*self.ours, "push_to_hub")}
         return {_RENAMED.get(key, key): value for key, value in arguments.items()}
 
 
-def _hint(key: str) -> str:
-    """The nearest key; where that one is refused, why."""
-    hint = nearest(key, [*TrainingSection.model_fields, *PASSED_THROUGH, *REFUSED])
-    if not hint.startswith("; did you mean"):  # a hundred names on one line help nobody
-        return nearest(key, TrainingSection.model_fields)
-    meant = hint.split("'")[1]
-    return f"{hint} That is not accepted: {REFUSED[meant]}" if meant in REFUSED else hint
+class TrainingSection(BaseTrainingSection):
+    """How the optimiser runs; TRL's names, except for the batch, which is declared for all processes together."""
+
+    layout: Literal["shared_prefix", "paired"] = option(
+        "shared_prefix",
+        "Compute the prompt once per pair, or once per response.",
+        "alignment: same numbers, less work",
+    )
+    displacement_alarm: float = option(
+        10.0,
+        "Warn when log-probability of chosen responses falls this many nats below step 0.",
+        "alignment: e^10 less likely",
+        gt=0,
+    )
 
 
-def _type_errors(key: str, value: Any) -> list[InitErrorDetails]:
+def _type_errors(kind: Any, key: str, value: Any) -> list[InitErrorDetails]:
     """At most one problem: the value is of none of the types that TRL's field takes."""
-    kind = PASSED_THROUGH[key]
     try:
         TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as failed:

@@ -82,10 +82,7 @@ REFUSED: dict[str, str] = {
     "do_train": "has no effect in TRL",
     "do_eval": "has no effect in TRL; write eval_strategy",
     "do_predict": "has no effect in TRL",
-    **dict.fromkeys(
-        ("push_to_hub", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
-        "would upload the whole run with its preferences; upload final/ yourself: hf upload NAME RUN/final",
-    ),
+    "hub_always_push": "never read: only the trained model is uploaded, once, at the end",
     "hub_token": "a recipe is shared, a secret is not; log in with `hf auth login`",
     "pad_token": "deprecated in TRL; the tokenizer's own is used",
     # Not of this TRL, but still found in recipes.
@@ -142,6 +139,8 @@ PASSED_THROUGH: dict[str, Any] = {
     "debug": str,
     "skip_memory_metrics": bool,
     "dataset_num_proc": int | None,
+    "hub_private_repo": bool | None,
+    "hub_revision": str | None,
 }
 
 LrScheduler = Literal[
