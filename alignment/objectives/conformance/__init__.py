@@ -35,6 +35,7 @@ GENERIC: tuple[Check, ...] = (
     generic.extremes,
     generic.finite_differences,
     generic.saturation,
+    generic.labels,
     generic.hyperparameters,
     tabular.optimum,
 )
@@ -57,7 +58,7 @@ class CheckResult:
 
 
 def _related(cls: type[Objective], label: str) -> str:
-    RELATIONS[cls.card.name][label](cls)
+    RELATIONS[cls.card.name][label](cls.build)
     return "holds"
 
 

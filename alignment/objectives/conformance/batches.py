@@ -35,28 +35,42 @@ def close(got: Tensor, expected: Tensor, what: str, rtol: float = 1e-9, atol: fl
     excess = (got - expected).abs() - (atol + rtol * expected.abs())
     if not bool((excess <= 0).all()):  # also catches nan
         worst = int(torch.where(excess.isnan(), torch.full_like(excess, torch.inf), excess).argmax())
-        raise CheckFailed(f"{what}: row {worst} is {got[worst].item():.15g}, expected {expected[worst].item():.15g}")
+        row, found, wanted = worst * len(got) // got.numel(), got.flatten()[worst], expected.flatten()[worst]
+        raise CheckFailed(f"{what}: row {row} is {found.item():.15g}, expected {wanted.item():.15g}")
 
 
 def settings_of(cls: type[Objective]) -> Iterator[Objective]:
     """The default instance and one per `card.settings`."""
     for keywords in ({}, *cls.card.settings):
-        yield cls(**keywords)
+        yield cls.build(**keywords)
+
+
+COPIES, DEGREES = 4, 3  # of the degree columns below
 
 
 def golden_batch() -> PairLogps:
-    """One hand-checkable pair: z_w = 1, z_l = -0.5, m = 1.5, with every column filled."""
+    """One hand-checkable pair: z_w = 1, z_l = -0.5, m = 1.5, with every column but `label` filled.
+
+    Degree logits are logarithms of whole numbers: the right degrees have probabilities 1/2, 3/4 and 1/3, and the
+    fourth copy does not exist.
+    """
     numbers = {
         "chosen": -10.0, "rejected": -12.0, "ref_chosen": -11.0, "ref_rejected": -11.5,
         "chosen_length": 20.0, "rejected_length": 30.0, "prev_chosen": -10.5, "prev_rejected": -11.8,
         "calibration": -9.0, "ref_calibration": -9.4, "calibration_length": 15.0,
         "reward_chosen": 1.2, "reward_rejected": 0.3, "preference_chosen": 0.7, "preference_rejected": 0.4,
     }  # fmt: skip
-    return PairLogps(**{name: torch.tensor([value], dtype=DOUBLE) for name, value in numbers.items()})
+    columns = {name: torch.tensor([value], dtype=DOUBLE) for name, value in numbers.items()}
+    weights = torch.tensor([[[1.0, 2.0, 1.0], [6.0, 1.0, 1.0], [1.0, 1.0, 1.0], [5.0, 1.0, 4.0]]], dtype=DOUBLE)
+    columns |= {"degree_logits": weights.log(), "degree_labels": torch.tensor([[1, 0, 2, -1]])}
+    return PairLogps(**columns)
 
 
 def random_batch(rows: int, seed: int, dtype: torch.dtype = DOUBLE) -> PairLogps:
-    """Pairs with every `[B]` column: reference sums in [-60, -12], log-ratios of about +-2 nats, 5 to 40 tokens."""
+    """Pairs with every column but `label`: reference sums in [-60, -12], log-ratios of about +-2 nats, 5 to 40 tokens.
+
+    About a quarter of the degraded copies is missing.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -76,15 +90,26 @@ def random_batch(rows: int, seed: int, dtype: torch.dtype = DOUBLE) -> PairLogps
     columns["ref_calibration"] = uniform(-60, -12)
     columns["calibration"] = near(columns["ref_calibration"])
     columns["calibration_length"] = uniform(5, 40).round()
-    return PairLogps(**{name: value.to(dtype) for name, value in columns.items()})
+    columns["degree_logits"] = 2 * torch.randn(rows, COPIES, DEGREES, generator=generator, dtype=DOUBLE)
+    columns["degree_labels"] = torch.randint(-1, DEGREES, (rows, COPIES), generator=generator)
+    return cast(columns, dtype)
+
+
+def cast(columns: dict[str, Tensor], dtype: torch.dtype) -> PairLogps:
+    """A batch with the columns in another precision; degree labels stay integers."""
+    return PairLogps(
+        **{name: value.to(dtype) if value.is_floating_point() else value for name, value in columns.items()}
+    )
 
 
 def start_batch(objective: Objective, rows: int = 3, seed: int = 11) -> PairLogps:
-    """The start of training: policy == previous == reference, the chosen response with the higher reward.
+    """The start of training: policy == previous == reference, chosen with the higher reward, a zero degree head.
 
     Without a reference: both responses equally likely and equally long.
     """
     columns = random_batch(rows, seed).columns()
+    columns["degree_logits"] = torch.zeros_like(columns["degree_logits"])
+    columns["degree_labels"][:, 0] = 1  # at least one copy each
     gap = columns["reward_chosen"] - columns["reward_rejected"]
     columns["reward_chosen"] = columns["reward_rejected"] + gap.abs()
     for response in ("chosen", "rejected"):
@@ -98,7 +123,10 @@ def start_batch(objective: Objective, rows: int = 3, seed: int = 11) -> PairLogp
 
 
 def grid_batch(ratios: tuple[float, ...], dtype: torch.dtype = DOUBLE, reference: float = -1000.0) -> PairLogps:
-    """Every combination of the log-ratios z_w, z_l, z_cal in `ratios`, from one reference log-probability."""
+    """Every combination of the log-ratios z_w, z_l, z_cal in `ratios`, from one reference log-probability.
+
+    The same three numbers are the logits of every degraded copy: equal ones make a degree loss of log 3.
+    """
     grid = torch.tensor(list(product(ratios, repeat=3)), dtype=dtype)
     base = torch.full((len(grid),), reference, dtype=dtype)
     columns = {f"ref_{name}": base for name in POLICY_COLUMNS}
@@ -108,6 +136,8 @@ def grid_batch(ratios: tuple[float, ...], dtype: torch.dtype = DOUBLE, reference
     columns |= {f"{name}_length": torch.full_like(base, lengths[name]) for name in POLICY_COLUMNS}
     columns |= {"reward_chosen": torch.full_like(base, 0.9), "reward_rejected": torch.full_like(base, -0.4)}
     columns |= {"preference_chosen": torch.full_like(base, 0.7), "preference_rejected": torch.full_like(base, 0.4)}
+    columns["degree_logits"] = grid[:, None, :].repeat(1, COPIES, 1)
+    columns["degree_labels"] = torch.tensor([0, 1, 2, -1]).repeat(len(grid), 1)
     return PairLogps(**columns)
 
 

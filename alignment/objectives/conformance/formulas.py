@@ -11,7 +11,7 @@ from typing import Any
 
 from mpmath import mp, mpf
 
-Point = Mapping[str, Any]  # column name -> mpf
+Point = dict[str, Any]  # column name -> mpf; integers, texts and, of the degree columns, lists stay what they are
 DIGITS = 50
 
 
@@ -139,19 +139,36 @@ def dpop(point: Point, h: Point) -> Any:
     return mp.log(1 / _preferred(chosen, rejected))
 
 
+def spo(point: Point, h: Point) -> Any:
+    """The base's loss plus gamma times the mean surprise, over the copies that exist, at the right degree."""
+    base = h | {name.removeprefix("base_"): value for name, value in h.items() if name.startswith("base_")}
+    surprises = []
+    for logits, degree in zip(point["degree_logits"], point["degree_labels"], strict=True):
+        if degree >= 0:
+            weights = [mp.exp(logit) for logit in logits]
+            surprises.append(mp.log(sum(weights) / weights[degree]))
+    mean = mp.fsum(surprises) / len(surprises) if surprises else 0
+    return FORMULAS[h["base"]](point, base) + h["gamma"] * mean
+
+
 FORMULAS: dict[str, Callable[[Point, Point], Any]] = {
     formula.__name__: formula
-    for formula in (dpo, robust, ipo, hinge, rpo, reward_aware_rpo, f_dpo, vpo, inpo, simpo, orpo, cpo, dpop)
+    for formula in (dpo, robust, ipo, hinge, rpo, reward_aware_rpo, f_dpo, vpo, inpo, simpo, orpo, cpo, dpop, spo)
 }
 
 
-def evaluate(
-    name: str, columns: Mapping[str, float], hyperparameters: Mapping[str, Any]
-) -> tuple[Any, dict[str, Any]]:
+def _exact(value: Any) -> Any:
+    """Floats as `mpf`, in nested lists too."""
+    if isinstance(value, list):
+        return [_exact(item) for item in value]
+    return mpf(value) if isinstance(value, float) else value
+
+
+def evaluate(name: str, columns: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The loss of one pair and its derivatives by chosen, rejected and calibration, all `mpf` at 50 digits."""
     with mp.workdps(DIGITS):
-        point = {key: mpf(value) for key, value in columns.items()}
-        h = {key: mpf(value) if isinstance(value, float) else value for key, value in hyperparameters.items()}
+        point = {key: _exact(value) for key, value in columns.items()}
+        h = {key: _exact(value) for key, value in hyperparameters.items()}
         formula = FORMULAS[name]
         derivatives = {
             column: mp.diff(lambda value, column=column: formula(point | {column: value}, h), point[column])

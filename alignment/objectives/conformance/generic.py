@@ -13,6 +13,7 @@ from alignment.objectives.batch import NEEDS, POLICY_COLUMNS, PairLogps
 from alignment.objectives.conformance.batches import (
     DOUBLE,
     CheckFailed,
+    cast,
     close,
     grid_batch,
     only_needed,
@@ -37,10 +38,10 @@ def shapes(cls: type[Objective]) -> str:
                     require(list(output.shape) == [rows], f"shape {list(output.shape)} for {rows} pairs")
                     require(output.dtype == dtype, f"{dtype} in, {output.dtype} out")
         for dtype in (torch.bfloat16, torch.float16):
-            half = {name: value.to(dtype) for name, value in random_batch(7, seed=7).columns().items()}
-            got = objective.loss(PairLogps(**half))
+            batch = random_batch(7, seed=7, dtype=dtype)  # float32 by now, of numbers that half precision holds
+            got = objective.loss(batch)
             require(got.dtype == torch.float32, f"{dtype} in, {got.dtype} out")
-            full = objective.loss(PairLogps(**{name: value.double() for name, value in half.items()}))
+            full = objective.loss(cast(batch.columns(), DOUBLE))
             close(got.double(), full, f"{dtype} columns in float32", rtol=1e-4, atol=1e-5)
     return "B = 1, 2, 7; float64, float32, bfloat16, float16"
 
@@ -96,7 +97,7 @@ def columns(cls: type[Objective]) -> str:
                 require(named and cls.card.name in str(error), f"message without column or objective: {error}")
             else:
                 raise CheckFailed(f"says it needs {need!r}, but works without {NEEDS[need]}")
-    return ", ".join(cls().needs) or "policy log-probabilities only"
+    return ", ".join(cls.build().needs) or "policy log-probabilities only"
 
 
 def start(cls: type[Objective]) -> str:
@@ -106,7 +107,7 @@ def start(cls: type[Objective]) -> str:
         rewards = objective.rewards(batch)
         for tensor in (objective.loss(batch), *rewards, *slopes(objective, batch).values()):
             require(bool(tensor.isfinite().all()), "not finite at policy == reference")
-        if cls.card.start != "none":
+        if objective.card.start != "none":
             for reward in rewards:
                 close(reward, torch.zeros_like(reward), "implicit reward at the start", atol=1e-12)
         size = sum(slope.abs() for slope in slopes(objective, batch).values())
@@ -164,6 +165,40 @@ def saturation(cls: type[Objective]) -> str:
     return "no pair at the start"
 
 
+OTHER = {  # by hand, not by PairLogps.swapped
+    "chosen": "rejected", "ref_chosen": "ref_rejected", "prev_chosen": "prev_rejected",
+    "chosen_length": "rejected_length", "reward_chosen": "reward_rejected",
+    "preference_chosen": "preference_rejected",
+}  # fmt: skip
+
+
+def labels(cls: type[Objective]) -> str:
+    """A soft label is the expected loss of a label that is right with that probability; rewards do not read it."""
+    for objective in settings_of(cls):
+        batch = random_batch(7, seed=26)
+        columns = batch.columns()
+        swap = {one: columns[other] for pair in OTHER.items() for one, other in (pair, pair[::-1])}
+        swapped = with_columns(batch, **swap)
+        kept, lost = objective.loss(batch), objective.loss(swapped)
+        kept_slope, lost_slope = slopes(objective, batch), slopes(objective, swapped)
+        mirrored = lost_slope | {"chosen": lost_slope["rejected"], "rejected": lost_slope["chosen"]}
+        one = torch.ones_like(kept)
+        varied = torch.tensor([1.0, 0.0, 0.5, 0.25, 0.9, 0.0, 1.0], dtype=kept.dtype)
+        for label, what in ((one, "label 1"), (0 * one, "label 0"), (one / 2, "label 1/2"), (varied, "soft labels")):
+            soft = with_columns(batch, label=label)
+            close(objective.loss(soft), label * kept + (1 - label) * lost, f"loss with {what}", rtol=1e-13)
+            for name, slope in slopes(objective, soft).items():
+                expected = label * kept_slope[name] + (1 - label) * mirrored[name]
+                close(slope, expected, f"slope by {name} with {what}", rtol=1e-12)
+            other = with_columns(swapped, label=1 - label)
+            close(objective.loss(other), objective.loss(soft), f"the pair the other way round, {what}", rtol=1e-13)
+            for got, plain in zip(objective.rewards(soft), objective.rewards(batch), strict=True):
+                close(got, plain, f"reward with {what}", rtol=0, atol=0)
+        for name, slope in slopes(objective, with_columns(batch, label=one)).items():
+            close(slope, kept_slope[name], f"slope by {name} with label 1, exactly", rtol=0, atol=0)
+    return "labels 1, 0, 1/2 and mixed: losses, slopes, the swapped pair"
+
+
 def _bad_values(annotation: Any, bounds: dict[str, float | None]) -> list[Any]:
     """Values that a hyper-parameter must refuse: wrong type, not finite, on or beyond an open or closed limit."""
     if literal_choices(annotation):
@@ -180,6 +215,7 @@ def _bad_values(annotation: Any, bounds: dict[str, float | None]) -> list[Any]:
 
 def hyperparameters(cls: type[Objective]) -> str:
     """Every hyper-parameter refuses values outside its stated range, with its name, range and the value."""
+    cls = cls.variant({})
     signature, tried = objective_signature(cls), 0
     for field in dataclasses.fields(cls):
         for value in _bad_values(signature[field.name].annotation, field.metadata["bounds"]):

@@ -49,6 +49,11 @@ GOLDEN: dict[str, list[tuple[dict[str, Any], float]]] = {
     "orpo": [({"lam": 0.1}, 0.5841139999)],  # 0.5 + 0.1 log(1 + 2.0332448730/1.5414940825)
     "cpo": [({}, 10.5981388694), ({"form": "mean"}, 1.0981388694)],  # log(1 + e^-0.2) + 10, or + 0.5
     "dpop": [({"beta": 0.1, "lam": 50.0}, _DPO)],  # z_w = 1 > 0: no penalty
+    "spo": [  # L_deg = -log(1/2 * 3/4 * 1/3)/3 = log(8)/3 = log 2
+        ({"beta": 0.1}, _DPO + 0.1 * 0.6931471805599),
+        ({"base": "ipo", "tau": 0.1, "gamma": 1.0}, 12.9431471805599),
+        ({"base": "simpo", "beta": 2.0, "base_gamma": 1.0, "gamma": 0.5}, 1.8098560576),
+    ],
 }
 GOLDEN_TOLERANCE = 1e-9  # the numbers above carry 10 digits or more
 
@@ -57,7 +62,7 @@ def golden(cls: type[Objective]) -> str:
     """The loss of the hand-checkable pair."""
     cases = GOLDEN[cls.card.name]
     for keywords, expected in cases:
-        got = cls(**keywords).loss(golden_batch())
+        got = cls.build(**keywords).loss(golden_batch())
         close(got, torch.tensor([expected], dtype=DOUBLE), f"golden {keywords}", rtol=0, atol=GOLDEN_TOLERANCE)
     return f"{len(cases)} fixed numbers"
 
@@ -90,6 +95,6 @@ def has_paper(cls: type[Objective]) -> bool:
     return cls.card.name in FORMULAS
 
 
-def _row(columns: dict[str, torch.Tensor], index: int) -> dict[str, float]:
-    """One pair's numbers."""
-    return {name: float(value[index]) for name, value in columns.items()}
+def _row(columns: dict[str, torch.Tensor], index: int) -> dict[str, Any]:
+    """One pair's numbers: a float per column, nested lists for the degree columns."""
+    return {name: value[index].tolist() for name, value in columns.items()}

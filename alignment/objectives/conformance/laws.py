@@ -95,6 +95,12 @@ def _robust(h: dict[str, Any], row: Row) -> Law:
     return LOG2, -slope, slope, 0.0
 
 
+def _spo(h: dict[str, Any], row: Row) -> Law:
+    base = h | {name.removeprefix("base_"): value for name, value in h.items() if name.startswith("base_")}
+    value, *slopes_ = START_LAWS[h["base"]](base, row)
+    return (value + h["gamma"] * math.log(h["degrees"]), *slopes_)
+
+
 START_LAWS: dict[str, Callable[[dict[str, Any], Row], Law]] = {
     "dpo": _dpo,
     "robust": _robust,
@@ -109,6 +115,7 @@ START_LAWS: dict[str, Callable[[dict[str, Any], Row], Law]] = {
     "orpo": _orpo,
     "cpo": _cpo,
     "dpop": lambda h, row: (LOG2, -h["beta"] / 2, h["beta"] / 2, 0.0),  # at the kink, seen from above
+    "spo": _spo,  # a zero head guesses each of N degrees with probability 1/N
 }
 
 
@@ -120,7 +127,9 @@ def start_law(cls: type[Objective]) -> str:
     """Loss and slopes at policy == reference equal their closed form."""
     for objective in settings_of(cls):
         batch, h = start_batch(objective), objective.hyperparameters
-        rows = [{name: float(value[i]) for name, value in batch.columns().items()} for i in range(3)]
+        rows = [
+            {name: float(value[i]) for name, value in batch.columns().items() if value.dim() == 1} for i in range(3)
+        ]
         laws = torch.tensor([START_LAWS[cls.card.name](h, row) for row in rows], dtype=DOUBLE)
         got = slopes(objective, batch)
         close(objective.loss(batch), laws[:, 0], f"{h}: loss at the start", rtol=1e-11)
@@ -159,6 +168,11 @@ BOUNDS: dict[str, list[Bound]] = {
     "orpo": [({}, 0.0, _INF, _INF)],
     "cpo": [({"beta": _B}, 0.0, _B + 1, _B)],
     "dpop": [({"beta": _B, "lam": 5.0}, 0.0, _B * 6, _B)],
+    "spo": [
+        ({"beta": _B, "gamma": 1.0}, 0.0, _B, _B),
+        ({"base": "simpo"}, 0.0, 2.0 / 7, 2.0 / 13),
+        ({"base": "robust", "beta": _B, "gamma": 1e-3}, None, _B * 0.9 / 0.8, _B * 0.9 / 0.8),
+    ],
 }
 # What else the cards claim: name -> settings, claim, pairs that keep it by hyper-parameters, columns, loss and slopes.
 Columns = dict[str, torch.Tensor]
@@ -224,7 +238,7 @@ def bounds(cls: type[Objective]) -> str:
     """The card's claims about the size of the loss and its slopes, over log-ratios up to +-800 in all combinations."""
     batch = grid_batch(RATIOS)
     for keywords, low, steepest_chosen, steepest_rejected in BOUNDS[cls.card.name]:
-        objective = cls(**keywords)
+        objective = cls.build(**keywords)
         loss, slope = objective.loss(batch), slopes(objective, batch)
         smallest = loss.min().item()
         if low is None:
@@ -237,7 +251,7 @@ def bounds(cls: type[Objective]) -> str:
             largest = slope[column].abs().max().item()
             require(largest <= limit * (1 + 1e-9), f"{keywords}: |dL/d {column}| = {largest:.6g} exceeds {limit:.6g}")
     for keywords, claim, holds in CLAIMS.get(cls.card.name, []):
-        objective = cls(**keywords)
+        objective = cls.build(**keywords)
         kept = holds(objective.hyperparameters, batch.columns(), objective.loss(batch), slopes(objective, batch))
         require(bool(kept.all()), f"{keywords}: {claim}: not so for {int((~kept).sum())} of {len(kept)} pairs")
     return cls.card.bounds
