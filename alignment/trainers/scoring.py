@@ -149,29 +149,48 @@ def sequence_logps(
     Returns:
         [n, k] in nats, float32, differentiable.
     """
-    segments, labels = rows["row_segments"], rows["row_labels"]
-    keep = labels.size(1)
-    logits = model(
+    return branch_sums(forward_rows(model, config, dtype, rows).logits, rows, branches)
+
+
+def forward_rows(
+    model: Callable[..., Any], config: Any, dtype: torch.dtype, rows: dict[str, torch.Tensor], **more: Any
+) -> Any:
+    """The model's output for rows; `more` are further arguments of its forward."""
+    return model(
         input_ids=rows["row_ids"],
         position_ids=rows["row_positions"],
-        attention_mask=attention_mask(config, segments, rows["row_positions"], dtype),
-        logits_to_keep=keep,
+        attention_mask=attention_mask(config, rows["row_segments"], rows["row_positions"], dtype),
+        logits_to_keep=rows["row_labels"].size(1),
         use_cache=False,
-    ).logits[:, -keep:]
+        **more,
+    )
+
+
+def branch_sums(logits: torch.Tensor, rows: dict[str, torch.Tensor], branches: int) -> torch.Tensor:
+    """`[n, k]` log-probs of the responses from the logits of (at least) the scored columns."""
+    labels, keep = rows["row_labels"], rows["row_labels"].size(1)
     token_logps = -F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORED
+        logits[:, -keep:].flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORED
     ).view_as(labels)
-    branch = segments[:, -keep:]
+    branch = rows["row_segments"][:, -keep:]
     return unfold(
         torch.stack([(token_logps * (branch == j)).sum(1) for j in range(1, int(branch.max()) + 1)], 1), branches
     )
 
 
+def last_positions(rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`[rows, branches in a row]`: the position, among the scored columns, that predicts each branch's last token."""
+    branch = rows["row_segments"][:, -rows["row_labels"].size(1) :]
+    columns = torch.arange(1, branch.size(1) + 1, device=branch.device)
+    found = [((branch == j) * columns).amax(1) - 1 for j in range(1, int(branch.max()) + 1)]
+    return torch.stack(found, 1).clamp(min=0)
+
+
 def unfold(per_row: torch.Tensor, branches: int) -> torch.Tensor:
-    """[rows, branches in a row] → [n, k] whatever the layout: `paired` rows hold all first responses first."""
+    """[rows, branches in a row, …] → [n, k, …] whatever the layout: `paired` rows hold all first responses first."""
     if per_row.size(1) == branches:
         return per_row
-    return per_row.view(branches, -1).T
+    return per_row.view(branches, -1, *per_row.shape[2:]).transpose(0, 1)
 
 
 def relative_gap(found: torch.Tensor, expected: torch.Tensor) -> float:
