@@ -77,10 +77,15 @@ def hyper(
     ge: float | None = None,
     lt: float | None = None,
     le: float | None = None,
+    allowed: str = "",
 ) -> Any:
-    """A hyper-parameter's field: its meaning, default, the default's source and its open (gt, lt) or closed range."""
+    """A hyper-parameter's field: its meaning, default, the default's source and its open (gt, lt) or closed range.
+
+    `allowed` says in words what a text may be, where the type does not.
+    """
     bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le}
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "source": source, "bounds": bounds})
+    metadata = {"meaning": meaning, "source": source, "bounds": bounds, "allowed": allowed}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def describe_range(annotation: Any, bounds: dict[str, float | None]) -> str:

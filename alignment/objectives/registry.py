@@ -42,7 +42,7 @@ def prepare(cls: T) -> T:
             raise TypeError(f"{cls.__name__}.{field.name}: declare hyper-parameters with hyper(meaning, default=...)")
         annotation, meta = hints[field.name], field.metadata
         kind = "choice" if literal_choices(annotation) else getattr(number_type(annotation), "__name__", "any")
-        allowed = describe_range(annotation, meta["bounds"])
+        allowed = meta.get("allowed") or describe_range(annotation, meta["bounds"])
         rows.append(HyperParameter(field.name, kind, field.default, allowed, meta["meaning"], meta["source"]))
     unknown = set(cls.card.needs) - set(NEEDS)
     if unknown:

@@ -49,7 +49,7 @@ class SPO(Objective):
         normalisation="the base's; L_deg: mean over the pair's copies, one value per copy",
         needs=("reference", "degree"),
         also_needs="what the base needs, beside degree",
-        reward="the base's",
+        reward="the base's, as it stands",
         optimum=None,
         bounds="the base's plus gamma L_deg >= 0; L_deg = log N while the head is zero; |dL_deg/dc| <= 1/copies; the "
         "slopes in the log-probabilities are the base's",
@@ -62,7 +62,7 @@ class SPO(Objective):
             "removal=length, which remove as much without regard to content.",
             "Short responses have fewer distinct copies than degrees; the missing ones count for nothing.",
             "A zero head passes no gradient to the model: the degree loss reaches it from the second step on.",
-            "Every copy is one more response to compute.",
+            "Every copy is one more response to compute. A large gamma trains a classifier, not a policy.",
         ),
         collisions=(
             "Self-Play Preference Optimization (Swamy et al. 2024; SPPO, Wu et al., is a relative): the Nash kind.",
@@ -85,6 +85,7 @@ class SPO(Objective):
         "objective that the degree loss is added to; its hyper-parameters stand beside these",
         default="dpo",
         source="paper: DPO and its variants",
+        allowed="another objective",
     )
     gamma: float = hyper("weight of the degree loss; sweep 0.01, 0.1, 1", default=0.1, ge=0, source=CHOICE)
     degrees: int = hyper("degrees N: the response itself and N - 1 degraded copies", default=3, ge=2, source=CHOICE)
@@ -94,7 +95,7 @@ class SPO(Objective):
     removal: Literal["rake", "random", "length"] = hyper(
         "what is taken out of copies: key phrases; random and length are controls",
         default="rake",
-        source="RAKE: a review of the paper; the controls are ours",
+        source="RAKE: a review of the paper; the controls: CHOICE",
     )
     head_learning_rate: float = hyper("learning rate of the head", default=1e-3, gt=0, source=CHOICE)
 
@@ -107,7 +108,7 @@ class SPO(Objective):
         valid = [card.name for card in list_objectives() if not issubclass(objective_class(card.name), SPO)]
         if base not in valid:
             hint = "" if base == cls.card.name else nearest(str(base), valid)
-            raise ValueError(f"{cls.card.name}: base must be another objective's name, got {base!r}{hint}")
+            raise ValueError(f"{cls.card.name}: base must be another objective, got {base!r}{hint}")
         own = {field.name for field in dataclasses.fields(cls)}
         rest = {name: value for name, value in hyperparameters.items() if name not in own}
         key = (cls, objective_class(base).variant(rest))

@@ -1,5 +1,6 @@
 """Names, errors, the batch, the saturated share and user plug-ins: what the rest of the project relies on."""
 
+import dataclasses
 import math
 import shutil
 import subprocess
@@ -10,7 +11,14 @@ import pytest
 import torch
 
 import alignment
-from alignment.objectives import PairLogps, get_objective, list_objectives, load_plugin, objective_signature
+from alignment.objectives import (
+    PairLogps,
+    get_objective,
+    list_objectives,
+    load_plugin,
+    objective_class,
+    objective_signature,
+)
 from alignment.objectives.conformance import run_checks
 
 
@@ -40,6 +48,17 @@ def margins(*values: float) -> PairLogps:
         ("f_dpo", {"divergence": "alpha", "alpha": 1.0}, r"f_dpo: alpha must be a number in \(0, 1\), got 1.0"),
         ("f_dpo", {"divergence": "jsd", "alpha": 0.5}, "divergence='jsd' does not read alpha"),
         ("inpo", {"eta": 0.1, "tau": 0.2}, r"tau must be in \[0, eta\] = \[0, 0.1\], got 0.2"),
+        ("spo", {"base": "dop"}, "^spo: base must be another objective, got 'dop'; did you mean 'dpop'"),
+        ("spo", {"base": "spo"}, "^spo: base must be another objective, got 'spo'$"),
+        ("spo", {"base": 3}, "^spo: base must be another objective, got 3; valid: cpo, dpo"),
+        ("spo", {"bta": 0.1}, "objective 'spo' with base='dpo' has no hyper-parameter 'bta'; did you mean 'beta'"),
+        ("spo", {"base": "ipo", "beta": 0.1}, "objective 'spo' with base='ipo' has no hyper-parameter 'beta'"),
+        ("spo", {"base": "dpo", "base_gamma": 1.0}, "base='dpo' has no hyper-parameter 'base_gamma'"),
+        ("spo", {"base": "dpo", "beta": 0}, "^spo: beta must be a number > 0, got 0"),
+        ("spo", {"base": "inpo", "eta": 0.1, "tau": 0.2}, r"^spo: tau must be in \[0, eta\] = \[0, 0.1\], got 0.2"),
+        ("spo", {"gamma": -0.1}, "^spo: gamma must be a number >= 0, got -0.1"),
+        ("spo", {"degrees": 2.5}, "^spo: degrees must be a number >= 2, got 2.5"),
+        ("spo", {"removal": "stop"}, "^spo: removal must be one of 'rake' | 'random' | 'length', got 'stop'"),
     ],
 )
 def test_bad_names_and_values_are_named(name, keywords, message) -> None:
@@ -56,6 +75,23 @@ def test_derived_defaults() -> None:
         "reference", "calibration", "calibration_length",
     )  # fmt: skip
     assert isinstance(get_objective("dpo", beta=1).hyperparameters["beta"], float)
+    assert get_objective("spo", base="inpo", eta=0.3).hyperparameters["tau"] == pytest.approx(0.1)
+
+
+def test_spo_takes_on_its_base_s_hyperparameters() -> None:
+    own = ["base", "gamma", "degrees", "responses", "removal", "head_learning_rate"]
+    assert list(objective_signature("spo")) == [*own, "beta", "label_smoothing"]
+    on_simpo = objective_signature("spo", {"base": "simpo", "gamma": 0.5})
+    assert list(on_simpo) == [*own, "beta", "base_gamma"]
+    assert (on_simpo["base"].default, on_simpo["gamma"].default, on_simpo["base_gamma"].default) == ("simpo", 0.1, 1.0)
+    objective = get_objective("spo", base="f_dpo", divergence="jsd", gamma=0.5, beta=1)
+    assert objective == get_objective("spo", base="f_dpo", divergence="jsd", gamma=0.5, beta=1.0)
+    assert objective.hyperparameters["divergence"] == "jsd"
+    assert get_objective("spo", **objective.hyperparameters) == objective  # as a manifest's numbers are read back
+    assert get_objective("spo", base="simpo").needs == ("length", "degree")
+    assert get_objective("spo", base="simpo").card.start == "none"
+    with pytest.raises(ValueError, match=r"spo: base 'dpo' is not this class's: use get_objective\('spo', base=...\)"):
+        objective_class("spo")()
 
 
 def test_objectives_are_immutable() -> None:
@@ -83,6 +119,60 @@ def test_a_missing_column_is_named_with_its_reason() -> None:
 def test_a_batch_of_the_wrong_shape_or_type_is_refused(chosen, rejected, message) -> None:
     with pytest.raises(ValueError, match=message):
         PairLogps(chosen, rejected)
+
+
+@pytest.mark.parametrize("label", [-0.01, 1.01, math.nan])
+def test_labels_are_probabilities(label) -> None:
+    columns = margins(0.0, 1.0).columns()
+    with pytest.raises(ValueError, match=rf"label must be in \[0, 1\], got {label:g} in row 1"):
+        PairLogps(**columns, label=column(1.0, label))
+
+
+def test_swapping_twice_is_the_same_batch_and_leaves_no_column_behind() -> None:
+    """Once: what belonged to chosen belongs to rejected; calibration and degrees belong to neither."""
+    values = {
+        "chosen": 1.0, "rejected": 2.0, "ref_chosen": 3.0, "ref_rejected": 4.0, "prev_chosen": 5.0,
+        "prev_rejected": 6.0, "chosen_length": 7.0, "rejected_length": 8.0, "reward_chosen": 9.0,
+        "reward_rejected": 10.0, "preference_chosen": 11.0, "preference_rejected": 12.0, "calibration": 13.0,
+        "ref_calibration": 14.0, "calibration_length": 15.0, "label": 0.75,
+    }  # fmt: skip
+    degrees = {"degree_logits": torch.zeros(1, 2, 3), "degree_labels": torch.tensor([[0, 2]])}
+    batch = PairLogps(**{name: column(value) for name, value in values.items()}, **degrees)
+    assert set(batch.columns()) == {field.name for field in dataclasses.fields(PairLogps)}
+    swapped = batch.swapped()
+    got = {name: value.item() for name, value in swapped.columns().items() if name not in degrees}
+    assert list(got.values()) == [2, 1, 4, 3, 8, 7, 6, 5, 13, 14, 15, 10, 9, 12, 11, 0.25]
+    assert all(torch.equal(swapped.column(name), value) for name, value in degrees.items())
+    assert all(torch.equal(swapped.swapped().column(name), value) for name, value in batch.columns().items())
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 1).long(),
+            r"degree_logits must be floating point of shape \[2, copies, deg",
+        ),
+        (
+            torch.zeros(1, 2, 3),
+            torch.zeros(1, 2).long(),
+            r"degree_logits must .* got torch.float32 of shape \[1, 2, 3\]",
+        ),
+        (torch.zeros(2, 2, 3), torch.zeros(2, 3).long(), r"degree_labels must be integers of shape \[2, 2\], got"),
+        (
+            torch.zeros(2, 2, 3),
+            torch.zeros(2, 2),
+            r"degree_labels must be integers of shape \[2, 2\], got torch.float32",
+        ),
+        (torch.zeros(2, 1, 3), torch.tensor([[0], [3]]), r"must be -1 \(no such copy\) or 0 to 2, got 3 in row 1"),
+        (torch.zeros(2, 1, 3), torch.tensor([[-2], [0]]), r"must be -1 \(no such copy\) or 0 to 2, got -2 in row 0"),
+        (torch.zeros(2, 1, 2), torch.tensor([[0], [1]]), r"spo: degree_logits have 2 degrees, and degrees is 3"),
+    ],
+)
+def test_degree_columns_that_do_not_fit_are_refused(logits, labels, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_objective("spo").loss(PairLogps(**margins(0.0, 1.0).columns(), degree_logits=logits, degree_labels=labels))
 
 
 def test_gradients_flow_through_half_precision_columns() -> None:
@@ -139,6 +229,32 @@ class SquaredHinge(Objective):
 '''
 
 
+VARIANTS = """
+import torch.nn.functional as F
+
+from alignment.objectives import Card, Objective, hyper, register
+from alignment.objectives.registry import prepare
+
+
+@register
+class Kinds(Objective):
+    card = Card("kinds", "Kinds", "none", "none", "softplus(-sharp m)", settings=({"kind": "steep", "sharp": 2.0},))
+    kind: str = hyper("plain or steep", default="plain")
+
+    @classmethod
+    def variant(cls, hyperparameters):
+        return Steep if hyperparameters.get("kind") == "steep" else cls
+
+    def pair_loss(self, batch):
+        return F.softplus(-self.hyperparameters.get("sharp", 1.0) * batch.margin)
+
+
+@prepare
+class Steep(Kinds):
+    sharp: float = hyper("slope", default=3.0, gt=0)
+"""
+
+
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """The plug-in's file, with the registry restored afterwards."""
@@ -182,6 +298,30 @@ def test_a_bad_plugin_is_one_line_that_names_the_file(plugin, text, message) -> 
         load_plugin(plugin)
     assert str(plugin) in str(caught.value)
     assert list_objectives() == before
+
+
+def test_spo_on_a_user_s_own_objective(plugin) -> None:
+    """margins 0 and 5 with beta 0.1: (1 - 0)^2 and (1 - 0.5)^2, plus 0.5 log 3 from a zero head."""
+    load_plugin(plugin)
+    objective = get_objective("spo", base="squared_hinge", beta=0.1, gamma=0.5)
+    degrees = {"degree_logits": torch.zeros(2, 1, 3), "degree_labels": torch.tensor([[1], [-1]])}
+    loss = objective.loss(PairLogps(**margins(0.0, 5.0).columns(), **degrees))
+    torch.testing.assert_close(loss, column(1.0 + 0.5 * math.log(3), 0.25))
+    plugin.write_text(PLUGIN.replace("beta: float", "slack: float").replace("self.beta", "self.slack"))
+    load_plugin(plugin)
+    assert "slack" in objective_signature("spo", {"base": "squared_hinge"})
+
+
+def test_a_user_s_objective_may_have_variants_of_its_own(plugin) -> None:
+    """One that takes `sharp` only with kind=steep, and spo on top of it."""
+    plugin.write_text(VARIANTS)
+    load_plugin(plugin)
+    assert list(objective_signature("kinds")) == ["kind"]
+    assert get_objective("kinds", kind="steep", sharp=2).hyperparameters == {"kind": "steep", "sharp": 2.0}
+    with pytest.raises(ValueError, match="objective 'kinds' has no hyper-parameter 'sharp'"):
+        get_objective("kinds", sharp=2)
+    assert get_objective("spo", base="kinds", kind="steep", sharp=2).hyperparameters["sharp"] == 2.0
+    assert [result for result in run_checks(["kinds"]) if not result.ok] == []
 
 
 def test_reloading_an_edited_plugin_forgets_what_it_no_longer_defines(plugin) -> None:

@@ -5,6 +5,7 @@ pass everything (`test_conformance`), so that a failure here is the mutation's.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from alignment.objectives import PairLogps, objective_class
 from alignment.objectives.conformance import run_check
 from alignment.objectives.reward_aware_rpo import bernoulli_kl
 
-DPO, IPO, Robust, RPO, INPO, VPO, FDPO, NvidiaRPO, SimPO, ORPO, CPO, DPOP = map(
+DPO, IPO, Robust, RPO, INPO, VPO, FDPO, NvidiaRPO, SimPO, ORPO, CPO, DPOP, SPO = map(
     objective_class,
-    ("dpo", "ipo", "robust", "rpo", "inpo", "vpo", "f_dpo", "reward_aware_rpo", "simpo", "orpo", "cpo", "dpop"),
+    ("dpo", "ipo", "robust", "rpo", "inpo", "vpo", "f_dpo", "reward_aware_rpo", "simpo", "orpo", "cpo", "dpop", "spo"),
 )
 
 
@@ -155,6 +156,145 @@ class PenaltyOnRejected(DPOP):
         return -F.logsigmoid(self.beta * (batch.margin - self.lam * F.relu(-batch.log_ratio_rejected)))
 
 
+class IgnoredLabel(RPO):
+    def loss(self, batch):
+        return self.pair_loss(batch)
+
+
+class LabelOfRejected(DPO):
+    def loss(self, batch):
+        return super().loss(batch if batch.label is None else replace(batch, label=1 - batch.label))
+
+
+class HardenedLabel(DPO):
+    def loss(self, batch):
+        hard = None if batch.label is None else (batch.label > 0.5).to(batch.label.dtype)
+        return super().loss(replace(batch, label=hard))
+
+
+class AveragedLabel(DPO):
+    def loss(self, batch):
+        average = None if batch.label is None else batch.label.mean().expand_as(batch.label)
+        return super().loss(replace(batch, label=average))
+
+
+class LabelAsWeight(IPO):
+    def loss(self, batch):
+        return self.pair_loss(batch) * (1.0 if batch.label is None else batch.label)
+
+
+class ReferenceNotSwapped(DPO):
+    def loss(self, batch):
+        if batch.label is None:
+            return self.pair_loss(batch)
+        other = replace(batch, chosen=batch.rejected, rejected=batch.chosen)
+        return batch.label * self.pair_loss(batch) + (1 - batch.label) * self.pair_loss(other)
+
+
+class LengthsNotSwapped(SimPO):
+    def loss(self, batch):
+        if batch.label is None:
+            return self.pair_loss(batch)
+        other = replace(batch, chosen=batch.rejected, rejected=batch.chosen)
+        return batch.label * self.pair_loss(batch) + (1 - batch.label) * self.pair_loss(other)
+
+
+class LabelledRewards(DPO):
+    def rewards(self, batch):
+        chosen, rejected = super().rewards(batch)
+        return (chosen, rejected) if batch.label is None else (batch.label * chosen, (1 - batch.label) * rejected)
+
+
+class Degrees(SPO):
+    """spo with the degree loss spelt out, for the mutants below to change one thing."""
+
+    def degree_loss(self, surprise, real):
+        return (surprise * real).sum(1) / real.sum(1).clamp(min=1)
+
+    def target(self, labels):
+        return labels.clamp(min=0)
+
+    def pair_loss(self, batch):
+        probabilities = batch.degree_logits.softmax(-1)
+        surprise = -probabilities.gather(-1, self.target(batch.degree_labels)[..., None]).squeeze(-1).log()
+        loss = self.aligned.pair_loss(batch)
+        return loss + self.gamma * self.degree_loss(surprise, (batch.degree_labels >= 0).to(loss.dtype)).to(loss.dtype)
+
+
+class SumOverCopies(Degrees):
+    def degree_loss(self, surprise, real):
+        return (surprise * real).sum(1)
+
+
+class CopiesThatDoNotExist(Degrees):
+    def degree_loss(self, surprise, real):
+        return surprise.mean(1)
+
+
+class DividedByAllCopies(Degrees):
+    def degree_loss(self, surprise, real):
+        return (surprise * real).mean(1)
+
+
+class MeanOverTheBatch(Degrees):
+    def degree_loss(self, surprise, real):
+        return ((surprise * real).sum() / real.sum()).expand(len(surprise))
+
+
+class WrongSign(Degrees):
+    def degree_loss(self, surprise, real):
+        return -super().degree_loss(surprise, real)
+
+
+class ProbabilityForSurprise(Degrees):
+    def degree_loss(self, surprise, real):
+        return super().degree_loss(1 - (-surprise).exp(), real)
+
+
+class DetachedHead(Degrees):
+    def degree_loss(self, surprise, real):
+        return super().degree_loss(surprise, real).detach()
+
+
+class LabelOffByOne(Degrees):
+    def target(self, labels):
+        return (labels + 1) % self.degrees
+
+
+class GammaTwice(SPO):
+    def pair_loss(self, batch):
+        base = self.aligned.pair_loss(batch)
+        return base + self.gamma * (super().pair_loss(batch) - base)
+
+
+class GammaAsShare(SPO):
+    def pair_loss(self, batch):
+        return super().pair_loss(batch) - self.gamma * self.aligned.pair_loss(batch)
+
+
+class BaseIsAlwaysDPO(SPO):
+    @property
+    def aligned(self):
+        return DPO(**{name: value for name, value in vars(self).items() if name in ("beta", "label_smoothing")})
+
+
+class BaseForgetsItsSettings(SPO):
+    @property
+    def aligned(self):
+        return (self.aligned_class or DPO)()
+
+
+class RewardsOfDPO(SPO):
+    def pair_rewards(self, batch):
+        return 0.1 * batch.log_ratio_chosen, 0.1 * batch.log_ratio_rejected
+
+
+class NeedsNoDegrees(SPO):
+    @property
+    def needs(self):
+        return self.aligned.needs
+
+
 class Unvalidated(DPO):
     def __post_init__(self):
         pass
@@ -185,6 +325,20 @@ MUTANTS = [
     (PenaltyOutside, "paper bounds"),
     (PenaltyOnRejected, "golden paper"),
     (Unvalidated, "hyperparameters"),
+    *((mutant, "labels") for mutant in (IgnoredLabel, LabelOfRejected, HardenedLabel, AveragedLabel, LabelAsWeight)),
+    *((mutant, "labels") for mutant in (ReferenceNotSwapped, LengthsNotSwapped, LabelledRewards)),
+    (SumOverCopies, "golden paper start_law"),
+    (CopiesThatDoNotExist, "golden paper"),
+    (DividedByAllCopies, "golden paper start_law"),
+    (MeanOverTheBatch, "paper split padding"),
+    (WrongSign, "golden paper start_law bounds"),
+    (ProbabilityForSurprise, "golden paper start_law"),
+    (LabelOffByOne, "golden paper"),
+    (GammaTwice, "golden paper start_law"),
+    (GammaAsShare, "golden paper start_law"),
+    (BaseIsAlwaysDPO, "golden paper start_law"),
+    (BaseForgetsItsSettings, "golden"),
+    (NeedsNoDegrees, "columns"),
 ]
 
 
@@ -203,6 +357,18 @@ def test_the_suite_catches(mutant, checks: str) -> None:
         (EtaWithoutBeta, "= vpo offline + constant"),
         (SignOfOptimism, "signs"),
         (PenaltyOnRejected, "two regions"),
+        (HardenedLabel, "soft label = smoothing"),
+        (LabelAsWeight, "soft label moves the target"),
+        (SumOverCopies, "slope by the logits"),
+        (CopiesThatDoNotExist, "missing copies"),
+        (DividedByAllCopies, "zero head"),
+        (WrongSign, "slope by the logits"),
+        (DetachedHead, "slope by the logits"),
+        (LabelOffByOne, "zero head"),
+        (GammaTwice, "linear in gamma"),
+        (GammaAsShare, "zero head"),
+        (BaseForgetsItsSettings, "gamma 0 = base"),
+        (RewardsOfDPO, "gamma 0 = base"),
     ],
 )
 def test_the_relations_catch(mutant, label: str) -> None:

@@ -61,7 +61,7 @@ def golden_batch() -> PairLogps:
         "reward_chosen": 1.2, "reward_rejected": 0.3, "preference_chosen": 0.7, "preference_rejected": 0.4,
     }  # fmt: skip
     columns = {name: torch.tensor([value], dtype=DOUBLE) for name, value in numbers.items()}
-    weights = torch.tensor([[[1.0, 2.0, 1.0], [6.0, 1.0, 1.0], [1.0, 1.0, 1.0], [5.0, 1.0, 4.0]]], dtype=DOUBLE)
+    weights = torch.tensor([[[1.0, 2.0, 1.0], [6.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 2.0, 4.0]]], dtype=DOUBLE)
     columns |= {"degree_logits": weights.log(), "degree_labels": torch.tensor([[1, 0, 2, -1]])}
     return PairLogps(**columns)
 

@@ -50,7 +50,7 @@ GOLDEN: dict[str, list[tuple[dict[str, Any], float]]] = {
     "cpo": [({}, 10.5981388694), ({"form": "mean"}, 1.0981388694)],  # log(1 + e^-0.2) + 10, or + 0.5
     "dpop": [({"beta": 0.1, "lam": 50.0}, _DPO)],  # z_w = 1 > 0: no penalty
     "spo": [  # L_deg = -log(1/2 * 3/4 * 1/3)/3 = log(8)/3 = log 2
-        ({"beta": 0.1}, _DPO + 0.1 * 0.6931471805599),
+        ({"beta": 0.1, "label_smoothing": 0.1}, 0.7052717658455),  # 0.6359570477895 + 0.1 log 2
         ({"base": "ipo", "tau": 0.1, "gamma": 1.0}, 12.9431471805599),
         ({"base": "simpo", "beta": 2.0, "base_gamma": 1.0, "gamma": 0.5}, 1.8098560576),
     ],
