@@ -5,13 +5,16 @@ Knows nothing of what the rows mean.
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import importlib.util
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from alignment.errors import UserError
 
@@ -38,16 +41,27 @@ def package_file(name: str) -> Path:
     return file
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file."""
+@contextlib.contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 file, unpacked where its name ends in .gz; what cannot be read is one line."""
     try:
-        return path.read_text(encoding="utf-8")
+        opened = gzip.open if path.name.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as handle:
+            yield handle
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; paths are relative to the current folder, {Path.cwd()}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, a file is needed") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: not a complete gzip file: {error}") from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, also of one packed with gzip (.gz)."""
+    with _open_text(path) as handle:
+        return str(handle.read())
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -68,9 +82,8 @@ def iterate_json_lines(path: Path, *, skip_unfinished: bool = False) -> Iterator
         path: the file.
         skip_unfinished: leave out a last line without its line end: somebody is still writing it.
     """
-    lines = read_text(path).split("\n")
-    for number, line in enumerate(lines[:-1] if skip_unfinished else lines, start=1):
-        if not line.strip():
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip() or (skip_unfinished and not line.endswith("\n")):
             continue
         where = f"{path}:{number}"
         try:
@@ -80,6 +93,11 @@ def iterate_json_lines(path: Path, *, skip_unfinished: bool = False) -> Iterator
         if not isinstance(row, dict):
             raise UserError(f"{where}: a JSON object is needed, not {type(row).__name__}")
         yield where, row
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with _open_text(path) as handle:
+        yield from handle
 
 
 def jsonable(value: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Preference rows from a JSON/JSONL file or the hub into one `datasets.Dataset`.
+"""One preference row in its canonical form, and what makes a row unusable.
 
 A row has `prompt`, `chosen`, `rejected`: three texts, or three lists of chat messages. Lists that repeat the prompt's
 messages (UltraFeedback, TRL's implicit prompt) are taken apart into prompt and responses. Optional columns travel with
 it: token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`; used as they are, never tokenised again), a `calibration`
-response, and numbers that some objectives read. Not a cleaner: the first unusable row stops the run, by its number.
+response, and numbers that some objectives read. Not here: reading sources (`reading`), other forms of rows (`forms`),
+tokens (`tokens`), whole data sets (`pipeline`).
 """
 
 from __future__ import annotations
@@ -11,18 +12,52 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, read_text
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-NUMBER_COLUMNS = ("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected")
+NUMBER_COLUMNS = ("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected", "label")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 OPTIONAL_COLUMNS = (*ID_COLUMNS, *NUMBER_COLUMNS, "calibration", "calibration_ids")
+# What `columns` of a source may name: the canonical columns, and those of the other forms.
+MAPPABLE_COLUMNS = (
+    *TEXT_COLUMNS,
+    *OPTIONAL_COLUMNS,
+    "conversations",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "response1",
+    "response2",
+)
+
+MISSING_FIELD = "missing_field"
+NOT_TEXT = "not_text"
+EMPTY = "empty"
+SAME_RESPONSES = "same_responses"
+DIFFERENT_PROMPTS = "different_prompts"
+SAME_AFTER_TRUNCATION = "same_after_truncation"
+PROMPT_TOO_LONG = "prompt_too_long"
+TIE = "tie"
+BOS_EOS = "bos_eos"
+BAD_NUMBER = "bad_number"
+UNKNOWN_FORM = "unknown_form"
+
+
+class BadRow(Exception):
+    """A row that cannot be used; never leaves `alignment.data`.
+
+    Attributes:
+        reason: one of the strings above.
+        detail: what is wrong, in words, without the row's text.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -45,60 +80,71 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_messages(value: Any) -> bool:
+def is_messages(value: Any) -> bool:
+    """Whether `value` is a list of chat messages with text in them; the list may be empty."""
     return (
         isinstance(value, list)
-        and len(value) > 0
         and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
         and all(isinstance(m.get("content"), str) for m in value)
     )
 
 
-def _problem(row: dict[str, Any], first: dict[str, Any]) -> str | None:
-    """What is wrong with a row, in words; None where nothing is."""
+def canonical(row: dict[str, Any]) -> dict[str, Any]:
+    """The row's known columns, checked; messages keep `role` and `content` only, numbers are floats.
+
+    A prompt may be empty only where its token ids are given, and so may a response.
+
+    Raises:
+        BadRow: the first thing that is wrong.
+    """
+    row = explicit_prompt({c: row[c] for c in (*TEXT_COLUMNS, *OPTIONAL_COLUMNS) if row.get(c) is not None})
     for column in TEXT_COLUMNS:
         if column not in row:
-            return f"column {column!r} is missing (a row needs prompt, chosen, rejected)"
+            raise BadRow(MISSING_FIELD, f"{column} is missing")
     texts = [*TEXT_COLUMNS, *(["calibration"] if "calibration" in row else [])]
-    problem = next(filter(None, (_text_problem(row, column) for column in texts)), None)
-    if problem is not None:
-        return problem
+    for column in texts:
+        _check_text(row, column)
     if len({isinstance(row[c], str) for c in texts}) != 1:
-        return f"{', '.join(texts[:-1])} and {texts[-1]} mix text and chat messages"
-    if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
-        return "text rows and chat rows are mixed in one file"
+        raise BadRow(UNKNOWN_FORM, f"{', '.join(texts[:-1])} and {texts[-1]} mix text and chat messages")
     if row["chosen"] == row["rejected"] and row.get("chosen_ids") == row.get("rejected_ids"):
-        return "chosen and rejected are the same"
-    for column in NUMBER_COLUMNS:
-        value = row.get(column, 0.0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return f"column {column!r}: expected a number, got {value!r}"
-        if not math.isfinite(value):
-            return f"column {column!r}: {value} is not a finite number"
+        raise BadRow(SAME_RESPONSES, "chosen and rejected are the same")
     if "calibration_ids" in row and "calibration" not in row:
-        return "column 'calibration_ids' needs calibration beside it"
-    given = [c for c in ID_COLUMNS if c in row]
-    if given and len(given) < len(ID_COLUMNS):
-        return f"column {given[0]!r} needs {', '.join(c for c in ID_COLUMNS if c not in row)} beside it"
-    differing = (set(first) ^ set(row)) & set(OPTIONAL_COLUMNS)
-    return f"column {sorted(differing)[0]!r} is in some rows only" if differing else None
+        raise BadRow(MISSING_FIELD, "calibration_ids needs calibration beside it")
+    absent = [c for c in ID_COLUMNS if c not in row]
+    if 0 < len(absent) < len(ID_COLUMNS):
+        raise BadRow(MISSING_FIELD, f"token ids come together: {', '.join(absent)} missing")
+    numbers = {c: _number(c, row[c]) for c in NUMBER_COLUMNS if c in row}
+    if not 0 <= numbers.get("label", 1.0) <= 1:
+        raise BadRow(BAD_NUMBER, f"label: {numbers['label']:g} is not a probability (0 to 1)")
+    plain = {c: [{"role": m["role"], "content": m["content"]} for m in row[c]] for c in texts if is_messages(row[c])}
+    return row | numbers | plain
 
 
-def _text_problem(row: dict[str, Any], column: str) -> str | None:
-    """What is wrong with a text and its token ids; a prompt may be empty, and so may a text whose ids are given."""
-    value, ids = row[column], row.get(f"{column}_ids", [])
-    if not isinstance(value, str) and not _is_messages(value):
-        return f"column {column!r}: expected text or a list of messages, got {type(value).__name__}"
-    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
-        return f"column '{column}_ids': expected a list of token ids"
-    if column == "prompt" or ids:
-        return None
-    if f"{column}_ids" in row:
-        return f"column '{column}_ids' is empty"
-    if isinstance(value, list) and value[0]["role"] in ("user", "system"):
-        return f"column {column!r} begins with a {value[0]['role']} message that is not the prompt's"
-    text = value if isinstance(value, str) else value[-1]["content"]
-    return None if text.strip() else f"column {column!r} is empty"
+def _number(column: str, value: Any) -> float:
+    """A finite number; as text, too, because CSV has nothing else."""
+    try:
+        number = math.nan if isinstance(value, bool | list | dict) else float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadRow(BAD_NUMBER, f"{column}: expected a finite number, got {value!r:.40}")
+    return number
+
+
+def _check_text(row: dict[str, Any], column: str) -> None:
+    value, ids = row[column], row.get(f"{column}_ids")
+    if not isinstance(value, str) and not is_messages(value):
+        raise BadRow(NOT_TEXT, f"{column}: expected text or a list of messages, got {type(value).__name__}")
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
+        raise BadRow(NOT_TEXT, f"{column}_ids: expected a list of token ids")
+    if column != "prompt" and isinstance(value, list) and any(m["role"] in ("user", "system") for m in value):
+        role = next(m["role"] for m in value if m["role"] in ("user", "system"))
+        raise BadRow(DIFFERENT_PROMPTS, f"{column} has a {role} message that is not the prompt's")
+    if ids is not None:
+        if column != "prompt" and not ids:
+            raise BadRow(EMPTY, f"{column}_ids is empty")
+    elif not (value if isinstance(value, str) else value[-1]["content"] if value else "").strip():
+        raise BadRow(EMPTY, f"{column} is empty")
 
 
 def explicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
@@ -106,12 +152,12 @@ def explicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
 
     `chosen` and `rejected` may be whole conversations: `prompt` is then absent, or a text (what the user said first or
     last), or the list of messages that they begin with. What both begin with becomes the prompt, and is cut off
-    `calibration` too. Other rows come back as they are, to be judged by `_problem`.
+    `calibration` too. Other rows come back as they are, to be judged by `canonical`.
     """
     chosen: Any = row.get("chosen")
     rejected: Any = row.get("rejected")
     prompt = row.get("prompt")
-    if not (_is_messages(chosen) and _is_messages(rejected)):
+    if not (chosen and rejected and is_messages(chosen) and is_messages(rejected)):
         return row
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -134,44 +180,6 @@ def explicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
 def same_prompt(text: str) -> str:
     """What two prompts have in common when they count as one: their words; spaces do not matter."""
     return " ".join(text.split())
-
-
-def preference_dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
-    """Checked rows as a Dataset holding only the columns that this project knows.
-
-    Raises:
-        UserError: names `source`, the row's number (from 1), the column and what is wrong.
-    """
-    from datasets import Dataset
-
-    rows = [explicit_prompt(row) for row in rows]
-    for number, row in enumerate(rows, start=1):
-        problem = _problem(row, rows[0])
-        if problem is not None:
-            raise UserError(f"{source}: row {number}: {problem}")
-    known = [c for c in (*TEXT_COLUMNS, *OPTIONAL_COLUMNS) if c in rows[0]]
-    return Dataset.from_list([{c: row[c] for c in known} for row in rows])
-
-
-def load_preferences(name: str, split: str = "train") -> Dataset:
-    """Preferences from a local .json/.jsonl file, else from the hub.
-
-    Raises:
-        UserError: no such file or hub data set, or an unusable row.
-    """
-    if name.endswith((".json", ".jsonl")) or Path(name).exists():
-        return preference_dataset(read_rows(Path(name)), name)
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        rows = load_dataset(name, split=split)
-    except (OSError, ValueError, DatasetNotFoundError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"data: {name!r} is neither a local file nor a data set that the hub gives ({reason})"
-        ) from error
-    return preference_dataset(list(rows), name)
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:

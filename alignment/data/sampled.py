@@ -37,7 +37,7 @@ def best_against_worst(
         min_gap: pairs whose scores differ by this or less are dropped (0 drops ties).
 
     Returns:
-        Rows for `preference_dataset`, and counts: samples, unscored, ties (pairs dropped for their gap), pairs.
+        Rows for `prepare_rows`, and counts: samples, unscored, ties (pairs dropped for their gap), pairs.
 
     Raises:
         UserError: no pair is left.

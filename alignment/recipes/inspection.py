@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.data.reading import is_local
 from alignment.errors import UserError
 from alignment.files import PACKAGE_SCHEME, package_file
 from alignment.recipes.document import Origin, Problem, RecipeError
@@ -54,14 +55,16 @@ def what_is_missing(recipe: Recipe) -> list[Problem]:
 def _missing_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     data, evaluation = recipe.data, recipe.evaluation
     files = {
-        "data.train": data.train if _is_local(data.train) else None,
-        "data.eval": data.eval if _is_local(data.eval) else None,
         "data.sample.prompts": data.sample.prompts if data.sample else None,
         "evaluation.prompts": evaluation.prompts if evaluation else None,
     }
     for dotted, name in files.items():
         if name is not None and not Path(name).is_file():
             yield dotted, f"{name}: no such file (looked in {Path.cwd()})"
+    for dotted, sources in (("data.train", data.train), ("data.eval", data.eval)):
+        for source in sources or ():
+            if is_local(source.name) and not Path(source.name).expanduser().exists():
+                yield dotted, f"{source.name}: no such file (looked in {Path.cwd()})"
     if recipe.model.adapter is not None and not Path(recipe.model.adapter).is_dir():
         yield "model.adapter", f"{recipe.model.adapter}: no such folder"
     if recipe.lora is not None and (Path(recipe.model.name_or_path) / "adapter_config.json").is_file():
@@ -83,11 +86,6 @@ def _missing_packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
         packages = table.get(name, ())
         if packages and not any(importlib.util.find_spec(package) for package in packages):
             yield dotted, f"{name} needs the Python package {packages[0]}, which is not installed"
-
-
-def _is_local(name: str | None) -> bool:
-    """A data file rather than a hub name: that is what its ending says."""
-    return name is not None and name.endswith((".json", ".jsonl"))
 
 
 def _missing_model(name: str) -> Iterator[str]:

@@ -227,10 +227,17 @@ def _section_at(path: KeyPath) -> type[Section] | type[OpenSection]:
     """The section model at `path`; the recipe itself at `()`."""
     model: type[Section] | type[OpenSection] = Recipe
     for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, Section | OpenSection))
+        if isinstance(part, str):  # a number is a place in a list of sections
+            model = next(_sections_in(model.model_fields[part].annotation))
     return model
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section] | type[OpenSection]]:
+    """The section models inside a field's type: of `X`, `X | None`, `list[X]` with or without extra metadata."""
+    if isinstance(annotation, type) and issubclass(annotation, Section | OpenSection):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _sections_in(inner)
 
 
 def _keys_at(path: KeyPath) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from alignment.errors import nearest
+
 
 def option(default: Any, meaning: str, source: str, **constraints: Any) -> Any:
     """A key with a default; the description says what the key means and where the default is from."""
@@ -187,15 +189,88 @@ class SampleSection(Section):
         return self
 
 
+class SourceSection(Section):
+    """One source of preferences; `data.train: pairs.jsonl` is short for `data.train: {name: pairs.jsonl}`."""
+
+    name: Text = Field(
+        description="File (.json, .jsonl, both also .gz; .parquet, .csv), folder with one file per split, or hub name."
+    )
+    split: Text | None = option(
+        None, "Named split; slices as in datasets: train[:10%].", "train, for data.eval test; all rows of a plain file"
+    )
+    weight: float | None = option(
+        None, "Share of this source in the mixture; for all sources or none.", "all rows of every source", gt=0
+    )
+    limit: int | None = option(None, "Read only the first so many rows.", "all", ge=1)
+    format: Literal["auto", "preference", "hh", "sharegpt", "alpaca"] = option(
+        "auto", "Form of the rows.", "told from the columns and first rows"
+    )
+    columns: dict[str, Names] | None = option(
+        None, "Our column names to the source's; label may name several.", "the form's own names"
+    )
+    ties: Literal["drop", "soft"] = option("drop", "Undecided pairs: drop, or keep with label 0.5.", "alignment")
+    chat: bool | None = option(
+        None,
+        "Read the rows as chat messages (true) or text (false).",
+        "text stays text; hh and alpaca become chat where the tokenizer has a chat template",
+    )
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, value: dict[str, str | list[str]] | None) -> dict[str, str | list[str]] | None:
+        from alignment.data.preferences import MAPPABLE_COLUMNS
+
+        for ours, theirs in (value or {}).items():
+            if ours not in MAPPABLE_COLUMNS:
+                raise ValueError(f"{ours!r} is not one of our columns{nearest(ours, MAPPABLE_COLUMNS)}")
+            if ours != "label" and not isinstance(theirs, str):
+                raise ValueError(f"{ours!r} takes one column; only label may name several")
+        return value
+
+
+def _sources(value: Any) -> Any:
+    """A text, one mapping, or a list of either, as a list of mappings."""
+    if not isinstance(value, str | dict | list):
+        return value
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ValueError("no source: give a file, a hub name, or a list of them")
+    return [_named_split(item) if isinstance(item, str) else item for item in items]
+
+
+def _named_split(text: str) -> dict[str, str]:
+    """`NAME` or `NAME:SPLIT`; the colon of a URL is not one of ours."""
+    name, colon, split = text.partition(":")
+    return {"name": text} if not colon or split.startswith("//") else {"name": name, "split": split}
+
+
+Sources = Annotated[list[SourceSection], BeforeValidator(_sources)]
+
+
 class DataSection(Section):
     """Where preferences come from: `train` (given) or `sample` (drawn from the model)."""
 
-    train: Text | None = option(
-        None, "Preferences: .jsonl or .json file, or hub NAME or NAME:SPLIT; columns prompt, chosen, rejected.", "none"
+    train: Sources | None = option(
+        None, "Preferences: FILE, hub NAME or NAME:SPLIT, a mapping (see SourceSection), or a list of these.", "none"
     )
     sample: SampleSection | None = option(None, "Draw the preferences from the starting model.", "none")
-    eval: Text | None = option(None, "Held-out preferences, like train.", "none")
+    eval: Sources | None = option(None, "Held-out preferences, like train.", "none")
     max_length: int = option(1024, "Prompt and response together, in tokens; longer is cut.", "TRL 1.16", ge=2)
+    max_rejected_share: float = option(
+        0.1, "Stop if more than this share of the rows is unusable.", "alignment: a tenth is rarely an accident", ge=0
+    )
+    overlap: Literal["refuse", "drop", "allow"] = option(
+        "refuse",
+        "Prompts both trained and judged on (data.eval, evaluation): stop, drop the training rows, or allow.",
+        "alignment",
+    )
+
+    @field_validator("train", "eval")
+    @classmethod
+    def _all_weights_or_none(cls, value: list[SourceSection] | None) -> list[SourceSection] | None:
+        if len({source.weight is None for source in value or []}) > 1:
+            raise ValueError("give every source a weight, or none")
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:

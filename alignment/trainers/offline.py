@@ -22,6 +22,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from alignment.data.pipeline import prepare_rows
 from alignment.data.preferences import ID_COLUMNS, NUMBER_COLUMNS
 from alignment.errors import UserError
 from alignment.objectives import PairLogps
@@ -137,7 +138,7 @@ class PreferenceTrainer(DPOTrainer):
     # --- data ---------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """Token ids given with the data are used as they are; text is tokenised by TRL. Dropped rows are counted."""
+        """Token ids given with the data are used as they are; text is tokenised as TRL does. Lost rows are counted."""
         for need, columns in (("reward", ("reward_chosen", "reward_rejected")), ("calibration", ("calibration",))):
             missing = [c for c in columns if c not in dataset.column_names and f"{c}_ids" not in dataset.column_names]
             if need in self.objective.needs and missing:
@@ -150,28 +151,21 @@ class PreferenceTrainer(DPOTrainer):
             if self._calibrated and "calibration_ids" not in dataset.column_names:
                 raise UserError(f"{dataset_name} data: the rows bring token ids, but no calibration_ids")
             dataset = dataset.filter(_prompt_fits, fn_kwargs={"max_length": args.max_length})
+            reasons = f"their prompts have max_length {args.max_length} tokens or more"
         else:
-            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-            if self._calibrated and "calibration_ids" not in dataset.column_names:
-                dataset = self._tokenise_calibration(dataset, processing_class, args, dataset_name)
+            settings = {"max_length": args.max_length, "calibration": self._calibrated}
+            prepared = prepare_rows(
+                dataset.to_list(), f"{dataset_name} data", processing_class, role=dataset_name, **settings
+            )
+            dataset = prepared.dataset
+            reasons = ", ".join(f"{count} {reason}" for reason, count in prepared.counts.items())
+        if not len(dataset):
+            raise UserError(f"{dataset_name} data: none of {before} rows is usable ({reasons}); raise data.max_length")
         if len(dataset) < before:
-            text = f"{dataset_name} data: {before - len(dataset)} of {before} rows have a prompt of max_length"
-            if not len(dataset):
-                raise UserError(f"{text} {args.max_length} tokens or more: none is left; raise data.max_length")
-            warnings.warn(f"{text} {args.max_length} tokens or more; they are left out", stacklevel=2)
+            warnings.warn(
+                f"{dataset_name} data: {before - len(dataset)} of {before} rows are left out: {reasons}", stacklevel=2
+            )
         return dataset
-
-    def _tokenise_calibration(self, dataset, processing_class, args, dataset_name):
-        """`calibration_ids`, by TRL's own tokenisation with the calibration response in the place of chosen."""
-        stand_in = dataset.select_columns(["prompt", "calibration", "rejected"]).rename_column("calibration", "chosen")
-        tokenised = super()._prepare_dataset(stand_in, processing_class, args, dataset_name)
-        for row, (own, other) in enumerate(zip(dataset["prompt_ids"], tokenised["prompt_ids"], strict=True), start=1):
-            if own != other:
-                raise UserError(
-                    f"{dataset_name} data: row {row}: the prompt's last token merges with the calibration response "
-                    "differently than with the others; end the prompt on a token boundary, or give token ids"
-                )
-        return dataset.add_column("calibration_ids", tokenised["chosen_ids"])
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

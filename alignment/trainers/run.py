@@ -25,7 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig
 
-from alignment.data.preferences import load_preferences, preference_dataset, read_prompts, read_rows, same_prompt
+from alignment.data import overlap
+from alignment.data.pipeline import Prepared, fingerprint, prepare, prepare_rows, write_rejected
+from alignment.data.preferences import read_prompts, read_rows
 from alignment.data.sampled import best_against_worst
 from alignment.errors import UserError
 from alignment.files import write_json, write_json_lines
@@ -152,15 +154,66 @@ def _manifest(recipe: Recipe, world: int) -> dict[str, Any]:
     }
 
 
-def _training_data(recipe: Recipe, run: Path, tokenizer: PreTrainedTokenizerBase, state: PartialState) -> Dataset:
-    """Preferences of the recipe; the main process builds and writes them, the others read what it wrote."""
-    file = run / "preferences.jsonl"
-    if recipe.data.train is not None:
-        return load_preferences(*_name_and_split(recipe.data.train, "train"))
-    if state.is_main_process and not file.is_file():
-        write_json_lines(file, sampled_preferences(recipe, tokenizer))
+def _given_rows(recipe: Recipe, role: str, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
+    """`data.train` or `data.eval`, checked and tokenised; None where the recipe has none."""
+    sources = recipe.data.train if role == "train" else recipe.data.eval
+    if sources is None:
+        return None
+    return prepare(sources, tokenizer, role=role, seed=recipe.training.seed, **_row_settings(recipe))
+
+
+def _row_settings(recipe: Recipe) -> dict[str, Any]:
+    objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
+    return {
+        "max_length": recipe.data.max_length,
+        "max_rejected_share": recipe.data.max_rejected_share,
+        "calibration": "calibration" in objective.needs,
+    }
+
+
+def _judged_on(recipe: Recipe, given: Prepared | None, held_out: Prepared | None) -> overlap.Judged:
+    """Hashes of what the run is judged on; prompts that are trained on as well are refused where that is asked,
+    before the training time is spent."""
+    evaluation, sample_of = recipe.evaluation, recipe.data.sample
+    judged = overlap.judged_on(
+        None if held_out is None else held_out.dataset,
+        read_prompts(evaluation.prompts, evaluation.limit) if evaluation else (),
+        evaluation.prompts if evaluation else "",
+    )
+    if recipe.data.overlap != "refuse":
+        return judged
+    if sample_of is not None:
+        overlap.refuse(read_prompts(sample_of.prompts, sample_of.limit), judged, sample_of.prompts)
+    if given is not None:
+        overlap.refuse(given.dataset["prompt"], judged)
+    return judged
+
+
+def _training_data(
+    recipe: Recipe,
+    run: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    state: PartialState,
+    given: Prepared | None,
+    held_out: Prepared | None,
+) -> Prepared:
+    """The rows to train on; sampled ones the main process builds and writes, the others read what it wrote."""
+    judged = _judged_on(recipe, given, held_out)
+    if given is None:
+        file = run / "preferences.jsonl"
+        if state.is_main_process and not file.is_file():
+            write_json_lines(file, sampled_preferences(recipe, tokenizer))
+        state.wait_for_everyone()
+        given = prepare_rows(read_rows(file), str(file), tokenizer, role="train", **_row_settings(recipe))
+    if recipe.data.overlap == "drop":
+        given = overlap.without(given, judged)
+    prepared = [given] if held_out is None else [given, held_out]
+    if state.is_main_process:
+        for line in (line for p in prepared for line in p.summary()):
+            print(f"  {line}", flush=True)
+        write_rejected(run, *prepared)
     state.wait_for_everyone()
-    return preference_dataset(read_rows(file), str(file))
+    return given
 
 
 def _arguments(recipe: Recipe, run: Path, world: int) -> DPOConfig:
@@ -257,8 +310,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     plan_batches(recipe.training.global_batch_size, 1, state.num_processes)  # refuse before anything is touched
     _set_threads(recipe.training.cpu_threads, state)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **_tokenizer_arguments(recipe))
-    _refuse_overlap(recipe)
-    held_out = None if recipe.data.eval is None else load_preferences(*_name_and_split(recipe.data.eval, "test"))
+    given, held_out = (_given_rows(recipe, role, tokenizer) for role in ("train", "eval"))
     main = state.is_main_process
     checkpoint, aside = _prepare_run(recipe, run, resume, state.num_processes) if main else (None, None)
     state.wait_for_everyone()
@@ -266,7 +318,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         checkpoint = rundir.last_checkpoint(run)
     finished = False
     try:
-        _train_in(run, recipe, state, tokenizer, held_out, checkpoint, started)
+        _train_in(run, recipe, state, tokenizer, given, held_out, checkpoint, started)
         finished = True
     finally:
         if main and not resume and not finished:
@@ -279,18 +331,21 @@ def _train_in(
     recipe: Recipe,
     state: PartialState,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: Dataset | None,
+    given: Prepared | None,
+    held_out: Prepared | None,
     checkpoint: Path | None,
     started: float,
 ) -> None:
     """The three stages, in a run directory that is ready."""
-    _say(state, f"[1/3] preferences: {recipe.data.train or 'sampled from the starting model'}")
-    data = _training_data(recipe, run, tokenizer, state)
+    sources = [source.name for source in recipe.data.train or ()]
+    _say(state, f"[1/3] preferences: {', '.join(sources) or 'sampled from the starting model'}")
+    rows = _training_data(recipe, run, tokenizer, state, given, held_out)
+    data, both = rows.dataset, [rows] if held_out is None else [rows, held_out]
     sampled = time.perf_counter()
     _say(state, f"[2/3] model and reference: {recipe.model.name_or_path}")
     args = _arguments(recipe, run, state.num_processes)
     try:
-        trainer = build_trainer(recipe, args, data, held_out, tokenizer)
+        trainer = build_trainer(recipe, args, data, held_out.dataset if held_out else None, tokenizer)
     except (ValueError, ImportError, RuntimeError) as error:  # what PEFT, TRL and transformers say of a setting
         raise UserError(f"cannot set up training: {' '.join(str(error).split())[:400]}") from error
     pairs = len(trainer.train_dataset)  # type: ignore[arg-type]  # a Dataset, by our constructor
@@ -299,7 +354,9 @@ def _train_in(
         "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps},
         "repeated_pairs": -pairs % recipe.training.global_batch_size,
         "chat": not isinstance(data[0]["prompt"], str),
-        "data_fingerprint": hashlib.sha256(json.dumps(data.to_list(), sort_keys=True).encode()).hexdigest(),
+        "rows": {p.role: p.manifest() for p in both},
+        "sources": [source for p in both for source in p.sources],
+        "data_fingerprint": fingerprint(data),
         "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
     }
     if checkpoint is not None:
@@ -320,24 +377,6 @@ def _train_in(
     manifest["steps"] = trainer.state.global_step
     if state.is_main_process:
         write_json(run / "manifest.json", manifest)
-
-
-def _refuse_overlap(recipe: Recipe) -> None:
-    """Prompts that are both trained and judged on are found before the training time is spent, not after."""
-    if recipe.data.sample is None or recipe.evaluation is None:
-        return
-    trained = {same_prompt(p) for p in read_prompts(recipe.data.sample.prompts, recipe.data.sample.limit)}
-    for prompt in read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit):
-        if same_prompt(prompt) in trained:
-            raise UserError(
-                f"evaluation.prompts: {prompt[:60]!r} of {recipe.evaluation.prompts} is also in "
-                f"{recipe.data.sample.prompts}: judge on prompts that training does not see"
-            )
-
-
-def _name_and_split(text: str, default: str) -> tuple[str, str]:
-    name, _, split = text.partition(":")
-    return name, split or default
 
 
 def _tokenizer_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
-from alignment.data.preferences import preference_dataset
 from alignment.models import load_model, load_tokenizer
 from alignment.objectives import get_objective
 from alignment.objectives.base import Objective
@@ -29,7 +28,7 @@ def preferences(n: int = 32, chat: bool = False) -> Dataset:
             rows.append({"prompt": [{"role": "user", "content": opening}], "chosen": chosen, "rejected": rejected})
         else:
             rows.append({"prompt": opening, "chosen": f" {kind} .", "rejected": f" {harsh} ."})
-    return preference_dataset(rows, "made up")
+    return Dataset.from_list(rows)
 
 
 def config(folder: Path, **more) -> DPOConfig:

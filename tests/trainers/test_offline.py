@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOTrainer
 
-from alignment.data.preferences import preference_dataset
 from alignment.errors import UserError
 from alignment.models import load_model, load_tokenizer
 from alignment.objectives import get_objective
@@ -192,11 +192,11 @@ def test_ties_are_no_reason_to_stop_but_no_gradient_at_all_is(tiny, tmp_path):
     def rows(gap: float, n: int = 8):
         return [row | {"reward_chosen": 1.0 + gap, "reward_rejected": 1.0} for row in preferences(n).to_list()]
 
-    mixed = preference_dataset(rows(0.0) + rows(1.0), "made up")
+    mixed = Dataset.from_list(rows(0.0) + rows(1.0))
     args = config(tmp_path, per_device_train_batch_size=1, max_steps=16)
     trainer_for(tiny, tmp_path, "reward_aware_rpo", train_dataset=mixed, args=args).train()
     with pytest.raises(UserError, match="no gradient"):
-        all_tied = preference_dataset(rows(0.0), "made up")
+        all_tied = Dataset.from_list(rows(0.0))
         trainer_for(tiny, tmp_path, "reward_aware_rpo", train_dataset=all_tied).train()
 
 
@@ -211,7 +211,7 @@ def test_launcher_and_recipe_must_agree_on_precision(tiny, tmp_path, monkeypatch
 
 def test_previous_iterate_of_the_rows_needs_a_named_reference_and_is_checked(tiny, tmp_path):
     rows = [row | {"prev_chosen": -90.0, "prev_rejected": -200.0} for row in preferences().to_list()]
-    data = preference_dataset(rows, "made up")
+    data = Dataset.from_list(rows)
     with pytest.raises(UserError, match="give the reference as ref_model"):
         trainer_for(tiny, tmp_path, "inpo", train_dataset=data)
     with pytest.raises(UserError, match="previous iterate and starting model differ"):
@@ -227,7 +227,7 @@ def test_given_token_ids_are_used_as_they_are(tiny, tmp_path):
     row = {"prompt": "my dog is", "chosen": " kind", "rejected": " cold"}
     letters = {k: [tokenizer.convert_tokens_to_ids(c) for c in v.replace(" ", "Ġ")] for k, v in row.items()}
     rows = [row | {f"{k}_ids": ids for k, ids in letters.items()}] * 8
-    trainer = trainer_for(tiny, tmp_path, train_dataset=preference_dataset(rows, "made up"))
+    trainer = trainer_for(tiny, tmp_path, train_dataset=Dataset.from_list(rows))
     assert trainer.train_dataset[0]["chosen_ids"] == letters["chosen"] != tokenizer(" kind")["input_ids"]
 
 
@@ -243,7 +243,7 @@ def test_end_token_is_added_once_to_text_and_prompts_are_not_scored(tiny, tmp_pa
 
 def test_prompts_that_fill_max_length_are_counted_and_all_of_them_is_an_error(tiny, tmp_path):
     rows = [{"prompt": "my dog is" * n, "chosen": " kind .", "rejected": " cold ."} for n in (1, 1, 20)]
-    data = preference_dataset(rows, "made up")
+    data = Dataset.from_list(rows)
     with pytest.warns(UserWarning, match="1 of 3 rows"):
         trainer = trainer_for(tiny, tmp_path, train_dataset=data, args=config(tmp_path, max_length=20))
     assert len(trainer.train_dataset) == 2
@@ -271,7 +271,7 @@ def test_missing_column_is_named(tiny, tmp_path):
 def test_calibration_text_becomes_a_third_branch(tiny, tmp_path):
     rows = [row | {"calibration": " dull ."} for row in preferences().to_list()]
     objective = get_objective("vpo", beta=0.1, alpha=0.01, mode="online")
-    trainer = trainer_for(tiny, tmp_path, objective, train_dataset=preference_dataset(rows, "made up"))
+    trainer = trainer_for(tiny, tmp_path, objective, train_dataset=Dataset.from_list(rows))
     batch = trainer.collator([trainer.train_dataset[i] for i in range(3)])
     found = trainer.pair_logps(trainer.model, batch)
     plain = PairCollator(0, None, "paired")(

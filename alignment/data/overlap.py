@@ -1,0 +1,109 @@
+"""Prompts that are both trained and judged on, found by hash: of the prompt, and of the whole row.
+
+Two prompts are the same if their words are: spaces and system messages do not matter, and a text counts as the one
+user message that it would become. Two rows are the same if prompt and both responses are, in either order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alignment.data.preferences import same_prompt
+from alignment.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from alignment.data.pipeline import Prepared
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a run is judged on: prompt hash -> where it stands, and the hashes of whole rows."""
+
+    prompts: dict[str, str]
+    rows: frozenset[str] = frozenset()
+
+
+def _words(value: Any) -> str:
+    """A text, or a conversation without its system messages, as one text."""
+    if isinstance(value, str):
+        return same_prompt(value)
+    said = [m for m in value if m["role"] != "system"]
+    if len(said) == 1:
+        return same_prompt(said[0]["content"])
+    return "\n".join(f"{m['role']}: {same_prompt(m['content'])}" for m in said)
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def prompt_hash(prompt: Any) -> str:
+    """The same for prompts, texts or messages, that have the same words."""
+    return _hash(_words(prompt))
+
+
+def row_hash(row: dict[str, Any]) -> str:
+    """The same for rows with the same prompt and responses, whichever of them is preferred."""
+    return _hash(_words(row["prompt"]), *sorted([_words(row["chosen"]), _words(row["rejected"])]))
+
+
+def judged_on(held_out: Dataset | None, prompts: Iterable[str] = (), where: str = "evaluation.prompts") -> Judged:
+    """Hashes of the held-out rows and of the prompts that a win rate is measured on.
+
+    Args:
+        held_out: rows of data.eval.
+        prompts: of evaluation.prompts.
+        where: what messages call the latter.
+    """
+    found = {prompt_hash(prompt): where for prompt in prompts}
+    if held_out is None:
+        return Judged(found)
+    columns = held_out.select_columns(["prompt", "chosen", "rejected"])
+    return Judged(
+        {prompt_hash(row["prompt"]): "data.eval" for row in columns} | found,
+        frozenset(row_hash(row) for row in columns),
+    )
+
+
+def refuse(trained: Sequence[Any], judged: Judged, what: str = "data.train") -> None:
+    """Stop if a prompt is both trained and judged on.
+
+    Args:
+        trained: prompts, texts or messages.
+        judged: from `judged_on`.
+        what: what the message calls the trained ones.
+
+    Raises:
+        UserError: names how many there are, the first one, and where it stands.
+    """
+    found = [(prompt, where) for prompt in trained if (where := judged.prompts.get(prompt_hash(prompt)))]
+    if found:
+        prompt, where = found[0]
+        raise UserError(
+            f"data.overlap: {len(found)} of {len(trained)} prompts of {what} are also judged on, such as "
+            f"{_words(prompt)[:60]!r} of {where}: judge on prompts that training does not see, or set data.overlap "
+            "to drop (the training rows) or allow"
+        )
+
+
+def without(prepared: Prepared, judged: Judged) -> Prepared:
+    """The training rows whose prompts are not judged on; the others are counted in a note and `overlap`."""
+    rows = prepared.dataset.select_columns(["prompt", "chosen", "rejected"])
+    shared = [prompt_hash(row["prompt"]) in judged.prompts for row in rows]
+    count = sum(shared)
+    if not count:
+        return prepared
+    if count == len(rows):
+        raise UserError(f"data.overlap: all {count} training rows have prompts that are judged on; none is left")
+    whole = sum(row_hash(row) in judged.rows for row in rows)
+    kept = prepared.dataset.select([i for i, drop in enumerate(shared) if not drop], keep_in_memory=True)
+    note = (
+        f"{count} rows of {prepared.role} dropped: their prompts are judged on ({whole} are whole rows of data.eval)"
+    )
+    return dataclasses.replace(prepared, dataset=kept, overlap=count, notes=(*prepared.notes, note))

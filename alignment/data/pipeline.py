@@ -1,0 +1,418 @@
+"""From sources to one Dataset of canonical rows with token ids, and the rows that could not be used.
+
+The order: rows are read (`reading`), turned into the canonical form (`forms`), tokenised and checked (`tokens`), and
+mixed. A row that fails anywhere is counted and kept with its number and reason; nothing is dropped without a count.
+Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.data.forms import PEEKED, converter
+from alignment.data.preferences import (
+    ID_COLUMNS,
+    MISSING_FIELD,
+    NUMBER_COLUMNS,
+    OPTIONAL_COLUMNS,
+    TEXT_COLUMNS,
+    TIE,
+    UNKNOWN_FORM,
+    BadRow,
+)
+from alignment.data.reading import raw_rows
+from alignment.data.tokens import check, encode, markers
+from alignment.errors import UserError
+from alignment.files import write_json_lines
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from alignment.recipes.sections import SourceSection
+
+Row = dict[str, Any]
+_TOKENISED_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that cannot be used. `row` counts the source's rows from 1."""
+
+    source: str
+    row: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows ready for the trainer, and what became of the others.
+
+    Attributes:
+        dataset: columns prompt, chosen, rejected, their `…_ids`, and optional ones.
+        rejected: the quarantined rows, in order.
+        counts: reason -> rows.
+        rows: rows read.
+        role: train or eval.
+        max_rejected_share: above it `write_rejected` stops the run.
+        notes: what else is worth a line, such as prompts whose last token merges with the response.
+        sources: for the manifest: one mapping per source.
+        overlap: rows dropped because their prompts are judged on (`alignment.data.overlap`).
+    """
+
+    dataset: Dataset
+    rejected: list[Rejected]
+    counts: dict[str, int]
+    rows: int
+    role: str = "train"
+    max_rejected_share: float = 1.0
+    notes: tuple[str, ...] = ()
+    sources: tuple[dict[str, Any], ...] = ()
+    overlap: int = 0
+
+    def summary(self) -> list[str]:
+        """Lines for the terminal: rows used and why the others are not, then the notes."""
+        why = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
+        used = f"{self.role}: {len(self.dataset)} of {self.rows} rows" + (f"; rejected: {why}" if why else "")
+        return [used, *self.notes]
+
+    def manifest(self) -> dict[str, Any]:
+        """Counts for manifest.json."""
+        return {"read": self.rows, "used": len(self.dataset), "rejected": self.counts, "overlap": self.overlap}
+
+
+@dataclass
+class _Part:
+    """One source on its way."""
+
+    name: str
+    source: SourceSection | None
+    form: str
+    rows: list[Row] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    read: int = 0
+    merged: int = 0
+
+    def reject(self, number: int, bad: BadRow) -> None:
+        self.rejected.append(Rejected(self.name, number, bad.reason, bad.detail))
+
+    def keep(self, test: Callable[[Row], None]) -> None:
+        """Drop the rows that `test` refuses."""
+        kept = []
+        for row, number in zip(self.rows, self.numbers, strict=True):
+            try:
+                test(row)
+                kept.append((row, number))
+            except BadRow as bad:
+                self.reject(number, bad)
+        self.rows, self.numbers = [row for row, _ in kept], [number for _, number in kept]
+
+
+def prepare(
+    sources: Sequence[SourceSection],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    role: str,
+    max_rejected_share: float = 0.1,
+    calibration: bool = False,
+    seed: int = 0,
+) -> Prepared:
+    """Read, check, tokenise and mix the sources of `data.train` or `data.eval`.
+
+    Args:
+        sources: with all of them weighted or none: weights are shares of the mixture, drawn without repetition, as
+            many rows as the scarcest source allows.
+        tokenizer: of the model.
+        max_length: tokens of prompt and one response.
+        role: "train" or "eval"; also says which split is meant where none is named.
+        max_rejected_share: kept for `write_rejected`.
+        calibration: tokenise the `calibration` responses; rows without one are rejected.
+        seed: of the draw of a weighted mixture.
+
+    Raises:
+        UserError: a source cannot be read or its form not be told, or text and chat sources are mixed.
+    """
+    has_template = bool(tokenizer.chat_template)
+    parts = [_read(_title(source), source, raw_rows(source, role), has_template) for source in sources]
+    return _prepared(parts, tokenizer, max_length, role, max_rejected_share, calibration, seed)
+
+
+def prepare_rows(
+    rows: list[Row],
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    role: str,
+    max_rejected_share: float = 0.1,
+    calibration: bool = False,
+) -> Prepared:
+    """`prepare` for rows in memory, in the preference form; `source` is what messages call them."""
+    from alignment.recipes.sections import SourceSection
+
+    section = SourceSection(name=source, format="preference", ties="soft")
+    part = _read(source, section, iter(rows), bool(tokenizer.chat_template))
+    return _prepared([part], tokenizer, max_length, role, max_rejected_share, calibration, 0)
+
+
+def _title(source: SourceSection) -> str:
+    return source.name if source.split is None else f"{source.name}:{source.split}"
+
+
+def _read(name: str, source: SourceSection, rows: Iterator[Row], has_template: bool) -> _Part:
+    """A source's canonical rows; optional columns that only some rows have, and text among chat, are rejected."""
+    first = list(itertools.islice(rows, PEEKED))
+    form, convert = converter(source, first, has_template)
+    part = _Part(name, source, form)
+    for part.read, raw in enumerate(itertools.chain(first, rows), start=1):
+        try:
+            part.rows.append(convert(raw))
+            part.numbers.append(part.read)
+        except BadRow as bad:
+            part.reject(part.read, bad)
+    chats = sum(_is_chat(row) for row in part.rows)
+    chat = 2 * chats > len(part.rows)
+    optional = {c for row in part.rows for c in OPTIONAL_COLUMNS if c in row and c != "label"}
+
+    def uniform(row: Row) -> None:
+        if _is_chat(row) != chat:
+            kinds = ("chat messages", "text") if _is_chat(row) else ("text", "chat messages")
+            raise BadRow(UNKNOWN_FORM, f"{kinds[0]}, and most rows of the source are {kinds[1]}")
+        absent = sorted(optional - set(row))
+        if absent:
+            raise BadRow(MISSING_FIELD, f"{absent[0]} is missing, which other rows have")
+
+    part.keep(uniform)
+    return part
+
+
+def _is_chat(row: Row) -> bool:
+    return not isinstance(row["prompt"], str)
+
+
+def _prepared(
+    parts: list[_Part],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    role: str,
+    max_rejected_share: float,
+    calibration: bool,
+    seed: int,
+) -> Prepared:
+    _refuse_mixed(parts, role)
+    if calibration and any("calibration" in row for part in parts for row in part.rows[:1]):
+        for part in parts:
+            part.keep(_has_calibration)
+    columns, notes = _columns(parts, calibration)
+    tables = [_tokenised(part, tokenizer, max_length, columns) for part in parts]
+    dataset, used = _mixed(tables, [part.source for part in parts], seed)
+    merged, total = sum(part.merged for part in parts), sum(len(part.numbers) for part in parts)
+    if merged:
+        notes.append(
+            f"in {merged} of {total} {role} rows the prompt's last tokens merge with the response; the response "
+            "begins where they part, as in TRL (end prompts on a token boundary to avoid it)"
+        )
+    rejected = [bad for part in parts for bad in sorted(part.rejected, key=lambda bad: bad.row)]
+    described = [
+        {"set": role, "source": part.name, "form": part.form, "read": part.read, "used": n}
+        for part, n in zip(parts, used, strict=True)
+    ]
+    return Prepared(
+        dataset=dataset,
+        rejected=rejected,
+        counts=dict(Counter(bad.reason for bad in rejected).most_common()),
+        rows=sum(part.read for part in parts),
+        role=role,
+        max_rejected_share=max_rejected_share,
+        notes=tuple(notes),
+        sources=tuple(described),
+    )
+
+
+def _has_calibration(row: Row) -> None:
+    if "calibration" not in row:
+        raise BadRow(MISSING_FIELD, "calibration is missing, and the objective needs it")
+
+
+def _refuse_mixed(parts: list[_Part], role: str) -> None:
+    first = {_is_chat(part.rows[0]): part.name for part in reversed(parts) if part.rows}
+    if len(first) > 1:
+        raise UserError(
+            f"data.{role}: {first[True]} has chat messages and {first[False]} text, which one model cannot be "
+            "trained on together; set chat: true (or false) for one of them"
+        )
+
+
+def _columns(parts: list[_Part], calibration: bool) -> tuple[list[str], list[str]]:
+    """The optional columns that the result has: those of every source (`label` of any), and notes on the others."""
+    filled = [part for part in parts if part.rows]
+    per_part = {part.name: {c for row in part.rows for c in OPTIONAL_COLUMNS if c in row} for part in filled}
+    anywhere = set().union(*per_part.values()) - set(ID_COLUMNS)
+    everywhere = {c for c in anywhere if all(c in found for found in per_part.values())}
+    notes = [
+        f"column {c} is only in {', '.join(name for name, found in per_part.items() if c in found)}: left out"
+        for c in sorted(anywhere - everywhere - {"label", "calibration_ids"})
+    ]
+    texts = ["calibration"] if "calibration" in everywhere else []
+    numbers = [c for c in NUMBER_COLUMNS if c in everywhere or (c == "label" and _soft(filled))]
+    given = calibration or "calibration_ids" in everywhere
+    return [*texts, *(["calibration_ids"] if given and texts else []), *numbers], notes
+
+
+def _soft(parts: list[_Part]) -> bool:
+    return any(row.get("label", 1.0) != 1.0 for part in parts for row in part.rows)
+
+
+def _tokenised(part: _Part, tokenizer: Any, max_length: int | None, columns: list[str]) -> Dataset | None:
+    """The rows that pass the token checks, a thousand at a time: ids are held as arrays, not as Python numbers."""
+    from datasets import concatenate_datasets
+
+    if not part.rows:
+        return None
+    chat = _is_chat(part.rows[0])
+    marks = markers(tokenizer, chat)
+    features = _features(chat, columns)
+    branches = ["chosen", "rejected", *(["calibration"] if "calibration_ids" in columns else [])]
+    tables, passed = [], []
+    for start in range(0, len(part.rows), _TOKENISED_AT_ONCE):
+        rows = part.rows[start : start + _TOKENISED_AT_ONCE]
+        numbers = part.numbers[start : start + _TOKENISED_AT_ONCE]
+        kept = []
+        for row, number, ids in zip(rows, numbers, _ids(rows, tokenizer, branches), strict=True):
+            try:
+                if isinstance(ids, BadRow):
+                    raise ids
+                check(row, ids[0], marks, max_length, given="prompt_ids" in row)
+            except BadRow as bad:
+                part.reject(number, bad)
+                continue
+            part.merged += ids[1]
+            passed.append(number)
+            kept.append({"label": 1.0} | row | ids[0])
+        if kept:
+            tables.append(_table(kept, features))
+    part.rows, part.numbers = [], passed
+    return concatenate_datasets(tables) if tables else None
+
+
+def _ids(rows: list[Row], tokenizer: Any, branches: list[str]) -> Iterable[tuple[dict[str, Any], bool] | BadRow]:
+    """Token ids row by row: those that the rows bring, or the tokenizer's."""
+    wanted = [f"{branch}_ids" for branch in branches]
+    if all(column in rows[0] for column in wanted):
+        return [({c: row[c] for c in ("prompt_ids", *wanted)}, False) for row in rows]
+    if "prompt_ids" in rows[0]:
+        raise UserError("data: the rows bring token ids, but no calibration_ids")
+    return encode(rows, tokenizer, branches)
+
+
+def _features(chat: bool, columns: list[str]) -> Any:
+    from datasets import Features, List, Value
+
+    ids = List(Value("int32"))
+    text = List({"role": Value("string"), "content": Value("string")}) if chat else Value("string")
+    kinds = {c: ids if c.endswith("_ids") else Value("float64") if c in NUMBER_COLUMNS else text for c in columns}
+    return Features(dict.fromkeys(TEXT_COLUMNS, text) | dict.fromkeys(ID_COLUMNS, ids) | kinds)
+
+
+def _table(rows: list[Row], features: Any) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)
+
+
+def _mixed(tables: list[Dataset | None], sources: list[Any], seed: int) -> tuple[Dataset, list[int]]:
+    """All rows of every source, or with weights the largest mixture of those shares; and the rows of each."""
+    from datasets import concatenate_datasets
+
+    have = [0 if table is None else len(table) for table in tables]
+    take = mixture(have, [source.weight for source in sources])
+    drawn = []
+    for place, (table, count) in enumerate(zip(tables, take, strict=True)):
+        if table is None or not count:
+            continue
+        if count < len(table):
+            kept = sorted(random.Random(f"{seed}/{place}").sample(range(len(table)), count))
+            table = table.select(kept, keep_in_memory=True)
+        drawn.append(table)
+    return (concatenate_datasets(drawn) if drawn else _table([], _features(False, []))), take
+
+
+def mixture(have: Sequence[int], weights: Sequence[float | None]) -> list[int]:
+    """How many rows each source gives to the largest mixture with these shares; all of them without weights.
+
+    The total is the largest T with T * share_i <= have_i for every source; what rounding down leaves over goes to the
+    largest remainders, where there are rows left.
+    """
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return list(have)
+    shares = [weight / sum(given) for weight in given]
+    total = min(int(n / share + 1e-9) for n, share in zip(have, shares, strict=True))
+    take = [min(n, int(total * share + 1e-9)) for n, share in zip(have, shares, strict=True)]
+    by_remainder = sorted(range(len(take)), key=lambda i: take[i] - total * shares[i])
+    for i in by_remainder:
+        if sum(take) < total and take[i] < have[i]:
+            take[i] += 1
+    return take
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256 of every value of a data set, in order."""
+    digest = hashlib.sha256()
+    for batch in dataset.iter(_TOKENISED_AT_ONCE):
+        digest.update(json.dumps(batch, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def write_rejected(run: Path, *prepared: Prepared) -> Path | None:
+    """Write the unusable rows to `RUN/rejected_rows.jsonl`, if there are any, and stop if they are too many.
+
+    Ties dropped by option are written and counted, but are no part of the share. A run that is stopped leaves no
+    directory, so its file is written beside it, as `RUN.rejected_rows.jsonl`.
+
+    Raises:
+        UserError: the share is above `max_rejected_share`, or no row is left.
+    """
+    rows = [
+        {"set": p.role, "source": bad.source, "row": bad.row, "reason": bad.reason, "detail": bad.detail}
+        for p in prepared
+        for bad in p.rejected
+    ]
+    problem = next(filter(None, map(_too_many, prepared)), None)
+    if not rows and problem is None:
+        return None
+    file = run / "rejected_rows.jsonl" if problem is None else run.with_name(f"{run.name}.rejected_rows.jsonl")
+    write_json_lines(file, rows)
+    if problem is not None:
+        raise UserError(f"{problem}; all are in {file}")
+    return file
+
+
+def _too_many(prepared: Prepared) -> str | None:
+    """Why training on what is left makes no sense; None where it does."""
+    unusable = {reason: count for reason, count in prepared.counts.items() if reason != TIE}
+    bad = sum(unusable.values())
+    if len(prepared.dataset) and bad <= prepared.max_rejected_share * prepared.rows:
+        return None
+    reason = max(unusable or prepared.counts or {"": 0}, key=lambda r: prepared.counts.get(r, 0))
+    first = next((r for r in prepared.rejected if r.reason == reason), None)
+    if first is None:
+        return f"data.{prepared.role}: no rows"
+    example = f"{reason} ({prepared.counts[reason]} rows, such as {first.source}: row {first.row}: {first.detail})"
+    if not len(prepared.dataset):
+        return f"data.{prepared.role}: none of {prepared.rows} rows is usable: mostly {example}"
+    return (
+        f"data.{prepared.role}: {bad} of {prepared.rows} rows are unusable, more than "
+        f"data.max_rejected_share={prepared.max_rejected_share:g}: mostly {example}"
+    )

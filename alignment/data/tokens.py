@@ -1,0 +1,213 @@
+"""Token ids of preference rows, as TRL 1.16's DPOTrainer makes them, and the checks that TRL leaves out.
+
+TRL (`dpo_trainer.py`, `_prepare_dataset`): the prompt (chat: with the generation prompt) and prompt + response are
+tokenised whole; the response begins where the two part, which is not always where the prompt ends; plain text gets an
+EOS token unless it ends in one. Ids that rows bring are used as they are. Nothing is cut here: the collator cuts.
+
+Checked per row (what TRL leaves to luck): BOS and EOS exactly once, a prompt that leaves room for a response, and
+responses that still differ within `max_length`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alignment.data.preferences import (
+    BOS_EOS,
+    PROMPT_TOO_LONG,
+    SAME_AFTER_TRUNCATION,
+    SAME_RESPONSES,
+    UNKNOWN_FORM,
+    BadRow,
+)
+from alignment.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class Markers:
+    """What a tokenizer puts around text by itself.
+
+    Attributes:
+        bos: the BOS id, if it has one.
+        adds_bos: it puts BOS before plain text.
+        template_bos: its chat template begins with BOS.
+        ends: ids that end a response: EOS, and for chat what the template writes after a reply (Gemma's
+            <end_of_turn> is not its EOS).
+        blank: ids that may follow the end: what the template writes after it, such as a line end.
+    """
+
+    bos: int | None
+    adds_bos: bool
+    template_bos: bool
+    ends: frozenset[int]
+    blank: frozenset[int]
+
+
+def markers(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Markers:
+    """Looked up by tokenising one made-up text or conversation.
+
+    Raises:
+        UserError: rows are chat messages and there is no chat template, or text and there is no EOS token.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    if not chat:
+        if eos is None:
+            raise UserError("model: the tokenizer has no EOS token, and responses must end with one")
+        return Markers(bos, adds_bos, False, frozenset({eos}), frozenset())
+    if not tokenizer.chat_template:
+        raise UserError(
+            "data: the rows are chat messages, and the model's tokenizer has no chat template; give text rows "
+            "(data.train: {name: …, chat: false} for hh and alpaca)"
+        )
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = _chat_ids(tokenizer, [probe], generation=False)[0]
+    special = set(tokenizer.all_special_ids)
+    tail = len(ids)
+    while tail and (ids[tail - 1] in special or not tokenizer.decode([ids[tail - 1]]).strip()):
+        tail -= 1
+    ends = [i for i in ids[tail:] if i in special][:1]
+    return Markers(
+        bos,
+        adds_bos,
+        bos is not None and ids[:1] == [bos],
+        frozenset(ends if eos is None else [*ends, eos]),
+        frozenset(i for i in ids[tail:] if i not in ends),
+    )
+
+
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Any], *, generation: bool) -> list[Ids]:
+    found = tokenizer.apply_chat_template(
+        list(conversations), tokenize=True, add_generation_prompt=generation, return_dict=True
+    )
+    ids: list[Ids] = found["input_ids"]
+    return ids
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
+    ids: list[Ids] = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], branch: str | None) -> list[Ids]:
+    """Ids of the prompts (None) or of prompt + response, tokenised whole and in one call."""
+    if isinstance(rows[0]["prompt"], str):
+        eos = str(tokenizer.eos_token)
+        if branch is None:
+            return _text_ids(tokenizer, [row["prompt"] for row in rows])
+        ended = [row[branch] if row[branch].endswith(eos) else row[branch] + eos for row in rows]
+        return _text_ids(tokenizer, [row["prompt"] + text for row, text in zip(rows, ended, strict=True)])
+    if branch is None:
+        return _chat_ids(tokenizer, [row["prompt"] for row in rows], generation=True)
+    return _chat_ids(tokenizer, [row["prompt"] + row[branch] for row in rows], generation=False)
+
+
+def encode(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, branches: Sequence[str]
+) -> list[tuple[dict[str, Ids], bool] | BadRow]:
+    """Token ids of canonical rows, all text or all chat, none of which brings ids.
+
+    Args:
+        rows: at most some thousands; they are tokenised in one call per column.
+        tokenizer: with a chat template if the rows are chat messages.
+        branches: chosen, rejected, and calibration where wanted; the response begins where the first of them parts
+            from the prompt.
+
+    Returns:
+        For each row its `…_ids`, and whether the prompt's end was lost because it is not a prefix in tokens; or what
+        the chat template says against the row.
+    """
+    from jinja2 import TemplateError
+
+    if not rows:
+        return []
+    try:
+        prompts = _whole(tokenizer, rows, None)
+        wholes = {branch: _whole(tokenizer, rows, branch) for branch in branches}
+    except (TemplateError, TypeError, ValueError) as error:
+        if len(rows) > 1:  # find the row
+            half = len(rows) // 2
+            return encode(rows[:half], tokenizer, branches) + encode(rows[half:], tokenizer, branches)
+        return [BadRow(UNKNOWN_FORM, f"the chat template refuses it: {' '.join(str(error).split())[:120]}")]
+    found: list[tuple[dict[str, Ids], bool] | BadRow] = []
+    for i, prompt in enumerate(prompts):
+        cut = min(_shared(prompt, wholes[branch][i]) for branch in branches)
+        ids = {f"{branch}_ids": wholes[branch][i][cut:] for branch in branches}
+        found.append(({"prompt_ids": prompt[:cut], **ids}, cut < len(prompt)))
+    return found
+
+
+def _shared(ids: Ids, other: Ids) -> int:
+    """Number of leading ids that both have."""
+    if other[: len(ids)] == ids:
+        return len(ids)
+    return next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
+
+
+def check(row: Row, ids: dict[str, Ids], marks: Markers, max_length: int | None, *, given: bool) -> None:
+    """Refuse a row whose tokens would teach something else than its text says.
+
+    Args:
+        row: canonical.
+        ids: its `…_ids`.
+        marks: of the tokenizer.
+        max_length: of prompt and one response; None: no limit.
+        given: the row brought its ids (a sample that ran out of tokens has no EOS: only BOS is checked then).
+
+    Raises:
+        BadRow: bos_eos, prompt_too_long, same_responses or same_after_truncation.
+    """
+    prompt = ids["prompt_ids"]
+    if max_length is not None and len(prompt) >= max_length:
+        raise BadRow(PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens, and max_length is {max_length}")
+    room = None if max_length is None else max_length - len(prompt)
+    chosen, rejected = ids["chosen_ids"], ids["rejected_ids"]
+    if chosen == rejected:
+        raise BadRow(SAME_RESPONSES, "chosen and rejected are the same tokens")
+    if chosen[:room] == rejected[:room]:
+        raise BadRow(SAME_AFTER_TRUNCATION, f"the first {room} tokens, all that fit max_length, are the same")
+    _check_bos(row, prompt, marks, given)
+    for branch in ("chosen", "rejected", "calibration"):
+        if f"{branch}_ids" in ids:
+            _check_response(branch, row[branch], ids[f"{branch}_ids"], marks, given)
+
+
+def _check_bos(row: Row, prompt: Ids, marks: Markers, given: bool) -> None:
+    bos = marks.bos
+    if bos is None:
+        return
+    if prompt[:2] == [bos, bos]:
+        raise BadRow(BOS_EOS, "the prompt begins with BOS twice")
+    if isinstance(row["prompt"], str):
+        wanted = 0 if given else int(marks.adds_bos)
+        if marks.adds_bos and not wanted <= prompt.count(bos) <= 1:
+            raise BadRow(BOS_EOS, f"BOS stands {prompt.count(bos)} times in the prompt")
+    elif marks.adds_bos and bos not in marks.ends:
+        # Llama 2's template begins every user turn with BOS: as many as there are user turns are its own.
+        turns = max(1, sum(m["role"] == "user" for m in row["prompt"])) if marks.template_bos else 0
+        if prompt.count(bos) > turns or any(a == b == bos for a, b in zip(prompt, prompt[1:], strict=False)):
+            raise BadRow(BOS_EOS, f"BOS stands {prompt.count(bos)} times in the prompt")
+
+
+def _check_response(branch: str, value: Any, ids: Ids, marks: Markers, given: bool) -> None:
+    replies = 1 if isinstance(value, str) else len(value)
+    if marks.bos is not None and marks.bos not in marks.ends and replies == 1 and marks.bos in ids:
+        raise BadRow(BOS_EOS, f"BOS stands inside {branch}")
+    if given:
+        return
+    last = len(ids)
+    while last and ids[last - 1] in marks.blank and ids[last - 1] not in marks.ends:
+        last -= 1
+    if not last or ids[last - 1] not in marks.ends:
+        raise BadRow(BOS_EOS, f"{branch} does not end with EOS")
+    count = sum(ids.count(end) for end in marks.ends)
+    if count > replies:
+        raise BadRow(BOS_EOS, f"EOS stands {count} times in {branch}")
