@@ -113,6 +113,26 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="
     typer.echo(f"report: {write_report(run)}")
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder; or a model's, a checkpoint's, an adapter's.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that is new or empty.", metavar="DIR")],
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default the run's own.")
+    ] = None,
+) -> None:
+    """Write a trained model as a plain transformers folder.
+
+    An adapter is merged into its base, in float32 on the CPU. Before the folder appears, its logits on a few prompts
+    are compared with the trained model's.
+    """
+    from alignment.models.export import export as exported
+
+    for line in exported(run, folder, dtype):
+        typer.echo(line)
+    typer.echo(f"exported: {folder}")
+
+
 @recipe_app.command()
 def check(
     files: Annotated[

@@ -1,0 +1,333 @@
+"""A finished run → a plain transformers folder: adapters merged, verified, whole or not at all.
+
+What comes out needs neither this project nor PEFT. Merging is done in float32 on the CPU (four bytes a parameter),
+then the weights are rounded to the run's dtype. Not a converter to other formats, and no upload.
+
+    alignment export runs/quickstart-dpo exported/quickstart-dpo
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.errors import UserError
+from alignment.files import PACKAGE_SCHEME, read_json_object, write_text
+from alignment.models.loading import DTYPES, load_model, load_tokenizer, resolve_path
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Largest difference of logits, relative to the largest logit. Merging and saving are held to the first whatever the
+# dtype; rounding merged weights to 8 or 11 bits of mantissa is what the others allow.
+EXACT = 1e-4
+ROUNDED = {"float32": EXACT, "bfloat16": 1e-1, "float16": 2e-2}
+PROMPTS = ("The", "Once upon a time there was", "def add(a, b):\n    return", "1 2 3 4 5 6 7 8 9 10 11 12")
+SHOWN = ("objective", "sft", "model", "lora", "data", "training")  # of the recipe, in the model card
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a folder with weights, and the recipe of its run where there is one."""
+
+    folder: Path
+    recipe: dict[str, Any]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the weights are an adapter's."""
+        return (self.folder / "adapter_config.json").is_file()
+
+    @property
+    def model_section(self) -> dict[str, Any]:
+        """The recipe's `model`; empty where there is no recipe."""
+        section: dict[str, Any] = self.recipe.get("model") or {}
+        return section
+
+    @property
+    def base(self) -> str:
+        """The base under the adapter: the recipe's word where there is one.
+
+        PEFT's own is the folder that was loaded, which for a GGUF file lies in a cache and may be gone.
+        """
+        name = self.model_section.get("name_or_path")
+        if name is None or (Path(resolve_path(name)) / "adapter_config.json").is_file():
+            return _named_base(self.folder)
+        return str(name)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `load_model` needs besides name and dtype."""
+        return {"trust_remote_code": bool(self.model_section.get("trust_remote_code"))}
+
+
+def find_source(run: Path) -> Source:
+    """The trained model that `run` names.
+
+    That is its `final/`, or `run` itself where it is a model's, a checkpoint's or an adapter's folder; the recipe of
+    the run around such a folder counts.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; name a run's folder, or a model's or adapter's")
+    folder = run / "final" if (run / "manifest.json").is_file() else run
+    if not folder.is_dir():
+        raise UserError(f"{run}: has no final/: training has not ended; go on with --resume, or name a checkpoint")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"{folder}: neither a run (manifest.json) nor a model (config.json) nor an adapter")
+    manifest = folder.resolve().parent / "manifest.json"
+    return Source(folder, read_json_object(manifest).get("recipe") or {} if manifest.is_file() else {})
+
+
+def export(run: Path, target: Path, dtype: str | None = None) -> list[str]:
+    """Write the trained model of `run` into `target`; returns what there is to say of it, in lines.
+
+    Args:
+        run: a run's folder, or a model's or adapter's.
+        target: must not exist, or be empty.
+        dtype: of the saved weights; by default that of the run.
+
+    Raises:
+        UserError: there is no trained model, `target` is taken, or the result's logits are not the trained model's.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an empty folder; give another")
+    source = find_source(run)
+    trained_dtype = _trained_dtype(source)
+    beside = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        said = _write(source, beside, trained_dtype, dtype or trained_dtype)
+        write_text(beside / "README.md", model_card(source, target.name, dtype or trained_dtype))
+        os.replace(beside, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return said
+
+
+def _trained_dtype(source: Source) -> str:
+    """The dtype that the model was trained in: the recipe's word, else what its (or its base's) config says."""
+    if found := source.model_section.get("dtype"):
+        return str(found)
+    from transformers import AutoConfig
+
+    folder = str(source.folder)
+    while (Path(folder) / "adapter_config.json").is_file():
+        folder = resolve_path(_named_base(Path(folder)))
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, **source.options)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{source.folder}: cannot load its base {folder!r} ({' '.join(str(error).split())[:200]})"
+        ) from error
+    name = str(config.dtype or "float32").removeprefix("torch.")
+    return name if name in DTYPES else "float32"
+
+
+def _write(source: Source, folder: Path, trained: str, saved: str) -> list[str]:
+    """Merge, save and verify; lines that say what was done and how far the logits are apart."""
+    import torch
+
+    said = []
+    tokenizer = load_tokenizer(_tokenizer_folder(source), **source.options)
+    prompts = _prompts(tokenizer)
+    model: Any = _trained_model(source, trained)
+    before = _logits(model, prompts)
+    if source.is_adapter:
+        if source.model_section.get("quantization"):
+            said.append(
+                "the run trained on a quantised base; the adapter is merged into the unquantised one, so outputs "
+                "differ from the trained model's by the quantisation error, which is not part of the difference below"
+            )
+        model, gap = _merged(model, prompts)
+        _refuse_beyond(gap, EXACT, "merging the adapter")
+        said.append(f"adapter merged into {source.base} in float32 (relative difference of logits {gap:.1g})")
+    _cast(model, getattr(torch, saved))
+    in_memory = _logits(model, prompts)
+    _refuse_beyond(_gap(in_memory, before), max(ROUNDED[saved], ROUNDED[trained]), f"rounding to {saved}")
+    _save(model, tokenizer, folder)
+    del model
+    reloaded = load_model(folder, dtype=saved, **source.options)
+    after = _logits(reloaded, prompts)
+    _refuse_beyond(_gap(after, in_memory), EXACT, "saving and loading again")
+    largest = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
+    scale = max(float(b.abs().max()) for b in before)
+    said.append(
+        f"verified on {len(prompts)} prompts: largest difference from the trained model's logits {largest:.2g} "
+        f"({saved}; the largest logit is {scale:.3g})"
+    )
+    return said
+
+
+def _refuse_beyond(gap: float, limit: float, step: str) -> None:
+    if not gap <= limit:
+        raise UserError(
+            f"export: {step} changes the logits by {gap:.2g} of the largest one, more than {limit:g}: nothing was "
+            "written; try --dtype float32"
+        )
+
+
+def _trained_model(source: Source, dtype: str) -> Any:
+    """The model as it was trained: full weights, or the adapter beside its base."""
+    if not source.is_adapter:
+        return load_model(source.folder, dtype=dtype, **source.options)
+    return _on_base(source.folder, source.base, dtype, source.model_section)
+
+
+def _on_base(adapter: Path, base: str, dtype: str, section: dict[str, Any]) -> Any:
+    """`adapter` on its base; where the base is an adapter itself, on the merge of that one."""
+    import torch
+
+    path = resolve_path(base)
+    if not (Path(path) / "adapter_config.json").is_file():
+        options: dict[str, Any] = {key: section[key] for key in ("revision", "trust_remote_code") if section.get(key)}
+        return load_model(path, dtype=dtype, adapter=str(adapter), **options)
+    from peft import PeftModel
+
+    below = _on_base(Path(path), _named_base(Path(path)), dtype, section)
+    below, gap = _merged(below, [[1, 2, 3, 4]])
+    _refuse_beyond(gap, EXACT, f"merging {path}")
+    _cast(below, getattr(torch, dtype))
+    return PeftModel.from_pretrained(below, str(adapter)).eval()
+
+
+def _named_base(adapter: Path) -> str:
+    base = read_json_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter / 'adapter_config.json'}: does not name its base model (base_model_name_or_path)")
+    return str(base)
+
+
+def _tokenizer_folder(source: Source) -> str:
+    """Where the tokenizer lies: beside the weights, else beside the nearest base that has one."""
+    folder = str(source.folder)
+    while not (Path(folder) / "tokenizer_config.json").is_file() and (Path(folder) / "adapter_config.json").is_file():
+        folder = resolve_path(source.base if folder == str(source.folder) else _named_base(Path(folder)))
+    return folder
+
+
+def _merged(model: Any, prompts: list[list[int]]) -> tuple[Any, float]:
+    """(the base with the adapter added to its weights in float32, how far that moved the logits)."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32)
+    beside = _logits(model, prompts)
+    merged = model.merge_and_unload()
+    return merged, _gap(_logits(merged, prompts), beside)
+
+
+def _cast(model: Any, wanted: torch.dtype) -> None:
+    """Round the weights. Buffers stay as they are: a rounded rotary frequency would be another model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(wanted)
+    model.config.dtype = wanted
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of a few fixed texts, and of one chat where there is a template."""
+    from alignment.models.sampling import prompt_ids
+
+    found = [prompt_ids(tokenizer, text) for text in PROMPTS]
+    if tokenizer.chat_template:
+        found.append(prompt_ids(tokenizer, [{"role": "user", "content": PROMPTS[1]}]))
+    return [ids for ids in found if ids]
+
+
+def _logits(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
+    import torch
+
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([ids])).logits.float() for ids in prompts]
+
+
+def _gap(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Largest difference relative to the largest logit; NaN (which passes no limit) where anything is not finite."""
+    import torch
+
+    scale = max(float(e.abs().max()) for e in expected)
+    worst = torch.stack([(f - e).abs().max() for f, e in zip(found, expected, strict=True)]).max()
+    return float(worst) / max(scale, 1e-12)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except ValueError as error:  # a generation config that transformers loads and does not save
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"export: transformers does not save this model: {reason}") from error
+
+
+def _public_name(name: str) -> str:
+    """A name without this machine's folders: hub ids and package:// stay, of a path only the last part does."""
+    is_path = name.startswith((".", "~", os.sep)) or Path(name).exists()
+    return Path(name).name if is_path and not name.startswith(PACKAGE_SCHEME) else name
+
+
+def _public(value: Any) -> Any:
+    """A recipe's value without keys that are null, and with every path reduced to its last part."""
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return _public_name(value) if isinstance(value, str) else value
+
+
+CARD = """\
+---
+{head}---
+
+# {name}
+
+{what}
+
+Written by `alignment export` (alignment {version}), which compared its logits with the trained model's. It needs
+transformers and nothing else:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+"""
+
+
+def model_card(source: Source, name: str, dtype: str) -> str:
+    """README.md of the exported folder: what it is, from which base, by which recipe. No paths of this machine."""
+    import yaml
+
+    from alignment import __version__
+
+    recipe = _public({section: source.recipe[section] for section in SHOWN if source.recipe.get(section)})
+    recipe.get("training", {}).pop("output_dir", None)
+    written = source.model_section.get("name_or_path") or (source.is_adapter and source.base) or None
+    method = recipe.get("objective", {}).get("name") or ("sft" if "sft" in recipe else None)
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head["tags"] = ["alignment", *([method] if method else [])]
+    what = f"A LoRA adapter merged into {written and _public_name(written)}" if source.is_adapter else "A full model"
+    if method:
+        what += (
+            ", trained by supervised fine-tuning" if method == "sft" else f", trained with the objective `{method}`"
+        )
+    if written and not source.is_adapter:
+        what += f"; training started from {_public_name(written)}"
+    if written and _public_name(written) == written and not written.startswith(PACKAGE_SCHEME):
+        head["base_model"] = written
+    text = CARD.format(
+        head=yaml.safe_dump(head, sort_keys=False), name=name, what=f"{what}. {dtype} weights.", version=__version__
+    )
+    if recipe:
+        text += f"\n## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```\n"
+    return text
