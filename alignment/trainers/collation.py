@@ -14,9 +14,11 @@ import torch
 from torch.utils.data import Sampler
 
 from alignment.data.preferences import NUMBER_COLUMNS
+from alignment.trainers.degree import degree_columns
 from alignment.trainers.scoring import Layout, build_rows
 
 BRANCHES = ("chosen", "rejected", "calibration")
+FROZEN_COLUMNS = tuple(f"{p}_{b}" for p in ("ref", "prev") for b in BRANCHES)  # log-probs computed before training
 MEGABATCH = 50  # global batches that are length-sorted together, transformers' own choice
 
 
@@ -29,29 +31,35 @@ class PairCollator:
         max_length: tokens of prompt + one response; longer responses are cut. None: no limit.
         layout: of the rows; `scoring` says what each is.
         calibration: add the calibration response as a third branch.
+        copied: branches that have degraded copies (`degree.degree_columns`), where the examples bring them.
     """
 
     pad_token_id: int
     max_length: int | None
     layout: Layout
     calibration: bool = False
+    copied: tuple[int, ...] = ()
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         branches = BRANCHES if self.calibration else BRANCHES[:2]
         prompts = [example["prompt_ids"] for example in examples]
-        responses = [[self._cut(example, branch) for branch in branches] for example in examples]
+        responses = [[truncated(example, branch, self.max_length) for branch in branches] for example in examples]
         # An empty prompt leaves a response's first token unscored: see `build_rows`.
         lengths = [[len(r) - (not p) for r in group] for p, group in zip(prompts, responses, strict=True)]
         # A [B] tensor comes first: transformers reads the batch size off the first tensor.
         batch = {f"{b}_length": torch.tensor([n[j] for n in lengths]) for j, b in enumerate(branches)}
-        for column in NUMBER_COLUMNS:
+        for column in dict.fromkeys((*NUMBER_COLUMNS, *FROZEN_COLUMNS)):
             if column in examples[0]:
                 batch[column] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
+        if self.copied and "degree_ids" in examples[0]:
+            batch |= degree_columns(examples, responses, self.copied, self.max_length, self.pad_token_id, self.layout)
         return batch | build_rows(prompts, responses, self.pad_token_id, self.layout)
 
-    def _cut(self, example: dict[str, Any], branch: str) -> list[int]:
-        ids: list[int] = example[f"{branch}_ids"]
-        return ids if self.max_length is None else ids[: self.max_length - len(example["prompt_ids"])]
+
+def truncated(example: dict[str, Any], branch: str, max_length: int | None) -> list[int]:
+    """A response's ids, cut at its end so that prompt and response take `max_length` tokens at most."""
+    ids: list[int] = example[f"{branch}_ids"]
+    return ids if max_length is None else ids[: max_length - len(example["prompt_ids"])]
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,7 +31,17 @@ from alignment.errors import UserError
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective
 from alignment.objectives.spo import degree_loss
-from alignment.trainers.scoring import ROW_KEYS, Layout, build_rows
+from alignment.trainers.scoring import (
+    IGNORED,
+    ROW_KEYS,
+    Layout,
+    branch_sums,
+    build_rows,
+    forward_rows,
+    last_positions,
+    repaired,
+    unfold,
+)
 
 NAME = "degree_head"
 FILE = f"{NAME}.safetensors"
@@ -72,9 +83,10 @@ def degree_columns(
     pad_token_id: int,
     layout: Layout,
 ) -> dict[str, torch.Tensor]:
-    """`degree_labels` and `degree_lengths` (tokens), `[B, K]`; and `degree_row_*`: rows of the responses and copies.
+    """`degree_labels` and `degree_lengths` (tokens), `[B, K]`; and `degree_row_*`: rows of the copies and responses.
 
-    The policy is run on these rows; the reference on those without copies.
+    The policy is run on these rows; the reference on those without copies. Copies come first and have no labels: the
+    LM head, whose logits are most of a step's memory, is run on the responses at the rows' end only.
 
     Args:
         examples: with the columns of `with_degree_copies`.
@@ -84,23 +96,26 @@ def degree_columns(
     """
     found = [cut_copies(example, max_length, len(copied)) for example in examples]
     degrees = len(found[0][0]) // len(copied)
-    groups = [
-        [*own, *(c for k, c in enumerate(cut) if k % degrees)] for own, (cut, _) in zip(responses, found, strict=True)
-    ]
-    rows = build_rows([example["prompt_ids"] for example in examples], groups, pad_token_id, layout)
+    copies = [[c for k, c in enumerate(cut) if k % degrees] for cut, _ in found]
+    prompts = [example["prompt_ids"] for example in examples]
+    rows = build_rows(prompts, [[*c, *own] for c, own in zip(copies, responses, strict=True)], pad_token_id, layout)
+    plain = build_rows(prompts, responses, pad_token_id, layout)["row_labels"]
+    labels = torch.full((len(rows["row_ids"]), plain.size(1)), IGNORED)
+    labels[-len(plain) :] = plain  # in `paired` the copies' rows come first; else these are all rows
     return {
-        "degree_labels": torch.tensor([labels for _, labels in found]),
+        "degree_labels": torch.tensor([degree for _, degree in found]),
         "degree_lengths": torch.tensor([[len(c) for c in cut] for cut, _ in found]),
-        **{f"degree_{key}": value for key, value in rows.items()},
+        **{f"degree_{key}": value for key, value in (rows | {"row_labels": labels}).items()},
     }
 
 
-def copy_branches(responses: int, copied: Sequence[int], degrees: int) -> list[int]:
+def copy_branches(copied: Sequence[int], degrees: int) -> list[int]:
     """The branches of `degree_columns`' rows in the order of `degree_labels`: each response, then its copies."""
+    copies = len(copied) * (degrees - 1)
     order = []
     for block, branch in enumerate(copied):
-        first = responses + block * (degrees - 1)
-        order += [branch, *range(first, first + degrees - 1)]
+        first = block * (degrees - 1)
+        order += [copies + branch, *range(first, first + degrees - 1)]
     return order
 
 
@@ -140,8 +155,6 @@ class DegreeHead(nn.Linear):
         super().__init__(width, degrees, device=device, dtype=torch.float32)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
-        self.wanted: torch.Tensor | None = None  # positions of the forward pass under way
-        self.hidden: torch.Tensor | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[…, width]` → `[…, N]`, whatever autocast or the engine make of the weights."""
@@ -152,42 +165,39 @@ class DegreeHead(nn.Linear):
 def attach_head(model: Any, degrees: int) -> DegreeHead:
     """Give `model`'s forward an argument `degree_positions` and, where it is given, an output `degree_logits`.
 
-    The argument, `[rows, k]`, counts columns of those that the LM head computes (`logits_to_keep`), from the left; the
-    output is `[rows, k, N]`. Hooks on the outermost module do it, so that DDP, ZeRO-3 and PEFT run them; the hidden
-    state is what the LM head is given, hence no other layer's is kept.
+    The argument, `[rows, k]`, names columns; the output is `[rows, k, N]`. Hooks on the outermost module do it, so
+    that DDP, ZeRO-3 and PEFT run them. What is read is the decoder's output, behind its last norm: what the LM head is
+    given, so that no layer's hidden states are kept for it.
 
     Args:
         model: a causal language model or a PeftModel, not yet wrapped.
         degrees: N.
     """
-    lm_head = model.get_output_embeddings()
-    head = DegreeHead(lm_head.in_features, degrees, model.device)
+    plain = model.get_base_model() if is_peft_model(model) else model
+    head = DegreeHead(plain.get_output_embeddings().in_features, degrees, model.device)
     model.add_module(NAME, head)
+    passing: dict[str, torch.Tensor] = {}  # of the forward pass under way
 
     def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        head.wanted = kwargs.pop("degree_positions", None)
+        passing.clear()
+        if "degree_positions" in kwargs:
+            passing["positions"] = kwargs.pop("degree_positions")
         return args, kwargs
 
-    def keep(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if head.wanted is not None:
-            # A model that ignores logits_to_keep is given all columns: the last ones are meant either way.
-            head.hidden = args[0]
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if passing:
+            passing["hidden"] = output[0]
 
-    def add(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if head.wanted is None:
-            return output
-        if head.hidden is None:
-            raise RuntimeError(f"{type(module).__name__} does not call its LM head as a module: spo cannot read it")
-        positions, hidden = head.wanted, head.hidden
-        head.wanted = head.hidden = None
-        keep = kwargs["logits_to_keep"]
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        output["degree_logits"] = head(hidden[:, -keep:][rows, positions])
-        return output
+    def add(module: nn.Module, args: Any, output: Any) -> None:
+        if passing:
+            positions, hidden = passing["positions"], passing["hidden"]
+            passing.clear()
+            rows = torch.arange(len(positions), device=positions.device)[:, None]
+            output["degree_logits"] = head(hidden[rows, positions])
 
     model.register_forward_pre_hook(take, with_kwargs=True)
-    lm_head.register_forward_pre_hook(keep)
-    model.register_forward_hook(add, with_kwargs=True)
+    plain.get_decoder().register_forward_hook(keep)
+    model.register_forward_hook(add)
     return head
 
 
@@ -196,6 +206,7 @@ class DegreeTrainer(DPOTrainer):
 
     model: Any
     objective: Objective
+    collator: Any
     head: DegreeHead | None = None
     limits: torch.Tensor
 
@@ -228,8 +239,10 @@ class DegreeTrainer(DPOTrainer):
             return
         settings: Any = self.objective
         self.head = attach_head(self.model, settings.degrees)
-        lengths, labels = [], []
-        for example in self.train_dataset.select_columns(["prompt_ids", *COLUMNS]):
+        data: Any = self.train_dataset
+        lengths: list[int] = []
+        labels: list[int] = []
+        for example in data.select_columns(["prompt_ids", *COLUMNS]):
             cut, found = cut_copies(example, max_length, len(self.copied))
             lengths += [len(ids) for ids, label in zip(cut, found, strict=True) if label >= 0]
             labels += [label for label in found if label >= 0]
@@ -246,6 +259,21 @@ class DegreeTrainer(DPOTrainer):
         group = {"params": list(self.head.parameters()), "lr": settings.head_learning_rate, "weight_decay": 0.0}
         optimizer.add_param_group(group)
         return optimizer
+
+    def score_with_degrees(
+        self, model: Any, inputs: dict[str, torch.Tensor], branches: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`[B, branches]` log-probs of the responses under the policy, and the batch's degree columns, in one pass."""
+        settings: Any = self.objective
+        rows = {key: inputs[f"degree_{key}"] for key in ROW_KEYS}
+        copies = len(self.copied) * (settings.degrees - 1)
+        if self.collator.layout == "paired" and int(rows["row_segments"].max()) > 1:
+            rows = repaired(rows, copies + branches, self.collator.pad_token_id)
+        positions = last_positions(rows)
+        output = forward_rows(model, self.model.config, self.model.dtype, rows, degree_positions=positions)
+        logits = unfold(output["degree_logits"], copies + branches)[:, copy_branches(self.copied, settings.degrees)]
+        sums = branch_sums(output.logits, rows, copies + branches)[:, copies:]
+        return sums, {"degree_logits": logits, "degree_labels": inputs["degree_labels"]}
 
     def degree_metrics(self, batch: PairLogps, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss of pairs that have copies, accuracy over copies, and what length alone would reach on the same ones."""
@@ -311,9 +339,3 @@ def _taken(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Removes the head's entries from a model's and returns them under their own names."""
     names = [name for name in state_dict if name.startswith(f"{NAME}.")]
     return {name.removeprefix(f"{NAME}."): state_dict.pop(name) for name in names}
-
-
-def policy_rows(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the policy is run on: the rows with degraded copies where there are any."""
-    prefix = "degree_" if "degree_labels" in inputs else ""
-    return {key: inputs[f"{prefix}{key}"] for key in ROW_KEYS}

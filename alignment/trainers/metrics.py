@@ -39,7 +39,7 @@ class Totals:
         # fp32 on the wire: some devices and back-ends have no fp64; the counts are small.
         total = reduce(torch.stack([self.sums[n] for n in names]).float()).tolist()
         sums = {n: s for n, (s, _) in zip(names, total, strict=True)}
-        means = {n: s / c for n, (s, c) in zip(names, total, strict=True) if not n.endswith("_tokens")}
+        means = {n: s / c for n, (s, c) in zip(names, total, strict=True) if c and not n.endswith("_tokens")}
         real, padded = sums["real_tokens"], sums["padded_tokens"]
         means["tokens_per_second"] = real / (time.perf_counter() - self.started)
         means["padding"] = 1 - real / padded

@@ -1,7 +1,7 @@
 """`PreferenceTrainer`: TRL's DPOTrainer with the objective, the rows and the reference replaced.
 
 Overrides: data preparation (token ids taken as they are), collation, sampler, loss, reference, logging. Kept from TRL:
-PEFT, evaluation, checkpoints, DeepSpeed/FSDP, model card, hub push (which recipes refuse). Tested with TRL 1.16 only;
+PEFT, evaluation, checkpoints, DeepSpeed/FSDP, model card. Tested with TRL 1.16 only;
 the contract test names what moved. Not here: recipes and argv (`run.py`), maths (`alignment.objectives`), forward
 passes (`scoring.py`).
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
+from trl import DPOConfig
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
 
 from alignment.data.pipeline import prepare_rows
 from alignment.data.preferences import ID_COLUMNS, NUMBER_COLUMNS
 from alignment.errors import UserError
 from alignment.objectives import PairLogps
-from alignment.objectives.base import Objective
+from alignment.objectives.base import Objective, reads_reference
 from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
-from alignment.trainers.collation import BRANCHES, LengthGroupedSampler, PairCollator
+from alignment.trainers.collation import BRANCHES, FROZEN_COLUMNS, LengthGroupedSampler, PairCollator, truncated
+from alignment.trainers.degree import COLUMNS, DegreeTrainer
+from alignment.trainers.frozen import config_digest, frozen_logps, rows_digest, weights_digest
 from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals
 from alignment.trainers.scoring import (
     ROW_KEYS,
@@ -42,12 +45,13 @@ from alignment.trainers.scoring import (
 )
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(DegreeTrainer):
     """Train a language model on preference pairs with any offline objective of the registry.
 
     The reference is the model that training starts from: a frozen copy of `model` as it is in memory (not what lies on
     disk under its name), the base model where a fresh LoRA adapter is trained, a frozen copy of the adapter where an
-    existing one is trained on, or `ref_model` where one is given. Objectives that need no reference load none.
+    existing one is trained on, or `ref_model` where one is given. Objectives that need no reference load none. The
+    previous iterate (inpo) is the reference, or, where `ref_model` is another model than the start, the start.
 
     Args:
         model: a causal language model or a PeftModel.
@@ -58,6 +62,11 @@ class PreferenceTrainer(DPOTrainer):
         ref_model: an explicit reference; under ZeRO-3 full fine-tuning it must be given (parameters are sharded).
         start_is_reference: whether `ref_model` holds the weights that training starts from; the step-0 check then
             demands implicit rewards of 0. By default so exactly if no `ref_model` is given.
+        start_model: frozen weights that training starts from; ZeRO-3 full fine-tuning needs them beside another
+            `ref_model` for an objective that reads the previous iterate.
+        precompute: score all pairs under the frozen models once, before training, and keep the numbers in the cache
+            (`alignment.trainers.frozen`); no frozen model then stays in memory, and none needs to be given for
+            ZeRO-3.
         peft_config: train a fresh adapter.
         layout: `shared_prefix` computes a prompt once for all its responses; falls back to `paired`, with one warning.
         group_by_length: global batches of like length (`LengthGroupedSampler`).
@@ -84,6 +93,8 @@ class PreferenceTrainer(DPOTrainer):
         eval_dataset: Dataset | None = None,
         ref_model: PreTrainedModel | None = None,
         start_is_reference: bool | None = None,
+        start_model: PreTrainedModel | None = None,
+        precompute: bool = False,
         peft_config: Any = None,
         layout: Layout = "shared_prefix",
         group_by_length: bool = True,
@@ -93,26 +104,36 @@ class PreferenceTrainer(DPOTrainer):
         self.objective: Objective = objective
         self.group_by_length = group_by_length
         self.start_is_reference = ref_model is None if start_is_reference is None else start_is_reference
-        self._needs_reference = needs_reference(objective)
+        self._needs_reference = reads_reference(objective)
+        self._precompute = precompute and self._needs_reference
         self._calibrated = "calibration" in objective.needs
         self._branches = 3 if self._calibrated else 2
         self._totals = {"train": Totals(), "eval": Totals()}
         self._layout_settled = self._begun = self._gradient_seen = False
         self._start: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
-        if ref_model is None and "previous" in objective.needs and "prev_chosen" in train_dataset.column_names:
+        previous_given = "prev_chosen" in train_dataset.column_names
+        if self.start_is_reference and "previous" in objective.needs and previous_given:
             raise UserError(
                 "train data: the rows bring prev_chosen, so training starts at the previous iterate, which is not the "
-                "reference: give the reference as ref_model"
+                "reference: name the reference (reference.name_or_path)"
             )
         if layout == "shared_prefix" and (reason := _why_not_shared(model, peft_config)):
             warnings.warn(f"layout shared_prefix is not possible ({reason}); using paired", stacklevel=2)
             layout = "paired"
-        if ref_model is None and peft_config is None and not is_peft_model(model) and self._needs_reference:
-            ref_model = _frozen_copy(model)
-        self.collator = PairCollator(processing_class.pad_token_id, args.max_length, layout, self._calibrated)
-        # TRL builds a reference from disk unless it is given, or log-probs are precomputed: the latter, with an empty
-        # `_precompute_ref_logps`, is its way to have none.
-        args.precompute_ref_log_probs = not self._needs_reference
+        # The start beside another reference: what an objective that reads the previous iterate compares with.
+        self._scores_start = "previous" in objective.needs and not self.start_is_reference and not previous_given
+        self.frozen_digests: dict[str, str] = {}
+        self._ref_config = None
+        if not self.start_is_reference and ref_model is not None and self._needs_reference:
+            self._ref_config = _checked_reference(ref_model, processing_class)
+            self.frozen_digests["reference"] = weights_digest(ref_model)
+        ref_model, self.start_model = self._frozen_models(model, ref_model, start_model, peft_config)
+        self.collator = PairCollator(
+            processing_class.pad_token_id, args.max_length, layout, self._calibrated, self.copied
+        )
+        # TRL builds a reference from disk unless it is given, there is an adapter, or log-probs are precomputed: the
+        # latter, with an empty `_precompute_ref_logps`, is its way to have none.
+        args.precompute_ref_log_probs = ref_model is None and peft_config is None and not is_peft_model(model)
         super().__init__(
             model=model,
             ref_model=ref_model if self._needs_reference else None,
@@ -130,10 +151,100 @@ class PreferenceTrainer(DPOTrainer):
                 f"training: the launcher's mixed precision is {self.accelerator.mixed_precision!r}, the recipe's is "
                 f"{asked!r}: set training.bf16 or training.fp16, or launch with --mixed_precision {asked}"
             )
+        if self.start_model is not None:
+            self.start_model = self._prepared(self.start_model)
+        if self._precompute:
+            self._add_frozen_columns()
+        self.attach_degree_head(args.max_length)
         self.add_callback(DisplacementAlarm(displacement_alarm))
         self.add_callback(EpochOrder(self))
         if self.aux_loss_enabled:
             warnings.warn("the router's auxiliary loss is not added: only the objective is trained", stacklevel=2)
+
+    # --- frozen models ------------------------------------------------------------------------------------------
+
+    def _frozen_models(self, model: Any, ref_model: Any, start_model: Any, peft_config: Any) -> tuple[Any, Any]:
+        """(reference for TRL, start beside another reference); None where the policy itself can score them: with its
+        adapter switched, or before the first step."""
+        if not self._needs_reference:
+            return None, None
+        # FSDP splits the policy only when training starts: until then a copy has to be scored with.
+        ahead = self._precompute and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true"
+        if peft_config is not None or is_peft_model(model):
+            if self._scores_start and is_peft_model(model):
+                _keep_adapter(model)  # TRL does so only where it is given no reference
+            return ref_model, None
+        if ref_model is None and not ahead:
+            ref_model = _frozen_copy(model)
+        if self._scores_start and start_model is None and not ahead:
+            start_model = _frozen_copy(model)
+        return ref_model, start_model if self._scores_start else None
+
+    def _prepared(self, frozen: Any) -> Any:
+        """A frozen model placed and wrapped as TRL does with its reference."""
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(frozen, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(frozen, self.accelerator)
+        return self.accelerator.prepare_model(frozen, evaluation_mode=True)
+
+    def _add_frozen_columns(self) -> None:
+        """Score both data sets under the frozen models (or load their kept tables), then let the models go."""
+        policy = None  # under DeepSpeed the policy can score only inside an engine
+        for prefix in ("ref", "prev") if self._scores_start else ("ref",):
+            frozen = self.ref_model if prefix == "ref" else self.start_model
+            own = prefix == "prev" or self.start_is_reference
+            if frozen is None and policy is None:
+                policy = prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
+                self.model.eval()
+            if own:
+                self.frozen_digests["start"] = weights_digest(self.model, only_frozen=is_peft_model(self.model))
+            weights = self.frozen_digests["start" if own else "reference"]
+            config = self.model.config if own or self._ref_config is None else self._ref_config
+            for role in ("train", "eval"):
+                data: Any = self.train_dataset if role == "train" else self.eval_dataset
+                if data is None:
+                    continue
+                table = self._table(prefix, policy if frozen is None else frozen, data, weights, config)
+                names = [f"{prefix}_{b}" for b in BRANCHES[: self._branches if prefix == "ref" else 2]]
+                for j, name in enumerate(names):
+                    data = data.add_column(name, table[:, j].tolist())
+                setattr(self, f"{role}_dataset", data)
+        self.ref_model = self.start_model = None
+
+    def _table(self, prefix: str, model: Any, data: Dataset, weights: str, config: Any) -> torch.Tensor:
+        """`[n, k]` log-probs of every row of `data` under one frozen model."""
+        columns = ["prompt_ids", *(f"{b}_ids" for b in BRANCHES[: self._branches])]
+        plain = data.select_columns(columns)
+        rows = [
+            [row["prompt_ids"], *(truncated(row, b, self.collator.max_length) for b in BRANCHES[: self._branches])]
+            for row in plain
+        ]
+
+        def score(numbers: list[int]) -> torch.Tensor:
+            inputs = self.collator([plain[i] for i in numbers])
+            inputs = {key: value.to(self.accelerator.device) for key, value in inputs.items()}
+            if not self._layout_settled:
+                self._settle_layout(model, inputs)
+            return self._score_frozen(prefix, model, inputs)
+
+        table, kept = frozen_logps(
+            self.accelerator,
+            score,
+            [sum(map(len, row)) for row in rows],
+            self.args.per_device_train_batch_size,
+            {
+                "weights": weights,
+                "config": config_digest(config),
+                "rows": rows_digest(rows),
+                "dtype": [str(self.model.dtype), str(self._compute_dtype)],
+            },
+            TOLERANCE[self._compute_dtype],
+            {"ref": "reference", "prev": "previous-iterate"}[prefix],
+        )
+        if self.accelerator.is_main_process:
+            print(f"  {'kept' if kept else 'computed'} {len(table)} rows of frozen log-probs ({prefix})", flush=True)
+        return table
 
     # --- data ---------------------------------------------------------------------------------------------------
 
@@ -165,15 +276,15 @@ class PreferenceTrainer(DPOTrainer):
             warnings.warn(
                 f"{dataset_name} data: {before - len(dataset)} of {before} rows are left out: {reasons}", stacklevel=2
             )
-        return dataset
+        return self.with_copies(dataset, processing_class, args.seed, dataset_name)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        extra = ["calibration_ids", *NUMBER_COLUMNS]
+        extra = ["calibration_ids", *COLUMNS, *NUMBER_COLUMNS, *FROZEN_COLUMNS]
         self._signature_columns += [c for c in extra if c not in self._signature_columns]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        """Nothing: only objectives without a reference get here (see `__init__`)."""
+        """Nothing: either there is no reference, or `_add_frozen_columns` does it (see `__init__`)."""
         return dataset
 
     def _get_train_sampler(self, train_dataset=None):
@@ -192,12 +303,12 @@ class PreferenceTrainer(DPOTrainer):
         dtype: torch.dtype = self.model.dtype
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, dtype)
 
-    def _score(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _score(self, model: Any, inputs: dict[str, torch.Tensor], config: Any = None) -> torch.Tensor:
         """`[B, k]` log-probs, in nats; shared rows are taken apart where the model turned out not to take them."""
         rows = {key: inputs[key] for key in ROW_KEYS}
         if self.collator.layout == "paired" and int(rows["row_segments"].max()) > 1:
             rows = self._paired(rows)  # collated ahead, or in a worker, before the layout was settled
-        return sequence_logps(model, self.model.config, self.model.dtype, rows, self._branches)
+        return sequence_logps(model, config or self.model.config, self.model.dtype, rows, self._branches)
 
     def _paired(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         rows = {key: inputs[key] for key in ROW_KEYS}
@@ -205,36 +316,52 @@ class PreferenceTrainer(DPOTrainer):
             return rows
         return repaired(rows, self._branches, self.collator.pad_token_id)
 
-    def _reference_logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`[B, k]` under the reference: its own model, or the policy with its adapter switched off or to `ref`."""
+    def _score_frozen(self, prefix: str, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`[B, k]` under the reference ("ref") or the start beside it ("prev"): a model of its own, or the policy with
+        its adapter off or switched to its frozen copy."""
+        frozen = self.ref_model if prefix == "ref" else self.start_model
         adapter: Any = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
+        if frozen is None and is_peft_model(self.model):
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
         settings: Any = self.args.gradient_checkpointing_kwargs
         checkpointing = disable_gradient_checkpointing(self.model, settings)
+        config = self._ref_config if prefix == "ref" else None
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            return self._score(model, inputs)
+            return self._score(model if frozen is None else frozen, inputs, config)
 
     def compute_ref_log_probs(self, model, inputs):
         """TRL's public name: `(ref_chosen [B], ref_rejected [B])`."""
-        sums = self._reference_logps(model, inputs)
+        sums = self._score_frozen("ref", model, inputs)
         return sums[:, 0], sums[:, 1]
+
+    def _frozen_columns(self, prefix: str, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`{prefix}_chosen` …, from the batch where they were given or computed before training."""
+        names = [f"{prefix}_{b}" for b in BRANCHES[: self._branches if prefix == "ref" else 2]]
+        if names[0] in inputs:
+            return {name: inputs[name] for name in names}
+        sums = self._score_frozen(prefix, model, inputs)
+        return {name: sums[:, j] for j, name in enumerate(names)}
 
     def pair_logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> PairLogps:
         """Every column that the objective may read, from one policy pass and at most one reference pass."""
-        policy = self._score(model, inputs)
+        degrees: dict[str, torch.Tensor] = {}
+        if self.copied:
+            policy, degrees = self.score_with_degrees(model, inputs, self._branches)
+        else:
+            policy = self._score(model, inputs)
         columns: dict[str, torch.Tensor] = {b: policy[:, j] for j, b in enumerate(BRANCHES[: self._branches])}
         if self._needs_reference:
-            reference = self._reference_logps(self.ref_model or model, inputs)
-            columns |= {f"ref_{b}": reference[:, j] for j, b in enumerate(BRANCHES[: self._branches])}
-        if "previous" in self.objective.needs:
+            columns |= self._frozen_columns("ref", model, inputs)
+        if self._scores_start:
+            columns |= self._frozen_columns("prev", model, inputs)
+        elif "previous" in self.objective.needs:
             # Iteration 1 of an iterative method: the previous iterate is the reference, unless the data bring it.
             columns |= {f"prev_{b}": inputs.get(f"prev_{b}", columns[f"ref_{b}"]) for b in BRANCHES[:2]}
         for name in (*(f"{b}_length" for b in BRANCHES[: self._branches]), "reward_chosen", "reward_rejected"):
             if name in inputs:
                 columns[name] = inputs[name].to(policy.dtype)
-        return PairLogps(**columns)
+        return PairLogps(**columns, **degrees)
 
     # --- loss and logging ---------------------------------------------------------------------------------------
 
@@ -294,8 +421,9 @@ class PreferenceTrainer(DPOTrainer):
         if self.state.global_step > 0:
             self._gradient_seen = True  # looked for at the start; the end of a run may well have none left
             self._start = read_start(file, self.accelerator.device)
-            if self._start is not None and starts_at_reference:
-                gap = relative_gap(self._reference_logps(self.ref_model or model, self._start[0]), self._start[1])
+            # Precomputed: there is no model to ask; the run directory compares `frozen_digests` instead.
+            if self._start is not None and starts_at_reference and not self._precompute:
+                gap = relative_gap(self._score_frozen("ref", model, self._start[0]), self._start[1])
                 if self._any_process(gap > TOLERANCE[self._compute_dtype]):
                     raise UserError(
                         f"--resume: the reference's log-probs are off by a relative {gap:.2g} from the model that "
@@ -342,6 +470,7 @@ class PreferenceTrainer(DPOTrainer):
         return bool(self.accelerator.reduce(count, reduction="sum") > 0)
 
     def _record(self, inputs: dict[str, torch.Tensor], batch: PairLogps) -> None:
+        segments = inputs.get("degree_row_segments", inputs["row_segments"])
         chosen, rejected = (r.detach() for r in self.objective.rewards(batch))
         values = {
             "rewards/chosen": chosen,
@@ -351,9 +480,9 @@ class PreferenceTrainer(DPOTrainer):
             "logps/chosen": batch.chosen,
             "logps/rejected": batch.rejected,
             "saturated": self.objective.saturated(batch).double(),
-            "real_tokens": scored_tokens(inputs["row_segments"]),
-            "padded_tokens": torch.ones_like(inputs["row_segments"]),
-        }
+            "real_tokens": scored_tokens(segments),
+            "padded_tokens": torch.ones_like(segments),
+        } | self.degree_metrics(batch, inputs)
         if (capped := self.objective.capped(batch)) is not None:
             values["capped"] = capped.double()
         if self._needs_reference:
@@ -378,11 +507,6 @@ class PreferenceTrainer(DPOTrainer):
         super().log(logs, start_time)
 
 
-def needs_reference(objective: Objective) -> bool:
-    """Whether training scores responses under a reference (iteration 1's previous iterate is the reference)."""
-    return bool({"reference", "ref_calibration", "previous"} & set(objective.needs))
-
-
 def _why_not_shared(model: PreTrainedModel, peft_config: Any) -> str | None:
     configs = list(model.peft_config.values()) if is_peft_model(model) else []
     for config in (*configs, peft_config):
@@ -400,3 +524,23 @@ def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     if any("ds_id" in vars(parameter) for parameter in model.parameters()):
         raise UserError("ZeRO-3 shards the model while it loads: give `ref_model`, loaded from the same weights")
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _keep_adapter(model: Any) -> None:
+    """A frozen copy "ref" of the adapter "default", as TRL makes one."""
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+
+
+def _checked_reference(ref_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The configuration of an explicit reference; UserError if it cannot know the policy's tokens."""
+    embeddings: Any = ref_model.get_input_embeddings()
+    vocabulary = embeddings.num_embeddings
+    if vocabulary < len(tokenizer):
+        raise UserError(
+            f"reference.name_or_path: {ref_model.config._name_or_path!r} has {vocabulary} tokens, the policy's "
+            f"tokenizer {len(tokenizer)}: it is of another family, and its log-probabilities would be of other text"
+        )
+    return ref_model.config

@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig
 
@@ -36,10 +36,12 @@ from alignment.models.gguf import cache_root
 from alignment.models.loading import settle_accelerator
 from alignment.models.sampling import prompt_ids, sample
 from alignment.objectives import get_objective
+from alignment.objectives.base import Objective, reads_reference
 from alignment.recipes import Recipe
 from alignment.rewards import get_reward
-from alignment.trainers import rundir
-from alignment.trainers.offline import PreferenceTrainer, needs_reference
+from alignment.trainers import hub, rundir
+from alignment.trainers.frozen import weights_digest
+from alignment.trainers.offline import PreferenceTrainer
 
 WAIT_HOURS = 24
 SAMPLES_FORMAT = "1"  # part of the cache key: raise it when the same settings give other pairs
@@ -62,15 +64,6 @@ def plan_batches(global_batch: int, per_device: int, world: int) -> tuple[int, i
     share = global_batch // world
     fitting = max(d for d in range(1, min(per_device, share) + 1) if share % d == 0)
     return fitting, share // fitting
-
-
-def weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 of a model's parameters and buffers as they are in memory."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -267,8 +260,7 @@ def build_trainer(
     """Model, objective and trainer of a recipe. `args` must exist first: with ZeRO-3 it makes loading shard."""
     model = load_model(**_model_arguments(recipe), trainable_adapter=recipe.lora is None)
     objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
-    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    second = zero3 and recipe.lora is None and not is_peft_model(model) and needs_reference(objective)
+    adapted = recipe.lora is not None or is_peft_model(model)
     trainer = PreferenceTrainer(
         model=model,
         objective=objective,
@@ -276,9 +268,8 @@ def build_trainer(
         train_dataset=data,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        # Sharded parameters cannot be copied; the same weights are loaded a second time instead.
-        ref_model=load_model(**_model_arguments(recipe)).requires_grad_(False) if second else None,
-        start_is_reference=True if second else None,
+        **_frozen_models(recipe, args, objective, adapted),
+        precompute=recipe.reference.precompute,
         peft_config=_adapter_config(recipe),
         layout=recipe.training.layout,
         group_by_length=recipe.training.group_by_length,
@@ -289,6 +280,27 @@ def build_trainer(
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(rundir.CompactProgress)
     return trainer
+
+
+def _frozen_models(recipe: Recipe, args: DPOConfig, objective: Objective, adapted: bool) -> dict[str, Any]:
+    """Models that the trainer cannot make from the policy: another reference, and under ZeRO-3, whose sharded
+    parameters cannot be copied, the start loaded a second time."""
+    found: dict[str, Any] = {}
+    reference = recipe.reference
+    another = reference.name_or_path is not None and reads_reference(objective)
+    if another:
+        named = reference.model_dump(include={"name_or_path", "adapter", "revision"})
+        # Dtype, quantisation and attention are the policy's.
+        found["ref_model"] = load_model(**_model_arguments(recipe) | named).requires_grad_(False)
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if not zero3 or adapted or reference.precompute or not reads_reference(objective):
+        return found
+    if not another:
+        start = load_model(**_model_arguments(recipe)).requires_grad_(False)
+        return {"ref_model": start, "start_is_reference": True}
+    if "previous" in objective.needs:
+        found["start_model"] = load_model(**_model_arguments(recipe)).requires_grad_(False)
+    return found
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -308,6 +320,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         cpu=recipe.training.use_cpu or not torch.cuda.is_available(), timeout=datetime.timedelta(hours=WAIT_HOURS)
     )
     plan_batches(recipe.training.global_batch_size, 1, state.num_processes)  # refuse before anything is touched
+    if recipe.training.push_to_hub and state.is_main_process:
+        hub.check_login()  # not after hours of training
     _set_threads(recipe.training.cpu_threads, state)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **_tokenizer_arguments(recipe))
     given, held_out = (_given_rows(recipe, role, tokenizer) for role in ("train", "eval"))
@@ -357,15 +371,20 @@ def _train_in(
         "rows": {p.role: p.manifest() for p in both},
         "sources": [source for p in both for source in p.sources],
         "data_fingerprint": fingerprint(data),
+        "frozen_weights": trainer.frozen_digests,
         "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
     }
     if checkpoint is not None:
         rundir.refuse_other_data(run, manifest["data_fingerprint"])
+        rundir.refuse_other_weights(run, trainer.frozen_digests)
     state.wait_for_everyone()
     if state.is_main_process:
         write_json(run / "manifest.json", manifest)
     repeats = f" (and {manifest['repeated_pairs']} repeats, to fill the last batch)" * bool(manifest["repeated_pairs"])
     _say(state, f"[3/3] training: {pairs} pairs{repeats}, objective {recipe.objective.name}")
+    pushes = recipe.training.push_to_hub and state.is_main_process
+    if pushes:
+        hub.claim(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trained = time.perf_counter()
     _save_final(trainer, run, state)
@@ -377,6 +396,8 @@ def _train_in(
     manifest["steps"] = trainer.state.global_step
     if state.is_main_process:
         write_json(run / "manifest.json", manifest)
+    if pushes:
+        print(f"uploaded {run / 'final'} to {hub.push(trainer, run / 'final')}", flush=True)
 
 
 def _tokenizer_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -42,9 +42,9 @@ def move_aside(run: Path) -> Path | None:
 def undo_unless_begun(run: Path, aside: Path | None) -> None:
     """After a mistake stopped a fresh run: remove what it wrote and put the earlier run back.
 
-    Once there are metrics or a checkpoint the run has begun, and it is kept.
+    Once there are metrics, a checkpoint or the trained model the run has begun, and it is kept.
     """
-    if (run / "metrics.jsonl").exists() or any(run.glob("checkpoint-*")):
+    if any(path.exists() for path in (run / "metrics.jsonl", run / "final", *run.glob("checkpoint-*"))):
         return
     shutil.rmtree(run)
     if aside is not None:
@@ -97,6 +97,18 @@ def refuse_other_data(run: Path, fingerprint: str) -> None:
     """
     if read_json_object(run / "manifest.json").get("data_fingerprint", fingerprint) != fingerprint:
         raise UserError(f"--resume: the preference rows are not those that {run} began with")
+
+
+def refuse_other_weights(run: Path, digests: dict[str, str]) -> None:
+    """Resuming against other frozen weights would be neither run.
+
+    Raises:
+        UserError: a frozen model's weights are not the manifest's.
+    """
+    before = read_json_object(run / "manifest.json").get("frozen_weights", digests)
+    for name, digest in digests.items():
+        if before.get(name, digest) != digest:
+            raise UserError(f"--resume: the weights of the {name} model are not those that {run} began with")
 
 
 def hardware(world: int) -> dict[str, Any]:

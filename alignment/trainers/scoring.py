@@ -179,11 +179,10 @@ def branch_sums(logits: torch.Tensor, rows: dict[str, torch.Tensor], branches: i
 
 
 def last_positions(rows: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`[rows, branches in a row]`: the position, among the scored columns, that predicts each branch's last token."""
-    branch = rows["row_segments"][:, -rows["row_labels"].size(1) :]
-    columns = torch.arange(1, branch.size(1) + 1, device=branch.device)
-    found = [((branch == j) * columns).amax(1) - 1 for j in range(1, int(branch.max()) + 1)]
-    return torch.stack(found, 1).clamp(min=0)
+    """`[rows, branches in a row]`: the column that predicts each branch's last token."""
+    segments = rows["row_segments"]
+    columns = torch.arange(segments.size(1), device=segments.device)
+    return torch.stack([((segments == j) * columns).amax(1) for j in range(1, int(segments.max()) + 1)], 1)
 
 
 def unfold(per_row: torch.Tensor, branches: int) -> torch.Tensor:

@@ -1,0 +1,184 @@
+"""Log-probabilities under frozen models (reference, previous iterate), computed once and kept on disk.
+
+    logps, kept = frozen_logps(accelerator, score, lengths, 8, parts, tolerance, "reference")      # [n, k], nats
+
+A kept table is found under a SHA-256 of everything that decides its numbers: the token ids after truncation (hence
+data, order, template and `max_length`), every weight and the configuration of the model that scores, the dtype of
+weights and of computation, versions. It is the *content* that is hashed, not names, paths or dates, so an edited file
+or a model that was overwritten is another key. A few rows are scored again whenever a table is loaded; if they differ
+it is computed anew, with a warning. All processes share the work, the main process reads and writes the file.
+
+Not here: how a row is scored (`scoring.py`), which model that is (`offline.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from alignment.errors import UserError
+from alignment.models.gguf import cache_root
+from alignment.trainers.scoring import relative_gap
+
+FORMAT = "1"  # part of the key: raise it when the same inputs give other numbers
+CHECKED_ROWS = 4
+CONFIG_IRRELEVANT = ("_name_or_path", "transformers_version", "use_cache", "pad_token_id", "architectures")
+
+Score = Callable[[list[int]], torch.Tensor]  # row numbers → their log-probs, [len, k]
+
+
+def weights_digest(model: torch.nn.Module, only_frozen: bool = False) -> str:
+    """SHA-256 of a model's parameters and buffers as they are in memory; the same on every process.
+
+    Args:
+        model: may be sharded by ZeRO-3, whose parameters are gathered one by one.
+        only_frozen: leave trainable parameters out: with an adapter in training, what remains is its frozen start.
+    """
+    digest = hashlib.sha256()
+    trained = {id(p) for p in model.parameters() if p.requires_grad} if only_frozen else set()
+    sharded = {name: p for name, p in model.named_parameters() if "ds_id" in vars(p)}
+    everything = {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) not in trained}
+    for name, value in sorted(everything.items()):
+        if not isinstance(value, torch.Tensor):  # bitsandbytes keeps text beside its tensors
+            digest.update(f"{name} {value}".encode())
+            continue
+        with _gathered(sharded.get(name)):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _gathered(parameter: Any) -> contextlib.AbstractContextManager[Any]:
+    """The whole of a parameter that ZeRO-3 has split over the processes; all of them must come here together."""
+    if parameter is None:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+    return gathered
+
+
+def config_digest(config: Any) -> str:
+    """SHA-256 of what in a model's configuration can change a number (rope scaling, window, softcap …)."""
+    relevant = {key: value for key, value in config.to_dict().items() if key not in CONFIG_IRRELEVANT}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def rows_digest(rows: Iterable[Sequence[list[int]]]) -> str:
+    """SHA-256 of token ids, row by row and response by response, as they are scored (after truncation)."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for ids in row:
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(array("q", ids).tobytes())
+    return digest.hexdigest()
+
+
+def cache_file(parts: dict[str, Any]) -> Path:
+    """Where the table of these parts of a key lies."""
+    everything = parts | {"format": FORMAT, **{name: version(name) for name in ("torch", "transformers")}}
+    key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+    return cache_root() / "logps" / f"{key[:32]}.safetensors"
+
+
+def frozen_logps(
+    accelerator: Accelerator,
+    score: Score,
+    lengths: Sequence[int],
+    per_device: int,
+    parts: dict[str, Any],
+    tolerance: float,
+    label: str,
+) -> tuple[torch.Tensor, bool]:
+    """The table of all rows, from the cache or computed by all processes together.
+
+    Args:
+        accelerator: of the trainer.
+        score: log-probs of given rows on this process; every process makes the same number of calls.
+        lengths: tokens of each of the n rows, to batch like with like.
+        per_device: rows per call.
+        parts: of the key; any JSON values.
+        tolerance: relative difference at which a loaded table is not that of this model.
+        label: of the model, for progress and warnings.
+
+    Returns:
+        `[n, k]` float32 on the CPU, and whether it was kept from before.
+    """
+    file = cache_file(parts)
+    table = _read(file) if accelerator.is_main_process else None
+    if accelerator.num_processes > 1:
+        (table,) = broadcast_object_list([table], from_process=0)
+    if table is not None and len(table) == len(lengths):
+        rows = sorted({round(i * (len(lengths) - 1) / max(CHECKED_ROWS - 1, 1)) for i in range(CHECKED_ROWS)})
+        gap = relative_gap(score(rows).cpu(), table[rows])
+        off = accelerator.reduce(torch.tensor(float(gap > tolerance), device=accelerator.device), reduction="sum")
+        if float(off) == 0:
+            return table, True
+        _say(accelerator, f"warning: {file}: kept {label} log-probs differ from this model's; computing them again")
+    table = _computed(accelerator, score, lengths, per_device, label)
+    if accelerator.is_main_process:
+        _write(file, table, parts)
+    accelerator.wait_for_everyone()
+    return table, False
+
+
+def _computed(
+    accelerator: Accelerator, score: Score, lengths: Sequence[int], per_device: int, label: str
+) -> torch.Tensor:
+    """Longest first: memory runs out at once or never. A last part that does not divide is filled by repeats."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    found: list[torch.Tensor] = []
+    starts = range(0, len(order), per_device * world)
+    for start in tqdm(starts, desc=f"  {label} log-probs", disable=not accelerator.is_main_process):
+        part = order[start : start + per_device * world]
+        share = -(-len(part) // world)
+        filled = part + part[:1] * (share * world - len(part))
+        scored = accelerator.gather(score(filled[rank * share : (rank + 1) * share]))
+        found.append(scored[: len(part)].float().cpu())
+    table = torch.empty_like(torch.cat(found))
+    table[order] = torch.cat(found)
+    return table
+
+
+def _read(file: Path) -> torch.Tensor | None:
+    if not file.is_file():
+        return None
+    try:
+        return load_file(file)["logps"]
+    except (SafetensorError, KeyError) as error:
+        print(f"warning: {file}: damaged ({error}); computing it again", file=sys.stderr, flush=True)
+        return None
+
+
+def _write(file: Path, table: torch.Tensor, parts: dict[str, Any]) -> None:
+    """By rename: a run that starts meanwhile sees the whole table or none."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logps": table.contiguous()}, beside, metadata={"parts": json.dumps(parts, sort_keys=True)})
+        os.replace(beside, file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}; ALIGNMENT_CACHE names another place") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _say(accelerator: Accelerator, text: str) -> None:
+    if accelerator.is_main_process:
+        print(text, file=sys.stderr, flush=True)
