@@ -358,6 +358,7 @@ def _train_in(
     sampled = time.perf_counter()
     _say(state, f"[2/3] model and reference: {recipe.model.name_or_path}")
     args = _arguments(recipe, run, state.num_processes)
+    args.eval_on_start = args.eval_on_start and checkpoint is None  # the start was evaluated when the run began
     try:
         trainer = build_trainer(recipe, args, data, held_out.dataset if held_out else None, tokenizer)
     except (ValueError, ImportError, RuntimeError) as error:  # what PEFT, TRL and transformers say of a setting

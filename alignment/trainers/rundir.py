@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, jsonable, read_json_object, write_json_lines
@@ -136,7 +137,11 @@ def versions() -> dict[str, str]:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged line to metrics.jsonl; on resume, lines of steps that will be repeated are removed."""
+    """Appends every logged line to metrics.jsonl; on resume, lines of steps that will be repeated are removed.
+
+    A line is logged with every checkpoint, too: the sums since the last line are not in it, so that a resumed run's
+    next line would otherwise leave out the steps before.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -150,6 +155,14 @@ class MetricsFile(TrainerCallback):
         rows = iterate_json_lines(self.path, skip_unfinished=True)
         kept = [row for _, row in rows if row["step"] <= state.global_step]
         write_json_lines(self.path, kept if state.global_step else [])
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: D102
+        # `best` decides on saving only after it has evaluated.
+        best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
+        control.should_log |= control.should_save or best
+
+    def on_epoch_end(self, args, state, control, **kwargs):  # noqa: D102
+        self.on_step_end(args, state, control)
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102
         if state.is_world_process_zero and logs and "total_flos" not in logs:
