@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.objectives import objective_class
 from alignment.recipes import inspection, load_recipe
 from alignment.recipes.inspection import check, diff, explain, flatten
 from alignment.recipes.trl_keys import REPORTERS
@@ -53,7 +54,7 @@ def test_resolving_is_stable_under_overrides(small, overrides):
 
 
 def test_every_objective_has_a_quick_start_recipe_and_each_recipe_its_own_run_folder():
-    from alignment.objectives import list_objectives, objective_class
+    from alignment.objectives import list_objectives
 
     names = {card.name for card in list_objectives()}
     built_in = {name for name in names if objective_class(name).__module__.startswith("alignment.objectives.")}
@@ -100,6 +101,20 @@ def test_explain_shows_every_value_once_with_its_origin(small):
     assert rows["training.output_dir"] == ["runs/child", "default: runs/ and the recipe's file name"]
     assert rows["objective.label_smoothing"][1].startswith("default: ")
     assert all(len(rest) == 2 and rest[1].removeprefix("default: ") for rest in rows.values())
+
+
+def test_explain_and_diff_know_a_base_s_hyperparameters(small):
+    on_ipo = load_recipe(small("name: dpo\n  beta: 0.2", "name: spo\n  base: ipo", name="ipo.yaml"))
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in explain(on_ipo).splitlines()}
+    assert rows["objective.base"] == ["ipo", "ipo.yaml:3"]
+    ipo = next(row for row in objective_class("ipo").card.hyperparameters if row.name == "tau")
+    assert rows["objective.tau"] == [str(ipo.default), f"default: {ipo.source}"]
+    assert rows["objective.gamma"] == ["0.1", "default: CHOICE: the paper's was not seen"]
+    on_simpo = load_recipe(small("name: dpo\n  beta: 0.2", "name: spo\n  base: simpo", name="simpo.yaml"))
+    differences = diff(on_ipo, on_simpo).splitlines()
+    assert "objective.base: ipo (ipo.yaml:3) -> simpo (simpo.yaml:3)" in differences
+    assert "objective.base_gamma: absent -> 1.0 (default)" in differences
+    assert f"objective.tau: {ipo.default} (default) -> absent" in differences
 
 
 def test_diff_shows_what_differs_and_nothing_else(small):

@@ -37,6 +37,34 @@ def test_derived_hyperparameters_are_filled_in(small):
     assert recipe.objective.hyperparameters == {"eta": 0.3, "tau": pytest.approx(0.1)}
 
 
+ON_IPO = "name: spo\n  base: ipo\n  tau: 0.3"
+
+
+def test_spo_has_its_base_s_hyperparameters(small):
+    recipe = load_recipe(small("name: dpo\n  beta: 0.2", ON_IPO))
+    own = {"base": "ipo", "gamma": 0.1, "degrees": 3, "responses": "both", "removal": "rake"}
+    rest = {"head_learning_rate": 1e-3, "tau": 0.3, "normalization": "sum"}
+    assert recipe.objective.hyperparameters == own | rest
+    assert str(recipe.origin("objective.tau")) == "r.yaml:4"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("base=ip", ["objective.base: must be another objective, got 'ip'; did you mean 'ipo'?"]),
+        ("base=spo", ["objective.base: must be another objective, got 'spo'"]),
+        ("tau=-1", ["objective.tau: must be a number > 0, got -1"]),
+        (
+            "beta=0.1",
+            ["objective.beta: objective 'spo' with base='ipo' has no hyper-parameter 'beta'; did you mean 'tau'?"],
+        ),
+    ],
+)
+def test_spo_s_problems_are_at_their_key(small, override, expected):
+    found = problems(small("name: dpo\n  beta: 0.2", ON_IPO), f"objective.{override}")
+    assert found == [f"command line: {line}" for line in expected]
+
+
 LM_HEAD = (
     "r.yaml:7: lora.target_modules: lm_head cannot have an adapter: TRL takes log-probabilities from the head's own "
     "weight and refuses one there; name other modules"
