@@ -99,6 +99,8 @@ def converter(source: SourceSection, first: Sequence[Row], has_template: bool) -
 
     def convert(row: Row) -> Row:
         row = canonical(read(_renamed(row, source.columns)))
+        if source.chat is not None and source.chat == isinstance(row["prompt"], str):
+            raise BadRow(UNKNOWN_FORM, f"chat: {str(source.chat).lower()} is set, and the row is the other kind")
         if row.get("label") == 0.5 and source.ties == "drop":
             raise BadRow(TIE, "neither response is preferred; data.*.ties: soft keeps it")
         return row
@@ -164,10 +166,10 @@ def _said(role: str, content: str) -> dict[str, str]:
 
 
 def _as_chat(row: Row) -> Row:
-    """Texts as one question and two answers (`chat: true`); messages stay as they are."""
+    """Texts as one question and two answers (`chat: true`), `system` before them; messages stay as they are."""
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "calibration": "assistant"}
     texts = {c: [_said(role, row[c])] for c, role in roles.items() if isinstance(row.get(c), str)}
-    return row if is_messages(row.get("chosen")) else row | texts
+    return row if is_messages(row.get("chosen")) else _with_system(row | texts, row.get("system"))
 
 
 def _from_transcripts(row: Row, chat: bool) -> Row:
@@ -216,7 +218,7 @@ def _turns(transcript: str) -> list[dict[str, str]]:
 
 def _from_sharegpt(row: Row) -> Row:
     """sharegpt: {"from", "value"} messages as {"role", "content"}; `system` goes first."""
-    found = {c: _messages(c, row[c]) for c in ("chosen", "rejected", "calibration") if row.get(c) is not None}
+    found: Row = {c: _messages(c, row[c]) for c in ("chosen", "rejected", "calibration") if row.get(c) is not None}
     asked = row.get("conversations", row.get("prompt"))
     if asked is not None:
         found["prompt"] = asked if isinstance(asked, str) else _messages("conversations", asked)

@@ -9,7 +9,6 @@ tokens (`tokens`), whole data sets (`pipeline`).
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,6 @@ TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 NUMBER_COLUMNS = ("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected", "label")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 OPTIONAL_COLUMNS = (*ID_COLUMNS, *NUMBER_COLUMNS, "calibration", "calibration_ids")
-# What `columns` of a source may name: the canonical columns, and those of the other forms.
-MAPPABLE_COLUMNS = (
-    *TEXT_COLUMNS,
-    *OPTIONAL_COLUMNS,
-    "conversations",
-    "system",
-    "instruction",
-    "input",
-    "output",
-    "response1",
-    "response2",
-)
 
 MISSING_FIELD = "missing_field"
 NOT_TEXT = "not_text"
@@ -61,20 +48,12 @@ class BadRow(Exception):
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file (one a line) or a .json file (one list).
+    """The objects of a .jsonl file, one a line.
 
     Raises:
         UserError: the file is missing, empty, not UTF-8, or a line is not a JSON object.
     """
-    if path.suffix != ".json":
-        rows = [row for _, row in iterate_json_lines(path)]
-    else:
-        try:
-            rows = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{path}: expected a list of objects; for one object a line name it .jsonl")
+    rows = [row for _, row in iterate_json_lines(path)]
     if not rows:
         raise UserError(f"{path}: no rows")
     return rows

@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignment.errors import UserError, nearest
 from alignment.files import iterate_json_lines, read_text
-
-if TYPE_CHECKING:
-    from alignment.recipes.sections import SourceSection
+from alignment.recipes.sections import DATA_ENDINGS, SourceSection
 
 Row = dict[str, Any]
-Splits = dict[str, Callable[[], Iterator[Row]]]
+Splits = dict[str, Callable[[], Iterable[Row]]]
 
-ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 DEFAULT_SPLIT = {"train": "train", "eval": "test"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # how the hub numbers the files of one split
+_JSON = (".json", ".json.gz")
 _ROWS_AT_ONCE = 1000
-
-
-def is_local(name: str) -> bool:
-    """A file or folder rather than a hub name: it is there, or its ending or beginning says so."""
-    return name.endswith(ENDINGS) or name.startswith((".", "/", "~")) or Path(name).exists()
 
 
 def raw_rows(source: SourceSection, role: str) -> Iterator[Row]:
@@ -42,7 +36,7 @@ def raw_rows(source: SourceSection, role: str) -> Iterator[Row]:
     Raises:
         UserError: no such file, data set or split, or it cannot be read.
     """
-    rows = _local(source, role) if is_local(source.name) else _hub(source, role)
+    rows = _local(source, role) if source.is_local else _hub(source, role)
     for number, row in enumerate(rows):
         if source.limit is not None and number >= source.limit:
             return
@@ -58,19 +52,20 @@ def _hub(source: SourceSection, role: str) -> Iterator[Row]:
     except (OSError, ValueError, DatasetNotFoundError, DatasetGenerationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"data: {source.name!r} is neither a local file ({', '.join(ENDINGS)}) nor a data set that the hub gives "
-            f"({reason})"
+            f"data: {source.name!r} is neither a local file ({', '.join(DATA_ENDINGS)}) nor a data set that the hub "
+            f"gives ({reason})"
         ) from error
 
 
-def _local(source: SourceSection, role: str) -> Iterator[Row]:
-    path = Path(source.name).expanduser()
-    splits = _folder_splits(path) if path.is_dir() else _file_splits(path)
-    if splits is None:
-        splits = {"train": lambda: read_file(path)}
-        wanted = source.split or "train"
-    else:
-        wanted = source.split or (next(iter(splits)) if len(splits) == 1 else DEFAULT_SPLIT[role])
+def _local(source: SourceSection, role: str) -> Iterable[Row]:
+    path = source.path
+    if not path.exists():
+        raise UserError(f"{path}: no such file; paths are relative to the current folder, {Path.cwd()}")
+    if path.is_dir():
+        splits = _folder_splits(path)
+    else:  # without named splits all rows are one
+        splits = _json_splits(path) if path.name.endswith(_JSON) else {"train": partial(read_file, path)}
+    wanted = source.split or (next(iter(splits)) if len(splits) == 1 else DEFAULT_SPLIT[role])
     if re.search(r"[\[+]", wanted):
         return _sliced(source.name, splits, wanted)
     if wanted not in splits:
@@ -95,48 +90,50 @@ def _sliced(name: str, splits: Splits, wanted: str) -> Iterator[Row]:
 def _folder_splits(folder: Path) -> Splits:
     """One split per file name (`train.jsonl`), numbered parts of one split together; of the folder or its data/."""
     for place in (folder, folder / "data"):
-        files = sorted(file for file in place.glob("*") if file.name.endswith(ENDINGS))
+        files = sorted(file for file in place.glob("*") if file.name.endswith(DATA_ENDINGS))
         if files:
             break
     else:
-        raise UserError(f"{folder}: holds no data file ({', '.join(ENDINGS)})")
+        raise UserError(f"{folder}: holds no data file ({', '.join(DATA_ENDINGS)})")
     parts: dict[str, list[Path]] = {}
     for file in files:
         parts.setdefault(_SHARD.sub("", file.name.split(".")[0]), []).append(file)
     for split, found in parts.items():
         if len(found) > 1 and not all(_SHARD.search(file.name.split(".")[0]) for file in found):
             raise UserError(f"{folder}: {found[0].name} and {found[1].name} are both split {split!r}; keep one")
-    return {
-        split: lambda found=found: (row for file in found for row in read_file(file)) for split, found in parts.items()
-    }
+    return {split: partial(_read_files, found) for split, found in parts.items()}
 
 
-def _file_splits(path: Path) -> Splits | None:
-    """The splits of a .json file that holds an object of lists; None for every other file."""
-    if not path.name.endswith((".json", ".json.gz")):
-        return None
+def _read_files(files: list[Path]) -> Iterator[Row]:
+    for file in files:
+        yield from read_file(file)
+
+
+def _json_splits(path: Path) -> Splits:
+    """The splits of a .json file that holds an object of lists; one split where it holds a list."""
     value = _json(path)
-    if not (isinstance(value, dict) and value and all(isinstance(rows, list) for rows in value.values())):
-        return None
-    return {split: lambda rows=rows, split=split: iter(_objects(path, rows, split)) for split, rows in value.items()}
+    if isinstance(value, dict) and value and all(isinstance(rows, list) for rows in value.values()):
+        return {split: partial(_objects, f"{path}: split {split!r}", rows) for split, rows in value.items()}
+    return {"train": partial(_objects, str(path), value)}
 
 
 def read_file(path: Path) -> Iterator[Row]:
     """The rows of one file, by its ending.
 
     Raises:
-        UserError: the file is missing, empty or broken, or its ending is not one of `ENDINGS`.
+        UserError: the file is empty or broken, or its ending is not one of `DATA_ENDINGS`.
     """
+    rows: Iterable[Row]
     if path.name.endswith(".parquet"):
         rows = _parquet(path)
     elif path.name.endswith(".csv"):
         rows = _csv(path)
-    elif path.name.endswith((".json", ".json.gz")):
-        rows = iter(_objects(path, _json(path)))
+    elif path.name.endswith(_JSON):
+        rows = _objects(str(path), _json(path))
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         rows = (row for _, row in iterate_json_lines(path))
     else:
-        raise UserError(f"{path}: unknown kind of file; valid: {', '.join(ENDINGS)}")
+        raise UserError(f"{path}: unknown kind of file; valid: {', '.join(DATA_ENDINGS)}")
     empty = True
     for row in rows:
         empty = False
@@ -152,10 +149,11 @@ def _json(path: Path) -> Any:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
 
 
-def _objects(path: Path, rows: Any, split: str | None = None) -> list[Row]:
-    where = f"{path}: split {split!r}" if split else str(path)
+def _objects(where: str, rows: Any) -> list[Row]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{where}: expected a list of objects; for one object a line name it .jsonl")
+    if not rows:
+        raise UserError(f"{where}: no rows")
     return rows
 
 
@@ -163,7 +161,6 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
-    _there(path)
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE):
@@ -173,20 +170,16 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """Every field as text; an absent field at a line's end is None."""
-    import pandas
+    """Every field as text: what is a number, the form says. A line with too few or too many fields breaks the file."""
+    import pyarrow
+    from pyarrow import csv
 
-    _there(path)
+    lines = csv.ParseOptions(newlines_in_values=True)
     try:
-        with pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=_ROWS_AT_ONCE) as chunks:
-            for chunk in chunks:
-                yield from chunk.to_dict("records")
-    except pandas.errors.EmptyDataError:
-        raise UserError(f"{path}: no rows") from None
-    except (pandas.errors.ParserError, UnicodeDecodeError, OSError) as error:
+        with csv.open_csv(path, parse_options=lines) as peeked:
+            texts = csv.ConvertOptions(column_types=dict.fromkeys(peeked.schema.names, pyarrow.string()))
+        with csv.open_csv(path, parse_options=lines, convert_options=texts) as batches:
+            for batch in batches:
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable CSV file: {' '.join(str(error).split())[:200]}") from None
-
-
-def _there(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; paths are relative to the current folder, {Path.cwd()}")

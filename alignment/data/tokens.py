@@ -57,6 +57,8 @@ def markers(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Markers:
     Raises:
         UserError: rows are chat messages and there is no chat template, or text and there is no EOS token.
     """
+    from jinja2 import TemplateError
+
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     if not chat:
@@ -69,10 +71,14 @@ def markers(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Markers:
             "(data.train: {name: …, chat: false} for hh and alpaca)"
         )
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = _chat_ids(tokenizer, [probe], generation=False)[0]
-    special = set(tokenizer.all_special_ids)
+    try:
+        ids = _chat_ids(tokenizer, [probe], generation=False)[0]
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model: the chat template fails on a plain question and answer ({reason})") from error
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     tail = len(ids)
-    while tail and (ids[tail - 1] in special or not tokenizer.decode([ids[tail - 1]]).strip()):
+    while tail and (ids[tail - 1] in special or not str(tokenizer.decode([ids[tail - 1]])).strip()):
         tail -= 1
     ends = [i for i in ids[tail:] if i in special][:1]
     return Markers(
@@ -85,7 +91,7 @@ def markers(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Markers:
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Any], *, generation: bool) -> list[Ids]:
-    found = tokenizer.apply_chat_template(
+    found: Any = tokenizer.apply_chat_template(
         list(conversations), tokenize=True, add_generation_prompt=generation, return_dict=True
     )
     ids: list[Ids] = found["input_ids"]

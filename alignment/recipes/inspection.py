@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.data.reading import is_local
 from alignment.errors import UserError
 from alignment.files import PACKAGE_SCHEME, package_file
 from alignment.recipes.document import Origin, Problem, RecipeError
@@ -63,7 +62,7 @@ def _missing_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield dotted, f"{name}: no such file (looked in {Path.cwd()})"
     for dotted, sources in (("data.train", data.train), ("data.eval", data.eval)):
         for source in sources or ():
-            if is_local(source.name) and not Path(source.name).expanduser().exists():
+            if source.is_local and not source.path.exists():
                 yield dotted, f"{source.name}: no such file (looked in {Path.cwd()})"
     if recipe.model.adapter is not None and not Path(recipe.model.adapter).is_dir():
         yield "model.adapter", f"{recipe.model.adapter}: no such folder"

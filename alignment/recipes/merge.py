@@ -85,6 +85,8 @@ def _name_changes(base: Document, child: Document, section: str) -> bool:
 def _merge(base: Any, child: Any) -> Any:
     if not isinstance(base, dict) or not isinstance(child, dict):
         return child
+    if "name" in child and child["name"] != base.get("name"):  # another source of data: its settings are its own
+        return child
     return {**base, **{key: _merge(base.get(key), value) for key, value in child.items()}}
 
 

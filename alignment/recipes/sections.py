@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -189,6 +190,15 @@ class SampleSection(Section):
         return self
 
 
+DATA_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
+# What `columns` of a source may rename: the columns of all forms (`alignment.data.forms`).
+SOURCE_COLUMNS = (
+    *("prompt", "chosen", "rejected", "calibration", "label"),
+    *("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected"),
+    *("conversations", "system", "instruction", "input", "output", "response1", "response2"),
+)
+
+
 class SourceSection(Section):
     """One source of preferences; `data.train: pairs.jsonl` is short for `data.train: {name: pairs.jsonl}`."""
 
@@ -218,14 +228,22 @@ class SourceSection(Section):
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, value: dict[str, str | list[str]] | None) -> dict[str, str | list[str]] | None:
-        from alignment.data.preferences import MAPPABLE_COLUMNS
-
         for ours, theirs in (value or {}).items():
-            if ours not in MAPPABLE_COLUMNS:
-                raise ValueError(f"{ours!r} is not one of our columns{nearest(ours, MAPPABLE_COLUMNS)}")
+            if ours not in SOURCE_COLUMNS:
+                raise ValueError(f"{ours!r} is not one of our columns{nearest(ours, SOURCE_COLUMNS)}")
             if ours != "label" and not isinstance(theirs, str):
                 raise ValueError(f"{ours!r} takes one column; only label may name several")
         return value
+
+    @property
+    def is_local(self) -> bool:
+        """A file or folder rather than a hub name: it is there, or its ending or beginning says so."""
+        return self.name.endswith((*DATA_ENDINGS, "/")) or self.name.startswith((".", "/", "~")) or self.path.exists()
+
+    @property
+    def path(self) -> Path:
+        """Where a local source lies."""
+        return Path(self.name).expanduser()
 
 
 def _sources(value: Any) -> Any:

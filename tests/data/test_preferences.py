@@ -1,179 +1,131 @@
-"""Reading preference files and prompts: what is accepted is kept exactly, what is not is named by its row."""
+"""One row in canonical form: what is accepted is kept exactly, what is not has its reason; prompts of text files."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import math
 
 import pytest
 
-from alignment.data.preferences import load_preferences, preference_dataset, read_prompts, read_rows
+from alignment.data.preferences import BadRow, canonical, read_prompts
 from alignment.errors import UserError
+from tests.data.building import reply, said, user
 
 GOOD = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 IDS = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}
-
-
-def chat(*texts: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text} for text in texts]
-
-
-CHAT = {"prompt": [{"role": "user", "content": "p"}], "chosen": chat("good"), "rejected": chat("bad")}
-
-
-def write(folder: Path, name: str, text: str) -> Path:
-    (folder / name).write_text(text, encoding="utf-8")
-    return folder / name
-
-
-def test_both_file_forms_give_the_same_rows(tmp_path):
-    rows = [GOOD | {"prompt": f"line\u2028separator {i}"} for i in range(3)]  # U+2028 ends no row
-    lines = write(tmp_path, "a.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n\n" for r in rows))
-    one = write(tmp_path, "a.json", json.dumps(rows, indent=1))
-    assert read_rows(lines) == read_rows(one) == rows
-    assert load_preferences(str(lines)).to_list() == load_preferences(str(one)).to_list() == rows
+CHAT = {"prompt": user("p"), "chosen": reply("good"), "rejected": reply("bad")}
 
 
 def test_known_columns_travel_and_others_stay_behind():
-    row = GOOD | IDS | {"reward_chosen": 1, "reward_rejected": -0.5, "calibration": "c", "source": "somewhere"}
-    found = preference_dataset([row], "here")
-    assert set(found.column_names) == set(row) - {"source"}
-    assert found[0]["chosen_ids"] == [2, 3] and found[0]["reward_chosen"] == 1.0
-    assert preference_dataset([CHAT], "here")[0] == CHAT
+    row = GOOD | IDS | {"reward_chosen": 1, "reward_rejected": "-0.5", "label": 1, "calibration": "c"}
+    found = canonical(row | {"source": "somewhere", "prev_chosen": None})
+    assert found == row | {"reward_chosen": 1.0, "reward_rejected": -0.5, "label": 1.0}
+    assert canonical(CHAT) == CHAT
+    noted = [said("assistant", "good") | {"weight": 1}]
+    assert canonical(CHAT | {"chosen": noted}) == CHAT
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("row", "reason", "detail"),
     [
-        ('{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON"),
-        ('{"a": 1}\n\n7\n', r"a\.jsonl:3: a JSON object is needed"),
-        ("\n\n", "no rows"),
+        ({"prompt": "p", "rejected": "bad"}, "missing_field", "chosen is missing"),
+        (GOOD | {"rejected": None}, "missing_field", "rejected is missing"),
+        (GOOD | {"chosen_ids": [2]}, "missing_field", "token ids come together: prompt_ids, rejected_ids missing"),
+        (GOOD | IDS | {"calibration_ids": [1]}, "missing_field", "calibration_ids needs calibration"),
+        (GOOD | {"chosen": 3}, "not_text", "chosen: expected text or a list of messages, got int"),
+        (GOOD | {"chosen": True}, "not_text", "got bool"),
+        (GOOD | {"calibration": 7}, "not_text", "calibration"),
+        (CHAT | {"chosen": [{"role": "assistant"}]}, "not_text", "chosen"),
+        (GOOD | IDS | {"chosen_ids": [1.5]}, "not_text", "chosen_ids: expected a list of token ids"),
+        (GOOD | IDS | {"chosen_ids": [True]}, "not_text", "chosen_ids"),
+        (GOOD | {"prompt": ""}, "empty", "prompt is empty"),
+        (GOOD | {"rejected": " \n"}, "empty", "rejected is empty"),
+        (GOOD | {"calibration": ""}, "empty", "calibration is empty"),
+        (CHAT | {"chosen": []}, "empty", "chosen is empty"),
+        (CHAT | {"chosen": reply("")}, "empty", "chosen is empty"),
+        (GOOD | IDS | {"chosen_ids": []}, "empty", "chosen_ids is empty"),
+        (GOOD | {"chosen": "bad"}, "same_responses", ""),
+        (CHAT | {"chosen": reply("bad")}, "same_responses", ""),
+        (CHAT | {"rejected": "bad"}, "unknown_form", "mix text and chat messages"),
+        (GOOD | {"calibration": reply("c")}, "unknown_form", "prompt, chosen, rejected and calibration mix"),
+        (GOOD | {"reward_chosen": True}, "bad_number", "reward_chosen: expected a finite number, got True"),
+        (GOOD | {"reward_chosen": "high"}, "bad_number", "got 'high'"),
+        (GOOD | {"prev_rejected": math.nan}, "bad_number", "got nan"),
+        (GOOD | {"reward_rejected": [1.0]}, "bad_number", "got [1.0]"),
+        (GOOD | {"label": 1.5}, "bad_number", "label: 1.5 is not a probability"),
+        (GOOD | {"label": -0.1}, "bad_number", "label"),
     ],
 )
-def test_lines_that_cannot_be_read_are_named_as_an_editor_counts_them(tmp_path, text, message):
-    with pytest.raises(UserError, match=message):
-        read_rows(write(tmp_path, "a.jsonl", text))
+def test_unusable_rows_have_a_reason(row, reason, detail):
+    with pytest.raises(BadRow) as refused:
+        canonical(row)
+    assert refused.value.reason == reason and detail in refused.value.detail
 
 
-def test_files_that_cannot_be_read(tmp_path):
-    for content in ('{"prompt": 1}', "[1, 2]"):
-        with pytest.raises(UserError, match=r"list of objects; for one object a line name it \.jsonl"):
-            read_rows(write(tmp_path, "a.json", content))
-    with pytest.raises(UserError, match=r"a\.json:2: not valid JSON"):
-        read_rows(write(tmp_path, "a.json", "[\n{,}]"))
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
-    with pytest.raises(UserError, match=r"latin\.jsonl: .*UTF-8"):
-        read_rows(tmp_path / "latin.jsonl")
-    with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
-        load_preferences(str(tmp_path / "gone.jsonl"))
-    with pytest.raises(UserError, match="neither a local file nor a data set that the hub gives"):
-        load_preferences("nobody/no-such-data")
+def test_given_ids_count_more_than_their_texts():
+    """A sample may decode to nothing, or to the same text as another one."""
+    for texts in ({"chosen": "bad"}, {"prompt": ""}, {"rejected": ""}):
+        assert canonical(GOOD | IDS | texts) == GOOD | IDS | texts
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "p", "rejected": "bad"}, "column 'chosen' is missing"),
-        (GOOD | {"chosen": 3}, "column 'chosen': expected text or a list of messages, got int"),
-        (GOOD | {"rejected": " \n"}, "column 'rejected' is empty"),
-        (CHAT | {"chosen": chat("good", "")}, "column 'chosen' is empty"),
-        (CHAT | {"chosen": []}, "column 'chosen': expected text or a list of messages"),
-        (CHAT | {"chosen": [{"role": "assistant"}]}, "column 'chosen': expected text or a list of messages"),
-        (CHAT | {"rejected": "bad"}, "mix text and chat messages"),
-        (CHAT, "text rows and chat rows are mixed in one file"),
-        (GOOD | {"chosen": "bad"}, "chosen and rejected are the same"),
-        (GOOD | {"reward_chosen": True}, "column 'reward_chosen': expected a number, got True"),
-        (GOOD | {"reward_chosen": float("nan")}, "column 'reward_chosen': nan is not a finite number"),
-        (GOOD | {"reward_chosen": None}, "column 'reward_chosen': expected a number, got None"),
-        (GOOD | IDS | {"chosen_ids": [1.5]}, "column 'chosen_ids': expected a list of token ids"),
-        (GOOD | IDS | {"chosen_ids": []}, "column 'chosen_ids' is empty"),
-        (GOOD | {"calibration": chat("c")}, "prompt, chosen, rejected and calibration mix text and chat messages"),
-        (GOOD | {"calibration": ""}, "column 'calibration' is empty"),
-        (GOOD | {"calibration": 7}, "column 'calibration': expected text or a list of messages, got int"),
-        (GOOD | IDS | {"a_note": 1}, "column 'chosen_ids' is in some rows only"),
-    ],
-)
-def test_unusable_rows_are_named(row, message):
-    """Row 1 is fine, row 2 is not."""
-    with pytest.raises(UserError, match=r"^here: row 2: ") as refused:
-        preference_dataset([GOOD, row], "here")
-    assert message in str(refused.value)
-
-
-def test_token_ids_come_together():
-    """Ids for some of the three texts would be ignored, or worse."""
-    with pytest.raises(UserError, match="row 1: column 'prompt_ids' needs rejected_ids beside it"):
-        preference_dataset([GOOD | {"prompt_ids": [1], "chosen_ids": [2]}], "here")
-    with pytest.raises(UserError, match="row 1: column 'calibration_ids' needs calibration beside it"):
-        preference_dataset([GOOD | IDS | {"calibration_ids": [1]}], "here")
-
-
-def test_equal_texts_with_different_tokens_are_a_pair():
-    assert preference_dataset([GOOD | IDS | {"chosen": "bad"}], "here").num_rows == 1
-
-
-def test_prompts(tmp_path):
-    file = write(tmp_path, "p.txt", "# a comment\n one \n\ntwo # not a comment\n  # comment\nthree")
-    assert read_prompts(file) == ["one", "two # not a comment", "three"]
-    assert read_prompts(file, 2) == ["one", "two # not a comment"]
-    with pytest.raises(UserError, match="3 prompts, but 4 are asked for"):
-        read_prompts(file, 4)
-    with pytest.raises(UserError, match="line 3: repeats the prompt of line 1"):
-        read_prompts(write(tmp_path, "twice.txt", "one\ntwo\n one\n"))
-    with pytest.raises(UserError, match="no prompts in it"):
-        read_prompts(write(tmp_path, "none.txt", "# only this\n"))
-    with pytest.raises(UserError, match=r"gone\.txt: no such file"):
-        read_prompts(tmp_path / "gone.txt")
-
-
-USER, KIND, COLD = (
-    {"role": "user", "content": "my dog is"},
-    {"role": "assistant", "content": "kind ."},
-    {"role": "assistant", "content": "cold ."},
-)
-SYSTEM = {"role": "system", "content": "be brief"}
+ASK, KIND, COLD = said("user", "my dog is"), said("assistant", "kind ."), said("assistant", "cold .")
+SYSTEM = said("system", "be brief")
 
 
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
         # UltraFeedback's binarised form: the prompt as text, and again at the head of both lists
-        ({"prompt": "my dog is", "chosen": [USER, KIND], "rejected": [USER, COLD]}, [USER]),
-        ({"prompt": "my dog is", "chosen": [SYSTEM, USER, KIND], "rejected": [SYSTEM, USER, COLD]}, [SYSTEM, USER]),
+        ({"prompt": "my dog is", "chosen": [ASK, KIND], "rejected": [ASK, COLD]}, [ASK]),
+        ({"prompt": "my dog is", "chosen": [SYSTEM, ASK, KIND], "rejected": [SYSTEM, ASK, COLD]}, [SYSTEM, ASK]),
         # TRL's implicit prompt
-        ({"chosen": [USER, KIND], "rejected": [USER, COLD]}, [USER]),
+        ({"chosen": [ASK, KIND], "rejected": [ASK, COLD]}, [ASK]),
+        ({"chosen": [ASK, COLD, ASK, KIND], "rejected": [ASK, COLD, ASK, COLD]}, [ASK, COLD, ASK]),
         # the prompt's messages repeated in both lists: they must not be trained on
-        ({"prompt": [USER], "chosen": [USER, KIND], "rejected": [USER, COLD]}, [USER]),
-        ({"prompt": [USER], "chosen": [KIND], "rejected": [COLD]}, [USER]),
-        ({"prompt": "my dog is", "chosen": [KIND], "rejected": [COLD]}, [USER]),
+        ({"prompt": [ASK], "chosen": [ASK, KIND], "rejected": [ASK, COLD]}, [ASK]),
+        ({"prompt": [ASK], "chosen": [KIND], "rejected": [COLD]}, [ASK]),
+        ({"prompt": "my dog is", "chosen": [KIND], "rejected": [COLD]}, [ASK]),
     ],
 )
 def test_conversations_are_taken_apart_into_prompt_and_responses(row, prompt):
-    data = preference_dataset([row], "made up")[0]
-    assert (data["prompt"], data["chosen"], data["rejected"]) == (prompt, [KIND], [COLD])
+    assert canonical(row) == {"prompt": prompt, "chosen": [KIND], "rejected": [COLD]}
 
 
 def test_calibration_loses_the_prompt_too():
-    row = {"prompt": "my dog is", "chosen": [USER, KIND], "rejected": [USER, COLD], "calibration": [USER, COLD]}
-    assert preference_dataset([row], "made up")[0]["calibration"] == [COLD]
+    row = {"prompt": "my dog is", "chosen": [ASK, KIND], "rejected": [ASK, COLD], "calibration": [ASK, COLD]}
+    assert canonical(row)["calibration"] == [COLD]
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "my dog is", "chosen": [USER | {"content": "my dog is "}, KIND], "rejected": [USER, COLD]},
-        {"prompt": [USER], "chosen": [USER, KIND], "rejected": [COLD]},
-        {"prompt": [SYSTEM, USER], "chosen": [USER, KIND], "rejected": [USER, COLD]},
-        {"prompt": [USER], "chosen": [KIND], "rejected": [COLD], "calibration": [USER, COLD]},
+        {"prompt": "my dog is", "chosen": [said("user", "my dog is "), KIND], "rejected": [ASK, COLD]},
+        {"prompt": "your cat is", "chosen": [ASK, KIND], "rejected": [ASK, COLD]},
+        {"prompt": [ASK], "chosen": [ASK, KIND], "rejected": [COLD]},
+        {"prompt": [SYSTEM, ASK], "chosen": [ASK, KIND], "rejected": [ASK, COLD]},
+        {"prompt": [ASK], "chosen": [KIND], "rejected": [COLD], "calibration": [ASK, COLD]},
+        # they part before the last question
+        {"chosen": [ASK, KIND, ASK, KIND], "rejected": [ASK, COLD, ASK, COLD]},
     ],
 )
-def test_a_response_that_begins_with_what_the_user_says_is_refused(row):
-    """Otherwise the prompt would be trained on as part of the response."""
-    with pytest.raises(UserError, match="row 1: column '.*' begins with a user message"):
-        preference_dataset([row], "made up")
+def test_a_response_with_what_the_user_says_is_refused(row):
+    """Otherwise a prompt would be trained on as part of the response."""
+    with pytest.raises(BadRow, match="different_prompts: .* has a user message that is not the prompt's"):
+        canonical(row)
 
 
-def test_a_text_prompt_that_is_not_what_the_conversations_begin_with_is_refused():
-    row = {"prompt": "your cat is", "chosen": [USER, KIND], "rejected": [USER, COLD]}
-    with pytest.raises(UserError, match="row 1: column 'chosen' begins with a user message"):
-        preference_dataset([row], "made up")
+def test_prompts(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("# a comment\n one \n\ntwo # not a comment\n  # comment\nthree")
+    assert read_prompts(file) == ["one", "two # not a comment", "three"]
+    assert read_prompts(file, 2) == ["one", "two # not a comment"]
+    with pytest.raises(UserError, match="3 prompts, but 4 are asked for"):
+        read_prompts(file, 4)
+    for text, message in (
+        ("one\ntwo\n one\n", "line 3: repeats the prompt of line 1"),
+        ("# this\n", "no prompts in it"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_prompts(file)
+    with pytest.raises(UserError, match=r"gone\.txt: no such file"):
+        read_prompts(tmp_path / "gone.txt")

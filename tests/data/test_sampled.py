@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from alignment.data.preferences import preference_dataset
+from alignment.data.preferences import canonical
 from alignment.data.sampled import best_against_worst
 from alignment.errors import UserError
 from alignment.models.sampling import Sample
@@ -95,7 +95,7 @@ def test_rows_keep_ids_scores_and_a_calibration_that_is_blind_to_scores():
                 "reward_rejected": 0.0,
             }
         ]
-        assert preference_dataset(rows, "here").num_rows == 1
+        assert canonical(rows[0]) == rows[0]
 
 
 def test_the_judge_sees_each_prompt_with_its_own_responses():

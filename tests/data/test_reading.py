@@ -1,0 +1,125 @@
+"""Files, folders and hub names: every kind of file gives the same rows, every broken one is one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from alignment.data.reading import raw_rows
+from alignment.errors import UserError
+from alignment.recipes.sections import DATA_ENDINGS, SourceSection
+from tests.data.building import write
+
+ROWS = [{"prompt": f"line\u2028separator {i}", "chosen": 'a "b",\nc', "rejected": "ü"} for i in range(3)]
+
+
+def read(name: str | Path, role: str = "train", **keys) -> list[dict]:
+    return list(raw_rows(SourceSection(name=str(name), **keys), role))
+
+
+@pytest.mark.parametrize("ending", DATA_ENDINGS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, ending):
+    name = write(tmp_path / f"rows{ending}", ROWS)
+    assert read(name) == ROWS
+    assert read(name, "eval") == ROWS  # a plain file is all rows, whatever it is used for
+    assert read(name, limit=2) == ROWS[:2]
+    assert read(name, split="train[1:]") == ROWS[1:]
+    with pytest.raises(UserError, match=rf"rows\{ending}: no split 'test' in it; valid: train"):
+        read(name, split="test")
+
+
+def test_csv_fields_are_text(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,label\nNA,1\n,0.5\n")
+    assert read(tmp_path / "a.csv") == [{"prompt": "NA", "label": "1"}, {"prompt": "", "label": "0.5"}]
+
+
+def test_named_splits_of_a_json_file_and_of_a_folder(tmp_path):
+    one, two = [{"a": 1}], [{"a": 2}, {"a": 3}, {"a": 4}, {"a": 5}]
+    file = write(tmp_path / "splits.json", {"train": one, "test": two})
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "train.jsonl", one)
+    for i in (0, 1):  # the hub numbers the parts of a split
+        write(folder / f"test-0000{i}-of-00002.parquet", two[2 * i : 2 * i + 2])
+    (folder / "README.md").write_text("not data")
+    for name in (file, str(folder)):
+        assert read(name) == one  # data.train
+        assert read(name, "eval") == two  # data.eval
+        assert read(name, split="test") == two
+        assert read(name, split="test[:50%]") == two[:2]
+        assert read(name, split="train+test[3:]") == [*one, two[3]]
+        with pytest.raises(UserError, match="no split 'tset' in it; did you mean 'test'"):
+            read(name, split="tset")
+        with pytest.raises(UserError, match=r"split 'test\[x:\]'"):
+            read(name, split="test[x:]")
+    (folder / "train.jsonl").unlink()
+    assert read(folder) == two  # the only split there is
+
+
+def test_hub_names_and_their_splits(tmp_path, monkeypatch):
+    """Only the call into `datasets` is exchanged: nothing may reach for a hub."""
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("org/pairs") == ROWS
+    read("org/pairs", "eval")
+    read("org/pairs", split="train_prefs[:10%]")
+    assert asked == [("org/pairs", "train"), ("org/pairs", "test"), ("org/pairs", "train_prefs[:10%]")]
+
+
+def test_a_name_that_the_hub_does_not_give():
+    with pytest.raises(
+        UserError, match="'nobody/no-such-data' is neither a local file .* nor a data set that the hub"
+    ):
+        read("nobody/no-such-data")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n\n7\n', r"a\.jsonl:3: a JSON object is needed"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl: no rows"),
+        ("a.jsonl", b'{"prompt": "\xe9"}\n', r"a\.jsonl: .*UTF-8"),
+        ("a.json", b"[\n{,}]", r"a\.json:2: not valid JSON"),
+        ("a.json", b'{"prompt": 1}', r"list of objects; for one object a line name it \.jsonl"),
+        ("a.json", b"[1, 2]", "list of objects"),
+        ("a.json", b'{"train": [1]}', r"a\.json: split 'train': expected a list of objects"),
+        ("a.json", b"[]", r"a\.json: no rows"),
+        ("a.jsonl.gz", b"not packed", r"a\.jsonl\.gz: not a complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99)[:-20], "not a complete gzip file"),
+        ("a.json.gz", gzip.compress(b"[")[:-3], r"a\.json\.gz: not a complete gzip file"),
+        ("a.parquet", b"PAR1 and then nothing", r"a\.parquet: not a readable Parquet file"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", r"a\.csv: not a readable CSV file: .*Expected 2 columns, got 3"),
+        ("a.csv", b"", r"a\.csv: "),
+        ("a.csv", b"a,b\n", r"a\.csv: no rows"),
+        ("a.csv", b"a,b\n\xff\xfe,1\n", r"a\.csv: not a readable CSV file: .*UTF-?8"),
+    ],
+)
+def test_broken_files_are_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as said:
+        read(tmp_path / name)
+    assert "\n" not in str(said.value) and name in str(said.value)
+
+
+def test_places_without_data(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.jsonl: no such file; paths are relative to"):
+        read(tmp_path / "gone.jsonl")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"notes\.txt: unknown kind of file; valid: \.jsonl"):
+        read(tmp_path / "notes.txt")
+    with pytest.raises(UserError, match="holds no data file"):
+        read(tmp_path)
+    for name in ("train.jsonl", "train.csv"):
+        write(tmp_path / name, ROWS)
+    with pytest.raises(UserError, match=r"train\.csv and train\.jsonl are both split 'train'; keep one"):
+        read(tmp_path)
