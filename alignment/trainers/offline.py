@@ -8,9 +8,6 @@ passes (`scoring.py`).
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,6 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig
-from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import use_adapter
 
 from alignment.data.pipeline import prepare_rows
 from alignment.data.preferences import ID_COLUMNS, NUMBER_COLUMNS
@@ -29,23 +24,21 @@ from alignment.errors import UserError
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective, reads_reference
 from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
-from alignment.trainers.collation import BRANCHES, FROZEN_COLUMNS, LengthGroupedSampler, PairCollator, truncated
+from alignment.trainers.collation import BRANCHES, FROZEN_COLUMNS, LengthGroupedSampler, PairCollator
 from alignment.trainers.degree import COLUMNS, DegreeTrainer
-from alignment.trainers.frozen import config_digest, frozen_logps, rows_digest, weights_digest
+from alignment.trainers.frozen import weights_digest
 from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals
+from alignment.trainers.reference import ReferenceTrainer, checked_reference
 from alignment.trainers.scoring import (
-    ROW_KEYS,
     TOLERANCE,
     Layout,
     relative_gap,
-    repaired,
     scored_tokens,
-    sequence_logps,
     why_not_shared,
 )
 
 
-class PreferenceTrainer(DegreeTrainer):
+class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
     """Train a language model on preference pairs with any offline objective of the registry.
 
     The reference is the model that training starts from: a frozen copy of `model` as it is in memory (not what lies on
@@ -125,7 +118,7 @@ class PreferenceTrainer(DegreeTrainer):
         self.frozen_digests: dict[str, str] = {}
         self._ref_config = None
         if not self.start_is_reference and ref_model is not None and self._needs_reference:
-            self._ref_config = _checked_reference(ref_model, processing_class)
+            self._ref_config = checked_reference(ref_model, processing_class)
             self.frozen_digests["reference"] = weights_digest(ref_model)
         ref_model, self.start_model = self._frozen_models(model, ref_model, start_model, peft_config)
         self.collator = PairCollator(
@@ -160,91 +153,6 @@ class PreferenceTrainer(DegreeTrainer):
         self.add_callback(EpochOrder(self))
         if self.aux_loss_enabled:
             warnings.warn("the router's auxiliary loss is not added: only the objective is trained", stacklevel=2)
-
-    # --- frozen models ------------------------------------------------------------------------------------------
-
-    def _frozen_models(self, model: Any, ref_model: Any, start_model: Any, peft_config: Any) -> tuple[Any, Any]:
-        """(reference for TRL, start beside another reference); None where the policy itself can score them: with its
-        adapter switched, or before the first step."""
-        if not self._needs_reference:
-            return None, None
-        # FSDP splits the policy only when training starts: until then a copy has to be scored with.
-        ahead = self._precompute and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true"
-        if peft_config is not None or is_peft_model(model):
-            if self._scores_start and is_peft_model(model):
-                _keep_adapter(model)  # TRL does so only where it is given no reference
-            return ref_model, None
-        if ref_model is None and not ahead:
-            ref_model = _frozen_copy(model)
-        if self._scores_start and start_model is None and not ahead:
-            start_model = _frozen_copy(model)
-        return ref_model, start_model if self._scores_start else None
-
-    def _prepared(self, frozen: Any) -> Any:
-        """A frozen model placed and wrapped as TRL does with its reference."""
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(frozen, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(frozen, self.accelerator)
-        return self.accelerator.prepare_model(frozen, evaluation_mode=True)
-
-    def _add_frozen_columns(self) -> None:
-        """Score both data sets under the frozen models (or load their kept tables), then let the models go."""
-        policy = None  # under DeepSpeed the policy can score only inside an engine
-        for prefix in ("ref", "prev") if self._scores_start else ("ref",):
-            frozen = self.ref_model if prefix == "ref" else self.start_model
-            own = prefix == "prev" or self.start_is_reference
-            if frozen is None and policy is None:
-                policy = prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
-                self.model.eval()
-            if own:
-                self.frozen_digests["start"] = weights_digest(self.model, only_frozen=is_peft_model(self.model))
-            weights = self.frozen_digests["start" if own else "reference"]
-            config = self.model.config if own or self._ref_config is None else self._ref_config
-            for role in ("train", "eval"):
-                data: Any = self.train_dataset if role == "train" else self.eval_dataset
-                if data is None:
-                    continue
-                table = self._table(prefix, policy if frozen is None else frozen, data, weights, config)
-                names = [f"{prefix}_{b}" for b in BRANCHES[: self._branches if prefix == "ref" else 2]]
-                for j, name in enumerate(names):
-                    data = data.add_column(name, table[:, j].tolist())
-                setattr(self, f"{role}_dataset", data)
-        self.ref_model = self.start_model = None
-
-    def _table(self, prefix: str, model: Any, data: Dataset, weights: str, config: Any) -> torch.Tensor:
-        """`[n, k]` log-probs of every row of `data` under one frozen model."""
-        columns = ["prompt_ids", *(f"{b}_ids" for b in BRANCHES[: self._branches])]
-        plain = data.select_columns(columns)
-        rows = [
-            [row["prompt_ids"], *(truncated(row, b, self.collator.max_length) for b in BRANCHES[: self._branches])]
-            for row in plain
-        ]
-
-        def score(numbers: list[int]) -> torch.Tensor:
-            inputs = self.collator([plain[i] for i in numbers])
-            inputs = {key: value.to(self.accelerator.device) for key, value in inputs.items()}
-            if not self._layout_settled:
-                self._settle_layout(model, inputs)
-            return self._score_frozen(prefix, model, inputs)
-
-        table, kept = frozen_logps(
-            self.accelerator,
-            score,
-            [sum(map(len, row)) for row in rows],
-            self.args.per_device_train_batch_size,
-            {
-                "weights": weights,
-                "config": config_digest(config),
-                "rows": rows_digest(rows),
-                "dtype": [str(self.model.dtype), str(self._compute_dtype)],
-            },
-            TOLERANCE[self._compute_dtype],
-            {"ref": "reference", "prev": "previous-iterate"}[prefix],
-        )
-        if self.accelerator.is_main_process:
-            print(f"  {'kept' if kept else 'computed'} {len(table)} rows of frozen log-probs ({prefix})", flush=True)
-        return table
 
     # --- data ---------------------------------------------------------------------------------------------------
 
@@ -298,51 +206,6 @@ class PreferenceTrainer(DegreeTrainer):
 
     # --- log-probs ----------------------------------------------------------------------------------------------
 
-    @property
-    def _compute_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.dtype
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, dtype)
-
-    def _score(self, model: Any, inputs: dict[str, torch.Tensor], config: Any = None) -> torch.Tensor:
-        """`[B, k]` log-probs, in nats; shared rows are taken apart where the model turned out not to take them."""
-        rows = {key: inputs[key] for key in ROW_KEYS}
-        if self.collator.layout == "paired" and int(rows["row_segments"].max()) > 1:
-            rows = self._paired(rows)  # collated ahead, or in a worker, before the layout was settled
-        return sequence_logps(model, config or self.model.config, self.model.dtype, rows, self._branches)
-
-    def _paired(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        rows = {key: inputs[key] for key in ROW_KEYS}
-        if int(rows["row_segments"].max()) <= 1:
-            return rows
-        return repaired(rows, self._branches, self.collator.pad_token_id)
-
-    def _score_frozen(self, prefix: str, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`[B, k]` under the reference ("ref") or the start beside it ("prev"): a model of its own, or the policy with
-        its adapter off or switched to its frozen copy."""
-        frozen = self.ref_model if prefix == "ref" else self.start_model
-        adapter: Any = contextlib.nullcontext()
-        if frozen is None and is_peft_model(self.model):
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        settings: Any = self.args.gradient_checkpointing_kwargs
-        checkpointing = disable_gradient_checkpointing(self.model, settings)
-        config = self._ref_config if prefix == "ref" else None
-        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            return self._score(model if frozen is None else frozen, inputs, config)
-
-    def compute_ref_log_probs(self, model, inputs):
-        """TRL's public name: `(ref_chosen [B], ref_rejected [B])`."""
-        sums = self._score_frozen("ref", model, inputs)
-        return sums[:, 0], sums[:, 1]
-
-    def _frozen_columns(self, prefix: str, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`{prefix}_chosen` …, from the batch where they were given or computed before training."""
-        names = [f"{prefix}_{b}" for b in BRANCHES[: self._branches if prefix == "ref" else 2]]
-        if names[0] in inputs:
-            return {name: inputs[name] for name in names}
-        sums = self._score_frozen(prefix, model, inputs)
-        return {name: sums[:, j] for j, name in enumerate(names)}
-
     def pair_logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> PairLogps:
         """Every column that the objective may read, from one policy pass and at most one reference pass."""
         degrees: dict[str, torch.Tensor] = {}
@@ -390,25 +253,6 @@ class PreferenceTrainer(DegreeTrainer):
         metrics = super().evaluate(*args, **kwargs)
         self._totals["train"].restart()
         return metrics
-
-    def _settle_layout(self, model: Any, inputs: dict[str, torch.Tensor]) -> None:
-        """Compare the layouts on the first batch rather than trust a list of architectures."""
-        self._layout_settled = True
-        if self.collator.layout == "paired":
-            return
-        with torch.no_grad(), self.accelerator.autocast():
-            expected = self._score(model, self._paired(inputs))
-            try:
-                gap = relative_gap(self._score(model, inputs), expected)
-                reason = f"gives log-probs that are off by a relative {gap:.2g}"
-                differ = gap > TOLERANCE[self._compute_dtype]
-            except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                differ, reason = True, f"fails ({' '.join(str(error).split())[:120]})"
-        if self._any_process(differ):
-            self.collator.layout = "paired"
-            warnings.warn(f"layout shared_prefix {reason} on this model; using paired", stacklevel=2)
 
     def _begin(self, model: Any, inputs: dict[str, torch.Tensor], batch: PairLogps) -> None:
         """Before the first update: the step-0 check of a fresh run; of a resumed one, that its reference is the same.
@@ -465,10 +309,6 @@ class PreferenceTrainer(DegreeTrainer):
             self._refuse_no_gradient()
         return result
 
-    def _any_process(self, flag: bool) -> bool:
-        count = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(count, reduction="sum") > 0)
-
     def _record(self, inputs: dict[str, torch.Tensor], batch: PairLogps) -> None:
         segments = inputs.get("degree_row_segments", inputs["row_segments"])
         chosen, rejected = (r.detach() for r in self.objective.rewards(batch))
@@ -517,30 +357,3 @@ def _why_not_shared(model: PreTrainedModel, peft_config: Any) -> str | None:
 
 def _prompt_fits(example: dict[str, Any], max_length: int | None) -> bool:
     return max_length is None or len(example["prompt_ids"]) < max_length
-
-
-def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The reference: `model` as it is in memory now."""
-    if any("ds_id" in vars(parameter) for parameter in model.parameters()):
-        raise UserError("ZeRO-3 shards the model while it loads: give `ref_model`, loaded from the same weights")
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def _keep_adapter(model: Any) -> None:
-    """A frozen copy "ref" of the adapter "default", as TRL makes one."""
-    model.add_adapter("ref", model.peft_config["default"])
-    for name, parameter in model.named_parameters():
-        if ".default." in name:
-            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
-
-
-def _checked_reference(ref_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The configuration of an explicit reference; UserError if it cannot know the policy's tokens."""
-    embeddings: Any = ref_model.get_input_embeddings()
-    vocabulary = embeddings.num_embeddings
-    if vocabulary < len(tokenizer):
-        raise UserError(
-            f"reference.name_or_path: {ref_model.config._name_or_path!r} has {vocabulary} tokens, the policy's "
-            f"tokenizer {len(tokenizer)}: it is of another family, and its log-probabilities would be of other text"
-        )
-    return ref_model.config

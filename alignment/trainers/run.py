@@ -147,7 +147,7 @@ def _manifest(recipe: Recipe, world: int) -> dict[str, Any]:
     }
 
 
-def _given_rows(recipe: Recipe, role: str, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
+def given_rows(recipe: Recipe, role: str, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
     """`data.train` or `data.eval`, checked and tokenised; None where the recipe has none."""
     sources = recipe.data.train if role == "train" else recipe.data.eval
     if sources is None:
@@ -209,7 +209,8 @@ def _training_data(
     return given
 
 
-def _arguments(recipe: Recipe, run: Path, world: int) -> DPOConfig:
+def run_arguments(recipe: Recipe, run: Path, world: int) -> DPOConfig:
+    """TRL's arguments for a run of the recipe in `run` with `world` processes."""
     per_device, accumulation = plan_batches(
         recipe.training.global_batch_size, recipe.training.per_device_train_batch_size, world
     )
@@ -324,7 +325,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         hub.check_login()  # not after hours of training
     _set_threads(recipe.training.cpu_threads, state)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **_tokenizer_arguments(recipe))
-    given, held_out = (_given_rows(recipe, role, tokenizer) for role in ("train", "eval"))
+    given, held_out = (given_rows(recipe, role, tokenizer) for role in ("train", "eval"))
     main = state.is_main_process
     checkpoint, aside = _prepare_run(recipe, run, resume, state.num_processes) if main else (None, None)
     state.wait_for_everyone()
@@ -357,7 +358,7 @@ def _train_in(
     data, both = rows.dataset, [rows] if held_out is None else [rows, held_out]
     sampled = time.perf_counter()
     _say(state, f"[2/3] model and reference: {recipe.model.name_or_path}")
-    args = _arguments(recipe, run, state.num_processes)
+    args = run_arguments(recipe, run, state.num_processes)
     args.eval_on_start = args.eval_on_start and checkpoint is None  # the start was evaluated when the run began
     try:
         trainer = build_trainer(recipe, args, data, held_out.dataset if held_out else None, tokenizer)

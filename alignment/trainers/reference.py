@@ -1,0 +1,174 @@
+"""What frozen models add to a trainer: the reference, and the start of training where that is another model.
+
+They are copied from the policy, loaded, or the policy itself with its adapter switched; they score on the fly, or once
+before training (`precompute`) with their numbers kept by `frozen.py`. Not a trainer by itself: `offline.py` is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import use_adapter
+
+from alignment.errors import UserError
+from alignment.trainers.collation import BRANCHES, truncated
+from alignment.trainers.frozen import config_digest, frozen_logps, rows_digest, weights_digest
+from alignment.trainers.layout import LayoutTrainer
+from alignment.trainers.scoring import TOLERANCE
+
+
+class ReferenceTrainer(LayoutTrainer):
+    """Frozen models and their columns; the attributes below are set by `PreferenceTrainer`."""
+
+    start_model: Any
+    start_is_reference: bool
+    frozen_digests: dict[str, str]
+    _needs_reference: bool
+    _precompute: bool
+    _scores_start: bool
+    _ref_config: Any
+
+    def _frozen_models(self, model: Any, ref_model: Any, start_model: Any, peft_config: Any) -> tuple[Any, Any]:
+        """(reference for TRL, start beside another reference); None where the policy itself can score them: with its
+        adapter switched, or before the first step."""
+        if not self._needs_reference:
+            return None, None
+        # FSDP splits the policy only when training starts: until then a copy has to be scored with.
+        ahead = self._precompute and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true"
+        if peft_config is not None or is_peft_model(model):
+            if self._scores_start and is_peft_model(model):
+                _keep_adapter(model)  # TRL does so only where it is given no reference
+            return ref_model, None
+        if ref_model is None and not ahead:
+            ref_model = _frozen_copy(model)
+        if self._scores_start and start_model is None and not ahead:
+            start_model = _frozen_copy(model)
+        return ref_model, start_model if self._scores_start else None
+
+    def _prepared(self, frozen: Any) -> Any:
+        """A frozen model placed and wrapped as TRL does with its reference."""
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(frozen, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(frozen, self.accelerator)
+        return self.accelerator.prepare_model(frozen, evaluation_mode=True)
+
+    def _add_frozen_columns(self) -> None:
+        """Score both data sets under the frozen models (or load their kept tables), then let the models go."""
+        policy = None  # under DeepSpeed the policy can score only inside an engine
+        for prefix in ("ref", "prev") if self._scores_start else ("ref",):
+            frozen = self.ref_model if prefix == "ref" else self.start_model
+            own = prefix == "prev" or self.start_is_reference
+            if frozen is None and policy is None:
+                policy = prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
+                self.model.eval()
+            if own:
+                self.frozen_digests["start"] = weights_digest(self.model, only_frozen=is_peft_model(self.model))
+            weights = self.frozen_digests["start" if own else "reference"]
+            config = self.model.config if own or self._ref_config is None else self._ref_config
+            for role in ("train", "eval"):
+                data: Any = self.train_dataset if role == "train" else self.eval_dataset
+                if data is None:
+                    continue
+                table = self._table(prefix, policy if frozen is None else frozen, data, weights, config)
+                names = [f"{prefix}_{b}" for b in BRANCHES[: self._branches if prefix == "ref" else 2]]
+                for j, name in enumerate(names):
+                    data = data.add_column(name, table[:, j].tolist())
+                setattr(self, f"{role}_dataset", data)
+        self.ref_model = self.start_model = None
+
+    def _table(self, prefix: str, model: Any, data: Dataset, weights: str, config: Any) -> torch.Tensor:
+        """`[n, k]` log-probs of every row of `data` under one frozen model."""
+        columns = ["prompt_ids", *(f"{b}_ids" for b in BRANCHES[: self._branches])]
+        plain = data.select_columns(columns)
+        rows = [
+            [row["prompt_ids"], *(truncated(row, b, self.collator.max_length) for b in BRANCHES[: self._branches])]
+            for row in plain
+        ]
+
+        def score(numbers: list[int]) -> torch.Tensor:
+            inputs = self.collator([plain[i] for i in numbers])
+            inputs = {key: value.to(self.accelerator.device) for key, value in inputs.items()}
+            if not self._layout_settled:
+                self._settle_layout(model, inputs)
+            return self._score_frozen(prefix, model, inputs)
+
+        table, kept = frozen_logps(
+            self.accelerator,
+            score,
+            [sum(map(len, row)) for row in rows],
+            self.args.per_device_train_batch_size,
+            {
+                "weights": weights,
+                "config": config_digest(config),
+                "rows": rows_digest(rows),
+                "dtype": [str(self.model.dtype), str(self._compute_dtype)],
+            },
+            TOLERANCE[self._compute_dtype],
+            {"ref": "reference", "prev": "previous-iterate"}[prefix],
+        )
+        if self.accelerator.is_main_process:
+            print(f"  {'kept' if kept else 'computed'} {len(table)} rows of frozen log-probs ({prefix})", flush=True)
+        return table
+
+    def _score_frozen(self, prefix: str, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`[B, k]` under the reference ("ref") or the start beside it ("prev"): a model of its own, or the policy with
+        its adapter off or switched to its frozen copy."""
+        frozen = self.ref_model if prefix == "ref" else self.start_model
+        adapter: Any = contextlib.nullcontext()
+        if frozen is None and is_peft_model(self.model):
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        settings: Any = self.args.gradient_checkpointing_kwargs
+        checkpointing = disable_gradient_checkpointing(self.model, settings)
+        config = self._ref_config if prefix == "ref" else None
+        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
+            return self._score(model if frozen is None else frozen, inputs, config)
+
+    def compute_ref_log_probs(self, model, inputs):
+        """TRL's public name: `(ref_chosen [B], ref_rejected [B])`."""
+        sums = self._score_frozen("ref", model, inputs)
+        return sums[:, 0], sums[:, 1]
+
+    def _frozen_columns(self, prefix: str, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`{prefix}_chosen` …, from the batch where they were given or computed before training."""
+        names = [f"{prefix}_{b}" for b in BRANCHES[: self._branches if prefix == "ref" else 2]]
+        if names[0] in inputs:
+            return {name: inputs[name] for name in names}
+        sums = self._score_frozen(prefix, model, inputs)
+        return {name: sums[:, j] for j, name in enumerate(names)}
+
+
+def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The reference: `model` as it is in memory now."""
+    if any("ds_id" in vars(parameter) for parameter in model.parameters()):
+        raise UserError("ZeRO-3 shards the model while it loads: give `ref_model`, loaded from the same weights")
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _keep_adapter(model: Any) -> None:
+    """A frozen copy "ref" of the adapter "default", as TRL makes one."""
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+
+
+def checked_reference(ref_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The configuration of an explicit reference; UserError if it cannot know the policy's tokens."""
+    embeddings: Any = ref_model.get_input_embeddings()
+    vocabulary = embeddings.num_embeddings
+    if vocabulary < len(tokenizer):
+        raise UserError(
+            f"reference.name_or_path: {ref_model.config._name_or_path!r} has {vocabulary} tokens, the policy's "
+            f"tokenizer {len(tokenizer)}: it is of another family, and its log-probabilities would be of other text"
+        )
+    return ref_model.config
