@@ -7,6 +7,15 @@ Builds nothing from a recipe: models, data and trainers are made by those who re
 """
 
 from alignment.recipes.document import Origin, Problem, RecipeError
-from alignment.recipes.loading import Recipe, load_recipe
+from alignment.recipes.loading import Recipe, SftRecipe, load_any, load_recipe, load_sft_recipe
 
-__all__ = ["Origin", "Problem", "Recipe", "RecipeError", "load_recipe"]
+__all__ = [
+    "Origin",
+    "Problem",
+    "Recipe",
+    "RecipeError",
+    "SftRecipe",
+    "load_any",
+    "load_recipe",
+    "load_sft_recipe",
+]

@@ -1,5 +1,6 @@
 """`load_recipe`: a file and the command line's overrides in, a checked `Recipe` or a `RecipeError` out.
 
+`load_sft_recipe` does the same for recipes of supervised fine-tuning (`SftRecipe`), `load_any` takes either.
 No weights, no data and no accelerator are touched.
 """
 
@@ -28,11 +29,31 @@ from alignment.recipes.sections import (
     Section,
     error,
 )
+from alignment.recipes.supervised import SftDataSection, SftSection, SftTrainingSection
 from alignment.recipes.training import TrainingSection
 
 
-class Recipe(Section):
-    """A checked recipe. Attributes are the sections; `origin` says which line a value came from."""
+class _Root(Section):
+    """What every kind of recipe has; `origin` says which line a value came from."""
+
+    _document: Document = PrivateAttr(default_factory=lambda: Document("recipe"))
+
+    @property
+    def path(self) -> Path:
+        """The recipe file."""
+        return Path(self._document.source)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value, defaults included, as plain JSON-able types."""
+        return self.model_dump(mode="json")
+
+    def origin(self, dotted: str) -> Origin | None:
+        """Where the value of `training.learning_rate` was written; None for a default."""
+        return self._document.origins.get(tuple(dotted.split(".")))
+
+
+class Recipe(_Root):
+    """A checked recipe of preference training. Attributes are the sections."""
 
     objective: ObjectiveSection = Field(description="The loss and its hyper-parameters.")
     model: ModelSection = Field(description="What is trained, and the reference.")
@@ -49,42 +70,46 @@ class Recipe(Section):
     training: TrainingSection = Field(description="How the optimiser runs.")
     evaluation: EvaluationSection | None = Field(None, description="Win rate after training. Default: none.")
 
-    _document: Document = PrivateAttr(default_factory=lambda: Document("recipe"))
-
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
+        if problems := [*_unjudged(self), *_misfits(self), *_idle_reference(self)]:
+            raise ValidationError.from_exception_data("recipe", problems)
+        return self
+
+
+class SftRecipe(_Root):
+    """A checked recipe of supervised fine-tuning: the step before preference training. Attributes are the sections."""
+
+    sft: SftSection = Field(description="What is learned of a row.")
+    model: ModelSection = Field(description="What is trained.")
+    lora: LoraSection | None = Field(None, description="Train adapters only. Default: all weights are trained.")
+    data: SftDataSection = Field(description="The rows to learn.")
+    training: SftTrainingSection = Field(description="How the optimiser runs.")
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> SftRecipe:
         if problems := list(_misfits(self)):
             raise ValidationError.from_exception_data("recipe", problems)
         return self
 
-    @property
-    def path(self) -> Path:
-        """The recipe file."""
-        return Path(self._document.source)
 
-    def resolved(self) -> dict[str, Any]:
-        """Every value, defaults included, as plain JSON-able types."""
-        return self.model_dump(mode="json")
-
-    def origin(self, dotted: str) -> Origin | None:
-        """Where the value of `training.learning_rate` was written; None for a default."""
-        return self._document.origins.get(tuple(dotted.split(".")))
-
-
-def _misfits(recipe: Recipe) -> Iterator[InitErrorDetails]:
-    """Rules that tie sections together, each at the key that breaks it."""
-    data, training = recipe.data, recipe.training
-    if data.sample is not None and recipe.reward is None:
+def _unjudged(recipe: Recipe) -> Iterator[InitErrorDetails]:
+    """Samples and evaluations that nothing would judge."""
+    if recipe.data.sample is not None and recipe.reward is None:
         yield error("needs a reward section: something has to choose between samples", "data", "sample")
     if recipe.evaluation is not None and recipe.reward is None:
         yield error("needs a reward section: something has to judge the responses", "evaluation")
+
+
+def _misfits(recipe: Recipe | SftRecipe) -> Iterator[InitErrorDetails]:
+    """Rules that tie the shared sections together, each at the key that breaks it."""
+    data, training = recipe.data, recipe.training
     if recipe.lora is not None and recipe.model.adapter is not None:
         yield error("trains a fresh adapter, and model.adapter is trained on as it is: give one of them", "lora")
     if recipe.model.quantization is not None and recipe.lora is None and recipe.model.adapter is None:
         yield error(
             "quantised weights cannot be trained: add a lora section (or model.adapter)", "model", "quantization"
         )
-    yield from _idle_reference(recipe)
     if training.eval_strategy != "no" and data.eval is None:
         yield error(f"{training.eval_strategy!r} needs data.eval", "training", "eval_strategy")
     elif training.eval_strategy == "no":
@@ -108,7 +133,25 @@ def _idle_reference(recipe: Recipe) -> Iterator[InitErrorDetails]:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a recipe of preference training; see `load_any`."""
+    recipe = load_any(path, overrides)
+    if isinstance(recipe, Recipe):
+        return recipe
+    place = recipe.origin("sft") or Origin(str(path))
+    raise RecipeError([Problem(place, ("sft",), f"is supervised fine-tuning: run python scripts/sft.py {path}")])
+
+
+def load_sft_recipe(path: str | Path, overrides: Sequence[str] = ()) -> SftRecipe:
+    """Read and check a recipe of supervised fine-tuning; see `load_any`."""
+    recipe = load_any(path, overrides)
+    if isinstance(recipe, SftRecipe):
+        return recipe
+    message = "is preference training: run scripts/train.py, or give the recipe an sft section in its place"
+    raise RecipeError([Problem(recipe.origin("objective") or Origin(str(path)), ("objective",), message)])
+
+
+def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | SftRecipe:
+    """Read and check a recipe; one with an `sft` section is one of supervised fine-tuning.
 
     Args:
         path: the YAML file; its `extends` is followed.
@@ -121,11 +164,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     document = apply_overrides(read_with_bases(Path(path)), overrides)
     _fill_in(document)
+    kind: type[Recipe] | type[SftRecipe] = SftRecipe if "sft" in document.values else Recipe
     try:
-        recipe = Recipe.model_validate(document.values)
+        recipe = kind.model_validate(document.values)
     except ValidationError as failed:
         found = {problem.path for problem in document.problems}
-        new = [_translate(dict(e), document) for e in failed.errors(include_url=False)]
+        new = [_translate(dict(e), document, kind) for e in failed.errors(include_url=False)]
         raise RecipeError(document.problems + [problem for problem in new if problem.path not in found]) from None
     if document.problems:
         raise RecipeError(document.problems)
@@ -136,6 +180,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _fill_in(document: Document) -> None:
     """Defaults that depend on what is written: the run's name, evaluation of data.eval; `objective.file` absolute."""
     training, data = document.values.get("training"), document.values.get("data")
+    if document.values.get("sft", ...) is None:  # `sft:` alone is a section of defaults
+        document.values["sft"] = {}
     if isinstance(training, dict):
         defaults = {"output_dir": f"runs/{Path(document.source).stem}"}
         if isinstance(data, dict) and data.get("eval") is not None:
@@ -166,17 +212,19 @@ _LIMITS = {
 _TRUTHS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
 
-def _translate(found: dict[str, Any], document: Document) -> Problem:
+def _translate(found: dict[str, Any], document: Document, root: type[_Root]) -> Problem:
     """One pydantic error as a problem in our words, at the line of the key that it is about."""
     loc: KeyPath = found["loc"]
     kind, value, ctx = found["type"], found["input"], found.get("ctx", {})
     if kind == "extra_forbidden":
-        section = _section_at(loc[:-1])
+        section = _section_at(root, loc[:-1])
         reason = section.refused.get(str(loc[-1])) if issubclass(section, Section) else None
-        message = f"not accepted: {reason}" if reason else f"unknown key{nearest(str(loc[-1]), _keys_at(loc[:-1]))}"
+        message = (
+            f"not accepted: {reason}" if reason else f"unknown key{nearest(str(loc[-1]), _keys_at(root, loc[:-1]))}"
+        )
     elif kind == "missing":
         what = "section" if len(loc) == 1 else "key"
-        message = f"required {what} is missing: {_description(loc)}"
+        message = f"required {what} is missing: {_description(root, loc)}"
     elif kind in _EXPECTED:
         message = f"expected {_EXPECTED[kind]}, got {_show(value)}{_type_hint(kind, value)}"
     elif kind in _LIMITS:
@@ -223,9 +271,9 @@ def _choices(expected: str) -> list[str]:
     return [choice.strip().strip("'") for choice in expected.replace(" or ", ", ").split(",")]
 
 
-def _section_at(path: KeyPath) -> type[Section] | type[OpenSection]:
+def _section_at(root: type[_Root], path: KeyPath) -> type[Section] | type[OpenSection]:
     """The section model at `path`; the recipe itself at `()`."""
-    model: type[Section] | type[OpenSection] = Recipe
+    model: type[Section] | type[OpenSection] = root
     for part in path:
         if isinstance(part, str):  # a number is a place in a list of sections
             model = next(_sections_in(model.model_fields[part].annotation))
@@ -240,11 +288,11 @@ def _sections_in(annotation: Any) -> Iterator[type[Section] | type[OpenSection]]
         yield from _sections_in(inner)
 
 
-def _keys_at(path: KeyPath) -> list[str]:
-    keys = list(_section_at(path).model_fields)
+def _keys_at(root: type[_Root], path: KeyPath) -> list[str]:
+    keys = list(_section_at(root, path).model_fields)
     return keys if path else [*keys, "extends"]
 
 
-def _description(path: KeyPath) -> str:
-    field = _section_at(path[:-1]).model_fields[str(path[-1])]
+def _description(root: type[_Root], path: KeyPath) -> str:
+    field = _section_at(root, path[:-1]).model_fields[str(path[-1])]
     return (field.description or "").rstrip(".")
