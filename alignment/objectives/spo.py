@@ -59,8 +59,8 @@ class SPO(Objective):
         "slopes and gamma = 0 against the formula above by the suite",
         pitfalls=(
             "The head can read the degree off length or broken grammar: compare its accuracy with removal=random and "
-            "removal=length, which remove as much without regard to content.",
-            "Short responses have fewer distinct copies than degrees; the missing ones count for nothing.",
+            "removal=length, which remove as many words without regard to content.",
+            "A response with too few key phrases for N degrees has no copies; a pair without any has the base's loss.",
             "A zero head passes no gradient to the model: the degree loss reaches it from the second step on.",
             "Every copy is one more response to compute. A large gamma trains a classifier, not a policy.",
         ),
@@ -93,7 +93,7 @@ class SPO(Objective):
         "responses that are copied", default="both", source=CHOICE
     )
     removal: Literal["rake", "random", "length"] = hyper(
-        "what is taken out of copies: key phrases; random and length are controls",
+        "what copies lack: key phrases; as controls as many random other words, or the last words",
         default="rake",
         source="RAKE: a review of the paper; the controls: CHOICE",
     )
