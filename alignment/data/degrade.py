@@ -180,11 +180,12 @@ def with_degree_copies(
     ends = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def copies(row: dict[str, Any], index: int) -> dict[str, Any]:
-        ids, labels = [], []
+        ids: list[list[int]] = []
+        labels: list[int] = []
         for column in columns:
             own = row[column]
             found = _copies(tokenizer, own, ends, settings.degrees, settings.removal, f"{seed} {index} {column}")
-            ids += found or [own[:1]] * settings.degrees
+            ids += found or [own[:2]] * settings.degrees
             labels += range(settings.degrees) if found else [-1] * settings.degrees
         return {"degree_ids": ids, "degree_labels": labels}
 

@@ -172,7 +172,7 @@ def test_responses_that_cannot_be_copied_faithfully_have_no_labels(tokenizer):
     for ids in (letters, two, short, [end]):
         row = with_degree_copies(rows(tokenizer, (ids, ids)), tokenizer, spo(responses="rejected"), seed=0)[0]
         assert row["degree_labels"] == [-1, -1, -1]
-        assert all(copy == ids[:1] for copy in row["degree_ids"])
+        assert all(copy == ids[:2] for copy in row["degree_ids"])
 
 
 def test_tokenizers_that_begin_a_text_with_a_space_are_asked_behind_a_line_end():
