@@ -170,10 +170,10 @@ def explain(recipe: RecipeFile, overrides: Overrides = None) -> None:
     That is a file and line, the command line, or a default with its source. A Python file in objective.file is
     executed: it registers the objective.
     """
-    from alignment.recipes import load_recipe
+    from alignment.recipes import load_any
     from alignment.recipes.inspection import explain as explained
 
-    typer.echo(explained(load_recipe(recipe, overrides or ())))
+    typer.echo(explained(load_any(recipe, overrides or ())))
 
 
 @recipe_app.command()
@@ -182,10 +182,10 @@ def diff(first: RecipeFile, second: RecipeFile) -> None:
 
     A Python file in objective.file is executed: it registers the objective.
     """
-    from alignment.recipes import load_recipe
+    from alignment.recipes import load_any
     from alignment.recipes.inspection import diff as difference
 
-    typer.echo(difference(load_recipe(first), load_recipe(second)) or "no difference")
+    typer.echo(difference(load_any(first), load_any(second)) or "no difference")
 
 
 @objectives_app.callback(invoke_without_command=True)

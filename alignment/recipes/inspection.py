@@ -15,8 +15,8 @@ from typing import Any
 from alignment.errors import UserError
 from alignment.files import PACKAGE_SCHEME, package_file
 from alignment.recipes.document import Origin, Problem, RecipeError
-from alignment.recipes.loading import Recipe, load_recipe
-from alignment.recipes.sections import ObjectiveSection
+from alignment.recipes.loading import Recipe, SftRecipe, load_any
+from alignment.recipes.sections import ObjectiveSection, SourceSection
 from alignment.recipes.trl_keys import REPORTERS
 
 # Of which Python packages one must be there (`kernels` fetches the same kernel from the hub); all others need none.
@@ -36,13 +36,13 @@ def check(path: str | Path, overrides: Sequence[str] = ()) -> list[Problem]:
     file in `objective.file` is executed, because it registers the objective.
     """
     try:
-        recipe = load_recipe(path, overrides)
+        recipe = load_any(path, overrides)
     except RecipeError as failed:
         return failed.problems
     return what_is_missing(recipe)
 
 
-def what_is_missing(recipe: Recipe) -> list[Problem]:
+def what_is_missing(recipe: Recipe | SftRecipe) -> list[Problem]:
     """One problem per local file or Python package that the recipe needs and that is not there."""
     problems = []
     for dotted, message in (*_missing_files(recipe), *_missing_packages(recipe)):
@@ -51,16 +51,17 @@ def what_is_missing(recipe: Recipe) -> list[Problem]:
     return sorted(problems)
 
 
-def _missing_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    data, evaluation = recipe.data, recipe.evaluation
-    files = {
-        "data.sample.prompts": data.sample.prompts if data.sample else None,
-        "evaluation.prompts": evaluation.prompts if evaluation else None,
-    }
+def _missing_files(recipe: Recipe | SftRecipe) -> Iterator[tuple[str, str]]:
+    data = recipe.data
+    files = {}
+    if isinstance(recipe, Recipe):
+        files["data.sample.prompts"] = recipe.data.sample.prompts if recipe.data.sample else None
+        files["evaluation.prompts"] = recipe.evaluation.prompts if recipe.evaluation else None
     for dotted, name in files.items():
         if name is not None and not Path(name).is_file():
             yield dotted, f"{name}: no such file (looked in {Path.cwd()})"
-    for dotted, sources in (("data.train", data.train), ("data.eval", data.eval)):
+    given: list[tuple[str, list[SourceSection] | None]] = [("data.train", data.train), ("data.eval", data.eval)]
+    for dotted, sources in given:
         for source in sources or ():
             if source.is_local and not source.path.exists():
                 yield dotted, f"{source.name}: no such file (looked in {Path.cwd()})"
@@ -74,7 +75,7 @@ def _missing_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from (("model.name_or_path", message) for message in _missing_model(recipe.model.name_or_path))
 
 
-def _missing_packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _missing_packages(recipe: Recipe | SftRecipe) -> Iterator[tuple[str, str]]:
     reporters = recipe.training.report_to
     named = [
         ("training.report_to", name, REPORTERS) for name in ([reporters] if isinstance(reporters, str) else reporters)
@@ -100,7 +101,7 @@ def _missing_model(name: str) -> Iterator[str]:
         yield f"{name}: no such folder"
 
 
-def explain(recipe: Recipe) -> str:
+def explain(recipe: Recipe | SftRecipe) -> str:
     """Every value of the recipe, one line each: key, value, and the file and line or the default's source."""
     rows = [
         (dotted, _yaml(value), str(recipe.origin(dotted) or f"default: {default_source(recipe, dotted)}"))
@@ -111,7 +112,7 @@ def explain(recipe: Recipe) -> str:
     return "\n".join(f"{key:<{key_width}}  {value:<{value_width}}  {origin}" for key, value, origin in rows)
 
 
-def diff(first: Recipe, second: Recipe) -> str:
+def diff(first: Recipe | SftRecipe, second: Recipe | SftRecipe) -> str:
     """The resolved values in which two recipes differ, with the origin of each; empty if there are none."""
     before, after = dict(flatten(first.resolved())), dict(flatten(second.resolved()))
     lines = []
@@ -122,7 +123,7 @@ def diff(first: Recipe, second: Recipe) -> str:
     return "\n".join(lines)
 
 
-def _side(recipe: Recipe, dotted: str, value: Any) -> str:
+def _side(recipe: Recipe | SftRecipe, dotted: str, value: Any) -> str:
     return "absent" if value is _MISSING else f"{_yaml(value)} ({recipe.origin(dotted) or 'default'})"
 
 
@@ -135,10 +136,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def default_source(recipe: Recipe, dotted: str) -> str:
+def default_source(recipe: Recipe | SftRecipe, dotted: str) -> str:
     """Where a default comes from: the schema's word for it, or the objective's card."""
     section, _, key = dotted.partition(".")
-    if section == "objective" and key not in type(recipe.objective).model_fields:
+    if section == "objective" and isinstance(recipe, Recipe) and key not in type(recipe.objective).model_fields:
         return _hyperparameter_source(recipe.objective, key)
     model: Any = recipe
     *path, last = dotted.split(".")
