@@ -1,0 +1,63 @@
+"""Prompts on both sides: which count as the same, what is refused, and what dropping leaves."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignment.data.overlap import judged_on, prompt_hash, refuse, row_hash, without
+from alignment.errors import UserError
+from tests.data.building import letters, prepared, reply, said, user, write
+
+
+def row(prompt, chosen="a", rejected="b"):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("my dog", " my  dog\n", True),
+        ("my dog", "My dog", False),
+        ("my dog", "mydog", False),
+        ("my dog", user("my dog"), True),
+        ("my dog", [said("system", "be brief"), *user("my dog ")], True),
+        ([*user("a"), *reply("b"), *user("c")], user("c"), False),
+        ([*user("a"), *reply("b"), *user("c")], [*user("a "), *reply("b"), *user("c")], True),
+        ([*user("a"), *reply("b"), *user("c")], [*user("a"), *user("b"), *user("c")], False),
+    ],
+)
+def test_same_prompts(one, other, same):
+    assert (prompt_hash(one) == prompt_hash(other)) == same
+
+
+def test_same_rows():
+    assert row_hash(row("p")) == row_hash(row("p ", "b", "a")) != row_hash(row("p", "a", "c"))
+    assert row_hash(row("p")) == row_hash(row(user("p"), reply("a"), reply("b")))
+
+
+def test_overlap_is_refused_with_its_first_prompt(tmp_path):
+    train = prepared(write(tmp_path / "train.jsonl", [row(p) for p in ("one", "two", "three")])).dataset
+    held_out = prepared(write(tmp_path / "test.jsonl", [row("four"), row(" two ", "c", "d")]), role="eval").dataset
+    refuse(train["prompt"], judged_on(None, ["five"]))
+    refuse(train["prompt"], judged_on(held_out.select([0]), ["five"]))
+    with pytest.raises(
+        UserError, match=r"1 of 3 prompts of data\.train are also judged on, such as 'two' of data\.eval"
+    ):
+        refuse(train["prompt"], judged_on(held_out, ["five"]))
+    with pytest.raises(UserError, match=r"2 of 3 prompts of a\.txt .* such as 'one' of b\.txt: judge on prompts that"):
+        refuse(["one", "x", "three"], judged_on(held_out, ["three", "one"], "b.txt"), "a.txt")
+
+
+def test_dropping_takes_the_training_rows_and_counts_them(tmp_path):
+    rows = [row("one"), row("two", "a", "c"), row("three"), row("two")]
+    train = prepared(write(tmp_path / "train.jsonl", rows))
+    held_out = prepared(write(tmp_path / "test.jsonl", [row("two", "b", "a"), row("six")]), letters(), role="eval")
+    left = without(train, judged_on(held_out.dataset, ["three"]))
+    assert left.dataset["prompt"][:] == ["one"]
+    assert left.overlap == 3 and left.manifest()["used"] == 1 and left.rows == 4
+    assert left.notes == (
+        "3 rows of train dropped: their prompts are judged on (1 are whole rows of data.eval)",
+    )  # "two" with a and b, the other way round
+    assert without(train, judged_on(None, ["six"])) is train
+    with pytest.raises(UserError, match="all 4 training rows have prompts that are judged on; none is left"):
+        without(train, judged_on(train.dataset))
