@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -227,6 +227,12 @@ def run_arguments(recipe: Recipe, run: Path, world: int) -> DPOConfig:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
 
 
+def _sharding(args: DPOConfig, state: PartialState) -> str:
+    if args.deepspeed_plugin is not None:
+        return f"zero{args.deepspeed_plugin.zero_stage}"
+    return "fsdp" if state.distributed_type == DistributedType.FSDP else "none"
+
+
 def _adapter_config(recipe: Recipe) -> Any:
     if recipe.lora is None:
         return None
@@ -368,6 +374,7 @@ def _train_in(
     manifest = _manifest(recipe, state.num_processes) | {
         "pairs": pairs,
         "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps},
+        "sharding": _sharding(args, state),
         "repeated_pairs": -pairs % recipe.training.global_batch_size,
         "chat": not isinstance(data[0]["prompt"], str),
         "rows": {p.role: p.manifest() for p in both},
@@ -377,6 +384,7 @@ def _train_in(
         "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
     }
     if checkpoint is not None:
+        rundir.refuse_other_sharding(run, manifest["sharding"], state.num_processes)
         rundir.refuse_other_data(run, manifest["data_fingerprint"])
         rundir.refuse_other_weights(run, trainer.frozen_digests)
     state.wait_for_everyone()

@@ -54,15 +54,24 @@ def undo_unless_begun(run: Path, aside: Path | None) -> None:
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The newest checkpoint to resume from.
+    """The newest checkpoint to resume from: the newest whole one, for trainer_state.json is written last.
 
     Raises:
         UserError: there is none.
     """
-    found = [p for p in run.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    found = [p for p in run.glob("checkpoint-*") if _is_whole_json(p / "trainer_state.json")]
     if not found:
         raise UserError(f"--resume: {run} holds no checkpoint; set training.save_strategy=steps, or start afresh")
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def _is_whole_json(file: Path) -> bool:
+    """Whether `file` is there, and not cut off where its writer was killed."""
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def objective_digest(recipe: Recipe) -> str | None:
@@ -110,6 +119,27 @@ def refuse_other_weights(run: Path, digests: dict[str, str]) -> None:
     for name, digest in digests.items():
         if before.get(name, digest) != digest:
             raise UserError(f"--resume: the weights of the {name} model are not those that {run} began with")
+
+
+def refuse_other_sharding(run: Path, sharding: str, world: int) -> None:
+    """A checkpoint fits the sharding that wrote it: a plain launch finds no optimiser in one of DeepSpeed's, and would
+    quietly begin with a fresh one; DeepSpeed's is split over so many processes. (Plain runs and FSDP's may change
+    their number of processes.)
+
+    Args:
+        run: the run directory.
+        sharding: of this launch: none, fsdp, zero1, zero2 or zero3.
+        world: processes of this launch.
+
+    Raises:
+        UserError: the run began otherwise.
+    """
+    manifest = read_json_object(run / "manifest.json")
+    before, processes = manifest.get("sharding", sharding), manifest["hardware"]["processes"]
+    if before != sharding:
+        raise UserError(f"--resume: {run} began with sharding {before}, this launch has {sharding}: launch it as before")
+    if sharding.startswith("zero") and processes != world:
+        raise UserError(f"--resume: {run} is split over {processes} processes, this launch has {world}")
 
 
 def hardware(world: int) -> dict[str, Any]:
