@@ -216,7 +216,7 @@ def _prepared(
             part.keep(_has_calibration)
     columns, notes = _columns(parts, calibration)
     tables = [_tokenised(part, tokenizer, max_length, columns) for part in parts]
-    dataset, used = _mixed(tables, [part.source for part in parts], seed)
+    dataset, used = mixed(tables, [part.source for part in parts], seed)
     merged, total = sum(part.merged for part in parts), sum(len(part.numbers) for part in parts)
     if merged:
         notes.append(
@@ -331,7 +331,7 @@ def _table(rows: list[Row], features: Any) -> Dataset:
     return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)
 
 
-def _mixed(tables: list[Dataset | None], sources: list[Any], seed: int) -> tuple[Dataset, list[int]]:
+def mixed(tables: list[Dataset | None], sources: list[Any], seed: int) -> tuple[Dataset, list[int]]:
     """All rows of every source, or with weights the largest mixture of those shares; and the rows of each."""
     from datasets import concatenate_datasets
 

@@ -180,13 +180,14 @@ def check(row: Row, ids: dict[str, Ids], marks: Markers, max_length: int | None,
         raise BadRow(SAME_RESPONSES, "chosen and rejected are the same tokens")
     if chosen[:room] == rejected[:room]:
         raise BadRow(SAME_AFTER_TRUNCATION, f"the first {room} tokens, all that fit max_length, are the same")
-    _check_bos(row, prompt, marks, given)
+    check_bos(row, prompt, marks, given)
     for branch in ("chosen", "rejected", "calibration"):
         if f"{branch}_ids" in ids:
-            _check_response(branch, row[branch], ids[f"{branch}_ids"], marks, given)
+            check_response(branch, row[branch], ids[f"{branch}_ids"], marks, given)
 
 
-def _check_bos(row: Row, prompt: Ids, marks: Markers, given: bool) -> None:
+def check_bos(row: Row, prompt: Ids, marks: Markers, given: bool) -> None:
+    """Refuse a prompt with a BOS too many or too few (arguments as in `check`)."""
     bos = marks.bos
     if bos is None:
         return
@@ -203,7 +204,8 @@ def _check_bos(row: Row, prompt: Ids, marks: Markers, given: bool) -> None:
             raise BadRow(BOS_EOS, f"BOS stands {prompt.count(bos)} times in the prompt")
 
 
-def _check_response(branch: str, value: Any, ids: Ids, marks: Markers, given: bool) -> None:
+def check_response(branch: str, value: Any, ids: Ids, marks: Markers, given: bool) -> None:
+    """Refuse a response that does not end with EOS, or holds it or BOS once too often (arguments as in `check`)."""
     replies = 1 if isinstance(value, str) else len(value)
     if marks.bos is not None and marks.bos not in marks.ends and replies == 1 and marks.bos in ids:
         raise BadRow(BOS_EOS, f"BOS stands inside {branch}")

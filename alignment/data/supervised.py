@@ -1,0 +1,293 @@
+"""Rows of supervised fine-tuning: token ids, and which of them are learned.
+
+| a source's rows have | learned is |
+|---|---|
+| `messages` | every assistant turn where the chat template marks them, else the last one |
+| `prompt`, `completion` (texts or messages) | the completion |
+| `text` | all of it |
+| any form of preferences (`forms`) | the chosen response (Preferred-FT of Rafailov et al. 2023, 2305.18290) |
+
+Tokens are made as for preference training (`tokens`), so the model that comes out has seen prompts and ends as they
+will be in the next step: EOS exactly once, prompts never learned. Rows that cannot be used are kept apart with number
+and reason, as there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alignment.data.forms import PEEKED, converter
+from alignment.data.pipeline import Prepared, Rejected, mixed
+from alignment.data.preferences import (
+    BOS_EOS,
+    DIFFERENT_PROMPTS,
+    EMPTY,
+    MISSING_FIELD,
+    NOT_TEXT,
+    PROMPT_TOO_LONG,
+    UNKNOWN_FORM,
+    BadRow,
+    is_messages,
+)
+from alignment.data.reading import raw_rows
+from alignment.data.tokens import Markers, check_bos, check_response, encode, markers
+from alignment.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from alignment.recipes.sections import SourceSection
+
+Row = dict[str, Any]
+IGNORED = -100  # the label of a token that is not learned, torch's own
+ACCEPTED = "messages; prompt and completion; text; or preferences (prompt, chosen, rejected …)"
+
+
+@dataclass
+class _Encoder:
+    """Rows of one source to (input_ids, labels)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    template: str | None  # one that marks assistant turns, or None: only the last turn is learned
+
+    def __post_init__(self) -> None:
+        self.marks: dict[bool, Markers] = {}
+
+    def __call__(self, row: Row) -> tuple[list[int], list[int]]:
+        chat = "messages" in row or not isinstance(row["prompt"], str)
+        if chat not in self.marks:
+            self.marks[chat] = markers(self.tokenizer, chat)
+        if "messages" in row and self.template is not None:
+            ids, labels = self._all_turns(row["messages"])
+        else:
+            ids, labels = self._completion(_last_turn(row) if "messages" in row else row, self.marks[chat])
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if all(label == IGNORED for label in labels):
+            raise BadRow(PROMPT_TOO_LONG, f"nothing to learn in the first {self.max_length} tokens (max_length)")
+        return ids, labels
+
+    def _completion(self, row: Row, marks: Markers) -> tuple[list[int], list[int]]:
+        given = "completion_ids" in row
+        ids: Any = row
+        if not given:
+            found = encode([row], self.tokenizer, ["completion"])[0]
+            if isinstance(found, BadRow):
+                raise found
+            ids = found[0]
+        check_bos(row, ids["prompt_ids"], marks, given)
+        check_response("completion", row["completion"], ids["completion_ids"], marks, given)
+        return ids["prompt_ids"] + ids["completion_ids"], [IGNORED] * len(ids["prompt_ids"]) + ids["completion_ids"]
+
+    def _all_turns(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        found: Any = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids, learned = found["input_ids"], found["assistant_masks"]
+        ends = sum(i in self.marks[True].ends for i, own in zip(ids, learned, strict=True) if own)
+        turns = sum(m["role"] == "assistant" for m in messages)
+        if ends != turns:
+            raise BadRow(BOS_EOS, f"{turns} assistant turns, and EOS is learned {ends} times")
+        return ids, [i if own else IGNORED for i, own in zip(ids, learned, strict=True)]
+
+
+def _last_turn(row: Row) -> Row:
+    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+
+
+def marking_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A chat template that writes the tokenizer's own text and marks what an assistant says, ends included.
+
+    The tokenizer's own if it has `{% generation %}` marks, else TRL's variant of it, for the families that TRL knows.
+    None where neither gives the same tokens with every end of turn inside the marks.
+    """
+    from trl.chat_template_utils import (
+        get_training_chat_template,
+        has_generation_markers,
+        is_chat_template_stop_token_trained,
+    )
+
+    own: Any = tokenizer.chat_template
+    if not isinstance(own, str):
+        return None
+    template: str | None = own
+    if not has_generation_markers(own):
+        try:
+            template = get_training_chat_template(tokenizer)
+        except ValueError:  # of a family that TRL does not know
+            return None
+    if template is None or not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
+        return None
+    turns = [{"role": role, "content": word} for role, word in (("user", "a"), ("assistant", "b")) * 2]
+    plain, marked = (tokenizer.apply_chat_template(turns, tokenize=False, chat_template=t) for t in (own, template))
+    return template if plain == marked else None
+
+
+def prepare_supervised(
+    sources: Sequence[SourceSection],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    role: str,
+    turns: str = "all",
+    max_rejected_share: float = 0.1,
+    seed: int = 0,
+) -> Prepared:
+    """Read, check, tokenise and mix sources; the data set has columns `input_ids` and `labels` (-100: not learned).
+
+    Args:
+        sources: with all of them weighted or none, as for preferences.
+        tokenizer: of the model.
+        max_length: tokens of a row; longer ones are cut at the end.
+        role: "train" or "eval"; also says which split is meant where none is named.
+        turns: of `messages`: "all" assistant turns, or the "last".
+        max_rejected_share: kept for `write_rejected`.
+        seed: of the draw of a weighted mixture.
+
+    Raises:
+        UserError: a source cannot be read, or its form not be told.
+    """
+    template = marking_template(tokenizer) if turns == "all" and tokenizer.chat_template else None
+    encoder = _Encoder(tokenizer, max_length, template)
+    tables: list[Dataset | None] = []
+    rejected: list[Rejected] = []
+    described = []
+    for source in sources:
+        kept: list[tuple[list[int], list[int]]] = []
+        title = source.name if source.split is None else f"{source.name}:{source.split}"
+        form, rows = _converted(source, raw_rows(source, role), bool(tokenizer.chat_template))
+        read = 0
+        for read, convert in enumerate(rows, start=1):
+            try:
+                kept.append(encoder(convert()))
+            except BadRow as bad:
+                rejected.append(Rejected(title, read, bad.reason, bad.detail))
+        tables.append(_table(kept))
+        described.append({"set": role, "source": title, "form": form, "read": read})
+    dataset, used = mixed(tables, list(sources), seed)
+    for entry, count in zip(described, used, strict=True):
+        entry["used"] = count
+    only_last = turns == "all" and template is None and any(entry["form"] == "messages" for entry in described)
+    note = "of conversations only the last turn is learned: the chat template does not mark assistant turns"
+    return Prepared(
+        dataset=dataset,
+        rejected=rejected,
+        counts=dict(Counter(bad.reason for bad in rejected).most_common()),
+        rows=sum(entry["read"] for entry in described),
+        role=role,
+        max_rejected_share=max_rejected_share,
+        notes=(note,) if only_last else (),
+        sources=tuple(described),
+    )
+
+
+def _table(rows: list[tuple[list[int], list[int]]]) -> Dataset | None:
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": [i for i, _ in rows], "labels": [n for _, n in rows]}) if rows else None
+
+
+def _converted(
+    source: SourceSection, rows: Iterator[Row], has_template: bool
+) -> tuple[str, Iterator[Callable[[], Row]]]:
+    """The form of a source, and for each of its rows a function that converts it (or raises `BadRow`)."""
+    first = list(itertools.islice(rows, PEEKED))
+    form = _told(first)
+    if form is None and any("rejected" in row or "output" in row for row in first):
+        form, preferred = converter(source, first, has_template)
+        return form, ((lambda row=row: _chosen(preferred(row))) for row in itertools.chain(first, rows))
+    if form is None:
+        columns = ", ".join(dict.fromkeys(key for row in first for key in row)) or "(none)"
+        raise UserError(f"{source.name}: nothing to learn in columns {columns}; accepted: {ACCEPTED}")
+    if source.columns is not None or source.format != "auto":
+        raise UserError(
+            f"{source.name}: format and columns are for preferences; these rows are {form}: leave them out"
+        )
+    convert = {"messages": _conversation, "completion": _completion, "text": _text}[form]
+    return form, ((lambda row=row: convert(row, bool(source.chat))) for row in itertools.chain(first, rows))
+
+
+def _told(first: Sequence[Row]) -> str | None:
+    keys = {key for row in first for key, value in row.items() if value is not None}
+    if "messages" in keys and "chosen" not in keys:
+        return "messages"
+    if {"prompt", "completion"} <= keys:
+        return "completion"
+    return "text" if "text" in keys and "chosen" not in keys else None
+
+
+def _chosen(row: Row) -> Row:
+    ids = {"prompt_ids": row["prompt_ids"], "completion_ids": row["chosen_ids"]} if "chosen_ids" in row else {}
+    return {"prompt": row["prompt"], "completion": row["chosen"], **ids}
+
+
+def _field(row: Row, column: str) -> Any:
+    value = row.get(column)
+    if value is None:
+        raise BadRow(MISSING_FIELD, f"{column} is missing")
+    if not isinstance(value, str) and not is_messages(value):
+        raise BadRow(NOT_TEXT, f"{column}: expected text or a list of messages, got {type(value).__name__}")
+    return value
+
+
+def _said(column: str, value: Any) -> Any:
+    """Learned text or messages: not empty, and the assistant's."""
+    if isinstance(value, list) and any(m["role"] in ("user", "system") for m in value):
+        raise BadRow(DIFFERENT_PROMPTS, f"{column} has a message that is not an assistant's")
+    if not (value if isinstance(value, str) else value[-1]["content"] if value else "").strip():
+        raise BadRow(EMPTY, f"{column} is empty")
+    return value
+
+
+def _completion(row: Row, chat: bool) -> Row:
+    prompt, completion = _field(row, "prompt"), _said("completion", _field(row, "completion"))
+    if chat:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    if isinstance(prompt, str) != isinstance(completion, str):
+        raise BadRow(UNKNOWN_FORM, "prompt and completion mix text and chat messages")
+    return {"prompt": prompt, "completion": completion}
+
+
+def _text(row: Row, chat: bool) -> Row:
+    text = _field(row, "text")
+    if chat or not isinstance(text, str):
+        raise BadRow(NOT_TEXT, "text: is no chat; give messages")
+    return {"prompt": "", "completion": _said("text", text)}
+
+
+def _conversation(row: Row, chat: bool) -> Row:
+    messages = _field(row, "messages")
+    if isinstance(messages, str):
+        raise BadRow(NOT_TEXT, "messages: expected a list of messages, got str")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise BadRow(MISSING_FIELD, "messages do not end with the assistant's")
+    if len(messages) == 1:
+        raise BadRow(MISSING_FIELD, "messages hold no question to the answer")
+    _said("messages", messages[-1:])
+    return {"messages": [{"role": m["role"], "content": m["content"]} for m in messages]}
+
+
+def refuse_overlap(trained: Dataset, held_out: Dataset | None) -> None:
+    """Rows that are both learned and judged on.
+
+    Raises:
+        UserError: naming the first row of data.eval that is also in data.train.
+    """
+    if held_out is None:
+        return
+    known = {tuple(ids) for ids in trained["input_ids"]}
+    for number, ids in enumerate(held_out["input_ids"], start=1):
+        if tuple(ids) in known:
+            raise UserError(
+                f"data.eval: usable row {number} is also in data.train: judge on rows that are not learned"
+            )
