@@ -137,7 +137,7 @@ def refuse_other_sharding(run: Path, sharding: str, world: int) -> None:
     manifest = read_json_object(run / "manifest.json")
     before, processes = manifest.get("sharding", sharding), manifest["hardware"]["processes"]
     if before != sharding:
-        raise UserError(f"--resume: {run} began with sharding {before}, this launch has {sharding}: launch it as before")
+        raise UserError(f"--resume: {run} began with sharding {before}, this launch has {sharding}; launch as before")
     if sharding.startswith("zero") and processes != world:
         raise UserError(f"--resume: {run} is split over {processes} processes, this launch has {world}")
 

@@ -77,6 +77,26 @@ def test_other_rows_are_refused(run):
         rundir.refuse_other_data(run, "b")
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [
+        (("zero2", 2), ("none", 2), "began with sharding zero2, this launch has none"),  # would lose the optimiser
+        (("none", 2), ("zero2", 2), "began with sharding none, this launch has zero2"),
+        (("zero3", 2), ("zero2", 2), "began with sharding zero3"),
+        (("zero3", 2), ("zero3", 4), "split over 2 processes, this launch has 4"),
+        (("zero3", 2), ("zero3", 2), None),
+        (("none", 2), ("none", 1), None),
+    ],
+)
+def test_checkpoints_fit_the_sharding_that_wrote_them(run, before, now, refused):
+    write_json(run / "manifest.json", {"sharding": before[0], "hardware": {"processes": before[1]}})
+    if refused is None:
+        return rundir.refuse_other_sharding(run, *now)
+    with pytest.raises(UserError, match=refused):
+        rundir.refuse_other_sharding(run, *now)
+    return None
+
+
 def test_earlier_runs_are_kept_under_the_next_number(run):
     for seed in (1, 2, 3):
         rundir.move_aside(run)
@@ -89,4 +109,6 @@ def test_newest_whole_checkpoint_is_resumed_from(run):
     for name in ("checkpoint-9", "checkpoint-10"):
         write_json(run / name / "trainer_state.json", {})
     (run / "checkpoint-11").mkdir()  # a killed save left it without its state
+    (run / "checkpoint-12").mkdir()  # and another with the beginning of it
+    (run / "checkpoint-12" / "trainer_state.json").write_text('{"epoch": 1.5, "glo')
     assert rundir.last_checkpoint(run).name == "checkpoint-10"
