@@ -214,7 +214,7 @@ _TRUTHS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "fals
 
 def _translate(found: dict[str, Any], document: Document, root: type[_Root]) -> Problem:
     """One pydantic error as a problem in our words, at the line of the key that it is about."""
-    loc: KeyPath = found["loc"]
+    loc = _as_written(found["loc"], document.values)
     kind, value, ctx = found["type"], found["input"], found.get("ctx", {})
     if kind == "extra_forbidden":
         section = _section_at(root, loc[:-1])
@@ -239,6 +239,18 @@ def _translate(found: dict[str, Any], document: Document, root: type[_Root]) -> 
     else:
         message = found["msg"].removeprefix("Value error, ")
     return Problem(document.origin(loc), tuple(str(part) for part in loc), message)
+
+
+def _as_written(loc: KeyPath, values: Any) -> KeyPath:
+    """`loc` without the places in lists that the file does not write as lists (one source of data)."""
+    path: list[str | int] = []
+    for part in loc:
+        if isinstance(part, int) and not isinstance(values, list):
+            continue
+        path.append(part)
+        known = isinstance(values, dict) and part in values or isinstance(values, list) and part in range(len(values))
+        values = values[part] if known else None
+    return tuple(path)
 
 
 def _show(value: Any) -> str:

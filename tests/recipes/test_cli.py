@@ -99,7 +99,7 @@ def test_train_without_a_launcher_is_one_process_with_exit_code_2(tmp_path):
     data = ["data.sample=null", "data.train=pairs.jsonl", "evaluation=null"]
     done = run("train", str(ROOT / "recipes/quickstart/dpo.yaml"), *data, cwd=tmp_path)
     assert done.returncode == 2
-    assert "row 1: column 'rejected' is missing" in done.stderr.strip().splitlines()[-1]
+    assert "cannot be told from the columns prompt, chosen" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 

@@ -133,6 +133,11 @@ def test_diff_shows_what_differs_and_nothing_else(small):
         ([], ["r.yaml:7: data.train: pairs.jsonl: no such file"]),
         (["data.train=org/name"], []),
         (["data.train=org/name", "data.eval=e.json"], ["command line: data.eval: e.json: no such file"]),
+        (
+            ["data.train=[org/name, e.csv, e.parquet]"],
+            [f"command line: data.train: e.{kind}: no such file" for kind in ("csv", "parquet")],
+        ),
+        (["data.train=./folder:train"], ["command line: data.train: ./folder: no such file"]),
         (["data.train=org/name", "model.adapter=a"], ["command line: model.adapter: a: no such folder"]),
         (["data.train=org/name", "model.name_or_path=./m"], ["command line: model.name_or_path: ./m: no such folder"]),
         (["data.train=org/name", "model.name_or_path=m.gguf"], ["command line: model.name_or_path: m.gguf: no such"]),

@@ -140,6 +140,57 @@ def test_one_mistake_is_one_line(small, old, new, expected):
         assert found == [expected]
 
 
+def test_sources_of_data_are_a_list_however_they_are_written(small):
+    train = load_recipe(small()).data.train
+    assert [(s.name, s.split, s.weight, s.limit, s.format, s.columns, s.ties) for s in train] == [
+        ("pairs.jsonl", None, None, None, "auto", None, "drop")
+    ]
+    written = {
+        "org/name": [("org/name", None)],
+        "org/name:test[:10%]": [("org/name", "test[:10%]")],
+        "hf://org/name": [("hf://org/name", None)],
+        "{name: pairs.csv, split: train}": [("pairs.csv", "train")],
+        "[pairs.csv, {name: b.json, split: x}, 'org/name:y']": [
+            ("pairs.csv", None),
+            ("b.json", "x"),
+            ("org/name", "y"),
+        ],
+    }
+    for text, wanted in written.items():
+        for recipe in (load_recipe(small("pairs.jsonl", text)), load_recipe(small(), [f"data.train={text}"])):
+            assert [(s.name, s.split) for s in recipe.data.train] == wanted
+    recipe = load_recipe(small(), ["data.train={name: pairs.csv, ties: soft}", "data.eval=held_out.parquet"])
+    assert recipe.data.train[0].ties == "soft" and recipe.data.eval[0].name == "held_out.parquet"
+    assert recipe.data.overlap == "refuse" and recipe.data.max_rejected_share == 0.1
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{name: a.csv, splti: x}", "r.yaml:7: data.train.splti: unknown key; did you mean 'split'?"),
+        ("\n    - b.csv\n    - name: a.csv\n      splti: x", "r.yaml:10: data.train.1.splti: unknown key; did you mean 'split'?"),
+        ("{split: x}", "r.yaml:7: data.train.name: required key is missing: File (.json, .jsonl, both also .gz; .parquet, .csv), folder with one file per split, or hub name"),
+        ("{name: a.csv, weight: 0}", "r.yaml:7: data.train.weight: must be > 0, got 0"),
+        ("{name: a.csv, ties: sfot}", "r.yaml:7: data.train.ties: expected one of 'drop', 'soft'; got 'sfot'; did you mean 'soft'?"),
+        ("{name: a.csv, columns: {chosn: a}}", "r.yaml:7: data.train.columns: 'chosn' is not one of our columns; did you mean 'chosen'?"),
+        ("{name: a.csv, columns: {chosen: [a, b]}}", "r.yaml:7: data.train.columns: 'chosen' takes one column; only label may name several"),
+        ("[{name: a.csv, weight: 1}, b.csv]", "r.yaml:7: data.train: give every source a weight, or none"),
+        ("[]", "r.yaml:7: data.train: no source: give a file, a hub name, or a list of them"),
+        ("7", "r.yaml:7: data.train: expected a list, got 7"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_source_are_at_their_key(small, written, expected):
+    assert problems(small("pairs.jsonl", written)) == [expected]
+
+
+def test_another_source_drops_the_old_ones_settings(small):
+    path = small("pairs.jsonl", "{name: a.csv, ties: soft, columns: {chosen: good}}")
+    same, other = (load_recipe(path, [f"data.train={text}"]).data.train[0] for text in ("{limit: 3}", "{name: b.csv}"))
+    assert (same.name, same.ties, same.limit, same.columns) == ("a.csv", "soft", 3, {"chosen": "good"})
+    assert (other.name, other.ties, other.limit, other.columns) == ("b.csv", "drop", None, None)
+    assert load_recipe(path, ["data.train.ties=drop"]).data.train[0].ties == "drop"
+
+
 def test_missing_section_and_key_name_the_place(small):
     assert problems(small("data:\n  train: pairs.jsonl\n", "")) == [
         "r.yaml: data: required section is missing: The preferences"
