@@ -55,7 +55,8 @@ def trainer_for(tiny: Path, folder: Path, objective: str | Objective = "dpo", **
         objective = get_objective(objective)
     data = more.pop("train_dataset", None) or preferences()
     model = more.pop("model", None) or load_model(str(tiny))
-    return PreferenceTrainer(model, objective, args, data, load_tokenizer(str(tiny)), **more)
+    tokenizer = more.pop("tokenizer", None) or load_tokenizer(str(tiny))
+    return PreferenceTrainer(model, objective, args, data, tokenizer, **more)
 
 
 def logged(trainer: DPOTrainer, key: str = "loss") -> list[float]:

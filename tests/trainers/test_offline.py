@@ -108,7 +108,7 @@ def test_existing_adapter_is_its_own_reference(tiny, tmp_path):
     batch = trainer.collator([trainer.train_dataset[i] for i in range(4)])
     with torch.no_grad(), model.disable_adapter():
         base = trainer._score(model, batch)
-    assert float((base - trainer._reference_logps(model, batch)).abs().max()) > 0.1  # adapter and base do differ
+    assert float((base - trainer._score_frozen("ref", model, batch)).abs().max()) > 0.1  # adapter and base do differ
     trainer.train()
     assert logged(trainer, "rewards/chosen")[0] == pytest.approx(0, abs=1e-5)
     assert logged(trainer)[-1] != pytest.approx(0.6931, abs=1e-4)
@@ -212,7 +212,7 @@ def test_launcher_and_recipe_must_agree_on_precision(tiny, tmp_path, monkeypatch
 def test_previous_iterate_of_the_rows_needs_a_named_reference_and_is_checked(tiny, tmp_path):
     rows = [row | {"prev_chosen": -90.0, "prev_rejected": -200.0} for row in preferences().to_list()]
     data = Dataset.from_list(rows)
-    with pytest.raises(UserError, match="give the reference as ref_model"):
+    with pytest.raises(UserError, match="name the reference"):
         trainer_for(tiny, tmp_path, "inpo", train_dataset=data)
     with pytest.raises(UserError, match="previous iterate and starting model differ"):
         trainer_for(tiny, tmp_path, "inpo", train_dataset=data, ref_model=load_model(tiny)).train()
