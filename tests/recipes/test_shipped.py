@@ -1,0 +1,155 @@
+"""What is shipped can be used: every recipe passes its check, accelerate reads every launch file, shown commands fit.
+
+That is: the files that they name exist, and their overrides are keys of the recipe. Nothing is downloaded or trained.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from alignment.objectives import list_objectives
+from alignment.recipes import load_recipe
+from alignment.recipes.inspection import check
+from tests.recipes.conftest import ROOT
+
+OBJECTIVES = {card.name for card in list_objectives()}
+FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*/*.yaml"))
+LAUNCH = [name for name in FILES if name.startswith("recipes/accelerate/")]
+# Supervised fine-tuning has a schema and tests of its own.
+RECIPES = [name for name in FILES if name not in LAUNCH and Path(name).stem != "sft"]
+REAL = [name for name in RECIPES if not name.startswith("recipes/quickstart/")]
+PAGES = ["docs/launching.md"]
+PROGRAMS = ("accelerate", "alignment", "python", "torchrun")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def header(name: str) -> list[str]:
+    """The comment at the top of a file, without its marks."""
+    lines = (ROOT / name).read_text().splitlines()
+    end = next((at for at, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [line[1:].removeprefix(" ") for line in lines[:end]]
+
+
+def shown(name: str) -> list[str]:
+    """The shell lines that a file shows: indented in a YAML file's header, in the fenced blocks of a page."""
+    if name.endswith(".md"):
+        blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```$", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
+        return [line.strip() for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines()]
+    text = "\n".join(line for line in header(name) if line.startswith("  "))
+    return [line.strip() for line in re.sub(r"\\\n", " ", text).splitlines()]
+
+
+def commands(name: str) -> list[list[str]]:
+    """The words of every shown command of ours; a command within quotes (srun's) counts as one of its own."""
+    found = []
+    for line in shown(name):
+        inner = re.search(r"'(accelerate launch .*)'", line)
+        words = shlex.split(inner[1] if inner else line, comments=True)
+        if words and words[0] in PROGRAMS:
+            found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_passes_its_check(name):
+    assert [str(problem) for problem in check(name)] == []
+
+
+def test_every_objective_has_a_quick_start_and_a_recipe_for_a_real_model():
+    quick = {load_recipe(name).objective.name for name in RECIPES if name not in REAL}
+    assert quick == OBJECTIVES
+    real = {load_recipe(name).objective.name for name in REAL}
+    assert real == OBJECTIVES
+    for name in REAL:
+        assert load_recipe(name).objective.name == Path(name).parent.name
+
+
+def test_no_two_recipes_write_to_the_same_place():
+    places = [load_recipe(name).training.output_dir for name in RECIPES]
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_header_of_a_recipe_that_was_not_run_says_so_and_computes_its_memory(name):
+    text = " ".join(header(name))
+    assert "NOT run by this project" in text
+    assert re.search(r"Memory: \d+ GiB per GPU on \d+ with (zero3|ddp)\.yaml.*\(computed .*not measured\)", text)
+    assert not re.search(r"\b\d+(\.\d+)? ?(hours?|minutes?|h|min)\b", text)  # no untimed cost
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *LAUNCH, *PAGES])
+def test_shown_commands_name_real_files_and_keys(name):
+    found = commands(name)
+    assert found
+    for words in found:
+        for word in words:
+            if re.fullmatch(r"(recipes|scripts|evaluation|tests|docs)/\S+", word):
+                assert (ROOT / word).is_file(), word
+        if "scripts/train.py" in words:
+            given = words[words.index("scripts/train.py") + 1 :]
+            if given[0] != "RECIPE":
+                load_recipe(given[0], [word for word in given[1:] if not word.startswith("--")])
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *PAGES])
+def test_shown_launches_agree_with_the_recipe_on_precision(name):
+    """A launcher in bfloat16 and a recipe in float32 are refused at the start of training (docs/launching.md)."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for words in commands(name):
+        if "--config_file" not in words or "scripts/train.py" not in words:
+            continue
+        at = words.index("scripts/train.py")
+        launcher = load_config_from_file(words[words.index("--config_file") + 1])
+        training = load_recipe(words[at + 1], [word for word in words[at + 2 :] if "=" in word]).training
+        if launcher.mixed_precision == "bf16":
+            assert training.bf16, words
+
+
+def test_own_files_of_a_recipe_are_shown_where_they_are_needed():
+    """Files beside the recipes, such as ORPO's chat template, are copied by a command of a header."""
+    beside = {str(p.relative_to(ROOT)) for p in (ROOT / "recipes").glob("*/*") if p.suffix not in (".yaml", ".txt")}
+    named = {word for name in REAL for line in shown(name) for word in line.split() if word.startswith("recipes/")}
+    assert beside <= named
+
+
+@pytest.mark.parametrize("name", LAUNCH)
+def test_launch_file_is_read_by_accelerate_and_has_options_of_the_launcher_only(name):
+    """accelerate refuses unknown keys at the top level, and ignores those of a nested section without a word."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(ROOT / name))
+    assert config.num_processes >= 1 and config.num_machines >= 1
+    assert config.num_processes % config.num_machines == 0
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert set(config.deepspeed_config) | set(config.fsdp_config) <= options
+    assert bool(config.deepspeed_config) == (config.distributed_type == "DEEPSPEED")
+    assert bool(config.fsdp_config) == (config.distributed_type == "FSDP")
+    # accelerate's DeepSpeed launcher is switched off by use_cpu, which would train unsharded.
+    assert not (config.deepspeed_config and config.use_cpu)
+
+
+def test_every_launch_file_has_its_line_on_the_page():
+    page = (ROOT / "docs/launching.md").read_text()
+    assert [name for name in LAUNCH if f"| `{Path(name).name}` |" not in page] == []
+
+
+def test_orpos_chat_template_is_the_form_of_its_family():
+    """Zephyr's: a role mark and the end token around every message; what is generated begins after a newline."""
+    from jinja2 import Template
+
+    template = Template((ROOT / "recipes/orpo/chat_template.jinja").read_text())
+    chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
+    prompt = template.render(messages=chat[:1], eos_token="</s>", add_generation_prompt=True)
+    assert prompt == "<|user|>\nHi?</s>\n<|assistant|>\n"
+    whole = template.render(messages=chat, eos_token="</s>", add_generation_prompt=False)
+    assert whole == prompt + "Ho.</s>"  # nothing after the end token
