@@ -22,7 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, jsonable, read_json_object, write_json_lines
 from alignment.models.gguf import file_digest
-from alignment.recipes import Recipe
+from alignment.recipes import Recipe, SftRecipe
 
 PACKAGES = ("alignment", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "tokenizers")
 
@@ -79,7 +79,7 @@ def objective_digest(recipe: Recipe) -> str | None:
     return None if recipe.objective.file is None else file_digest(Path(recipe.objective.file))
 
 
-def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
+def refuse_other_recipe(run: Path, recipe: Recipe | SftRecipe) -> None:
     """Resuming under another recipe would be neither run; keys that change no result may differ.
 
     Raises:
@@ -87,7 +87,7 @@ def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
     """
     manifest = read_json_object(run / "manifest.json")
     before = manifest["recipe"]
-    if manifest.get("objective_file_sha256") != objective_digest(recipe):
+    if isinstance(recipe, Recipe) and manifest.get("objective_file_sha256") != objective_digest(recipe):
         raise UserError(f"--resume: {recipe.objective.file} is not the file that {run} began with")
     # Where evaluations steer the run (best model, plateau schedule), so does when they happen.
     free = frozenset() if recipe.training.what_needs_evaluation() else recipe.training.NO_EFFECT_ON_RESULT

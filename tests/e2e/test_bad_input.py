@@ -16,7 +16,7 @@ import pytest
 
 from alignment.errors import run_or_exit
 from alignment.launched import main
-from alignment.trainers import run as training
+from alignment.trainers import launching
 from tests.e2e.conftest import Grammar
 
 RECIPE = "recipes/quickstart/dpo.yaml"
@@ -55,7 +55,8 @@ def refused(root, grammar: Grammar, tmp_path, monkeypatch, capfd):
         with pytest.raises(SystemExit) as stopped:
             run_or_exit(main)
         assert stopped.value.code == 2
-        assert left(tmp_path) == before
+        rejected = run.with_name("run.rejected_rows.jsonl")  # the only thing that a refusal may leave: it names it
+        assert left(tmp_path) == sorted([*before, *([str(rejected.relative_to(tmp_path))] if rejected.exists() else [])])
         return said(capfd.readouterr().err)
 
     return attempt
@@ -107,23 +108,54 @@ def test_missing_and_broken_recipes(refused, tmp_path):
     [
         ([GOOD, "{not json"], ":2: not valid JSON"),
         ([GOOD, "[1, 2]"], ":2: a JSON object is needed"),
-        ([GOOD, {"prompt": "a", "chosen": " b"}], "row 2: column 'rejected' is missing"),
-        ([GOOD, GOOD, GOOD | {"chosen": "  "}], "row 3: column 'chosen' is empty"),
-        ([GOOD, GOOD | {"chosen": None}], "row 2: column 'chosen': expected text"),
-        ([GOOD, GOOD | {"chosen": " cold ."}], "row 2: chosen and rejected are the same"),
-        ([GOOD, CHAT], "row 2: text rows and chat rows are mixed"),
-        ([CHAT, CHAT | {"chosen": "kind ."}], "row 2: prompt, chosen and rejected mix text and chat"),
-        ([GOOD | {"reward_chosen": 1.0}, GOOD], "row 2: column 'reward_chosen' is in some rows only"),
-        ([GOOD | {"reward_chosen": "high"}], "row 1: column 'reward_chosen': expected a number"),
         ([], "no rows"),
+        ([{"question": "a", "answer": " b"}], "cannot be told from the columns question, answer"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_unusable_rows_are_named(refused, tmp_path, rows, message):
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+def test_unreadable_files_are_named(refused, tmp_path, rows, message):
+    file = pairs(tmp_path, rows)
     found = refused("data.sample=null", f"data.train={file}")
     assert f"error: {file}" in found and message in found
+    assert not (tmp_path / "out" / "run.rejected_rows.jsonl").exists()
+
+
+def pairs(tmp_path: Path, rows: list) -> Path:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),  # the last row is the bad one
+    [
+        ([GOOD, {"prompt": "a", "chosen": " b"}], "missing_field"),
+        ([GOOD, GOOD, GOOD | {"chosen": "  "}], "empty"),
+        ([GOOD, GOOD | {"chosen": 5}], "not_text"),
+        ([GOOD, GOOD | {"chosen": " cold ."}], "same_responses"),
+        ([GOOD, CHAT], "unknown_form"),
+        ([CHAT, CHAT | {"chosen": "kind ."}], "unknown_form"),
+        ([GOOD | {"reward_chosen": 1.0}, GOOD], "missing_field"),
+        ([GOOD | {"reward_chosen": "high"}], "bad_number"),
+    ],
+)
+def test_too_many_unusable_rows_are_written_down_and_named(refused, tmp_path, rows, reason):
+    file = pairs(tmp_path, rows)
+    found = refused("data.sample=null", f"data.train={file}")
+    assert f"{file}: row {len(rows)}: " in found and reason in found
+    rejected = tmp_path / "out" / "run.rejected_rows.jsonl"
+    assert str(rejected) in found
+    (written,) = [json.loads(line) for line in rejected.read_text().splitlines()]
+    assert (written["source"], written["row"], written["reason"]) == (str(file), len(rows), reason)
+
+
+def test_training_rows_that_are_held_out_as_well(refused, tmp_path):
+    file = pairs(tmp_path, [GOOD])
+    found = refused("data.sample=null", f"data.train={file}", f"data.eval={file}", "evaluation=null")
+    assert "1 of 1 prompts of data.train are also judged on, such as 'my dog is' of data.eval" in found
+    opening = tmp_path / "openings.txt"
+    opening.write_text("my dog is\n")
+    given = ["data.sample=null", f"data.train={file}", f"evaluation.prompts={opening}"]
+    assert f"such as 'my dog is' of {opening}" in refused(*given)
 
 
 def test_missing_columns_of_an_objective(refused, tmp_path):
@@ -146,7 +178,7 @@ def test_files_that_are_not_models(refused, tmp_path):
 
 def test_batch_that_cannot_be_split_over_the_processes(refused, monkeypatch):
     three = SimpleNamespace(num_processes=3, is_main_process=True)
-    monkeypatch.setattr(training, "PartialState", lambda **settings: three)
+    monkeypatch.setattr(launching, "PartialState", lambda **settings: three)
     assert "8 pairs cannot be split evenly over 3 processes; declare 9" in refused()
 
 

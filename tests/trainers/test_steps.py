@@ -12,8 +12,8 @@ from alignment.errors import UserError
 from alignment.models import load_model
 from alignment.objectives import get_objective
 from alignment.trainers.collation import LengthGroupedSampler
+from alignment.trainers.launching import plan_batches
 from alignment.trainers.metrics import DisplacementAlarm, Totals
-from alignment.trainers.run import plan_batches
 from tests.trainers.building import config, logged, preferences, trainer_for
 
 

@@ -1,0 +1,196 @@
+"""What every kind of training run does: its processes, threads and batches, its directory, its final model.
+
+Not a run by itself: `run` (preferences) and `sft` (supervised fine-tuning) are. Every process of a launch calls these;
+what needs doing once is done by the main process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from alignment.errors import UserError
+from alignment.files import write_json
+from alignment.models.loading import settle_accelerator
+from alignment.recipes import Recipe, SftRecipe
+from alignment.trainers import hub, rundir
+
+WAIT_HOURS = 24
+
+AnyRecipe = Recipe | SftRecipe
+Config = TypeVar("Config", bound=TrainingArguments)
+
+
+def begin(recipe: AnyRecipe) -> PartialState:
+    """The processes, connected; what can be refused before anything is read or written is refused here.
+
+    Raises:
+        UserError: the batch cannot be split over the processes, or the hub does not let us in.
+    """
+    settle_accelerator()
+    # The main process may sample for hours while the others wait for it.
+    state = PartialState(
+        cpu=recipe.training.use_cpu or not torch.cuda.is_available(), timeout=datetime.timedelta(hours=WAIT_HOURS)
+    )
+    plan_batches(recipe.training.global_batch_size, 1, state.num_processes)
+    if recipe.training.push_to_hub and state.is_main_process:
+        hub.check_login()  # not after hours of training
+    set_threads(recipe.training.cpu_threads, state)
+    return state
+
+
+def plan_batches(global_batch: int, per_device: int, world: int) -> tuple[int, int]:
+    """(pairs per device and pass, accumulation steps) with which `world` processes make up the declared batch.
+
+    The per-device batch is the largest divisor of each process's share that is at most `per_device`: the losses are
+    per pair, so it changes memory and speed but no result.
+
+    Raises:
+        UserError: the declared batch cannot be split evenly.
+    """
+    if global_batch % world:
+        raise UserError(
+            f"training.global_batch_size: {global_batch} pairs cannot be split evenly over {world} processes; "
+            f"declare {math.ceil(global_batch / world) * world}, or launch fewer"
+        )
+    share = global_batch // world
+    fitting = max(d for d in range(1, min(per_device, share) + 1) if share % d == 0)
+    return fitting, share // fitting
+
+
+def set_threads(wanted: int | None, state: PartialState) -> None:
+    """CPU threads of this process. `accelerate launch` exports OMP_NUM_THREADS=1 unless told otherwise: that cannot be
+    told from a wish, and is undone (training.cpu_threads=1 is the wish); any other exported number is kept."""
+    if state.device.type != "cpu":
+        return
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if wanted is None and (by_accelerate or "OMP_NUM_THREADS" not in os.environ):
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        wanted = max(1, cores // local)
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+
+
+def say(state: PartialState, text: str) -> None:
+    """Print on the main process."""
+    if state.is_main_process:
+        print(text, flush=True)
+
+
+def model_arguments(recipe: AnyRecipe) -> dict[str, Any]:
+    """Keyword arguments of `load_model`."""
+    return recipe.model.model_dump()
+
+
+def tokenizer_arguments(recipe: AnyRecipe) -> dict[str, Any]:
+    """Keyword arguments of `load_tokenizer` besides the name."""
+    return {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
+
+
+def adapter_config(recipe: AnyRecipe) -> Any:
+    """PEFT's configuration of a fresh adapter; None where the recipe trains none."""
+    if recipe.lora is None:
+        return None
+    from peft import LoraConfig
+
+    section = recipe.lora
+    return LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        target_modules=section.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def trl_config(kind: type[Config], recipe: AnyRecipe, run: Path, world: int) -> Config:
+    """TRL's arguments, of its class `kind`, for a run of the recipe in `run` with `world` processes.
+
+    Raises:
+        UserError: TRL or transformers refuses a value.
+    """
+    per_device, accumulation = plan_batches(
+        recipe.training.global_batch_size, recipe.training.per_device_train_batch_size, world
+    )
+    given = recipe.training.trl_arguments() | {
+        "output_dir": str(run),
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": accumulation,
+        "max_length": recipe.data.max_length,
+        "use_cpu": recipe.training.use_cpu or not torch.cuda.is_available(),
+    }
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+
+
+def sharding(args: TrainingArguments, state: PartialState) -> str:
+    """How the launch shards weights or optimiser: zero1 … zero3, fsdp or none."""
+    if args.deepspeed_plugin is not None:
+        return f"zero{args.deepspeed_plugin.zero_stage}"
+    return "fsdp" if state.distributed_type == DistributedType.FSDP else "none"
+
+
+def known(recipe: AnyRecipe, world: int) -> dict[str, Any]:
+    """What a manifest says of a run before it begins."""
+    return {
+        "recipe": recipe.resolved(),
+        "recipe_path": str(recipe.path),
+        "seed": recipe.training.seed,
+        "versions": rundir.versions(),
+        "hardware": rundir.hardware(world),
+    }
+
+
+def prepare_run(
+    recipe: AnyRecipe, run: Path, resume: bool, manifest: dict[str, Any]
+) -> tuple[Path | None, Path | None]:
+    """(checkpoint to resume from, None), or (None, where an earlier run went) and a fresh run with its manifest."""
+    if resume:
+        if not (run / "manifest.json").is_file():
+            raise UserError(f"--resume: {run} is not a run directory")
+        rundir.refuse_other_recipe(run, recipe)
+        return rundir.last_checkpoint(run), None
+    aside = rundir.move_aside(run)
+    if aside is not None:
+        print(f"{run} held an earlier run; it is now {aside}", flush=True)
+    write_json(run / "manifest.json", manifest)
+    return None, aside
+
+
+def compact(trainer: Any) -> Any:
+    """The trainer with our progress bar in the place of transformers' two."""
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(rundir.CompactProgress)
+    return trainer
+
+
+def save_final(trainer: Any, run: Path, state: PartialState) -> None:
+    """`final/`: a plain transformers folder (or adapter folder) with its tokenizer, by rename."""
+    beside = run / ".final"
+    trainer.save_model(str(beside))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(
+            beside / "ref", ignore_errors=True
+        )  # TRL's frozen copy of the adapter that training started from
+        trainer.create_model_card(model_name=run.name)  # into the run, as with every checkpoint
+        shutil.copy(run / "README.md", beside / "README.md")
+        final, before = run / "final", run / ".final-before"
+        if final.exists():  # only when a finished run is resumed
+            final.rename(before)
+        beside.rename(final)
+        shutil.rmtree(before, ignore_errors=True)
