@@ -173,7 +173,7 @@ def check(row: Row, ids: dict[str, Ids], marks: Markers, max_length: int | None,
     """
     prompt = ids["prompt_ids"]
     if max_length is not None and len(prompt) >= max_length:
-        raise BadRow(PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens, and max_length is {max_length}")
+        raise BadRow(PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens; raise data.max_length ({max_length})")
     room = None if max_length is None else max_length - len(prompt)
     chosen, rejected = ids["chosen_ids"], ids["rejected_ids"]
     if chosen == rejected:

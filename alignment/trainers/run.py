@@ -122,22 +122,13 @@ def _row_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _judged_on(recipe: Recipe, given: Prepared | None, held_out: Prepared | None) -> overlap.Judged:
-    """Hashes of what the run is judged on; prompts that are trained on as well are refused where that is asked,
-    before the training time is spent."""
-    evaluation, sample_of = recipe.evaluation, recipe.data.sample
-    judged = overlap.judged_on(
-        None if held_out is None else held_out.dataset,
-        read_prompts(evaluation.prompts, evaluation.limit) if evaluation else (),
-        evaluation.prompts if evaluation else "",
-    )
-    if recipe.data.overlap != "refuse":
-        return judged
-    if sample_of is not None:
-        overlap.refuse(read_prompts(sample_of.prompts, sample_of.limit), judged, sample_of.prompts)
-    if given is not None:
-        overlap.refuse(given.dataset["prompt"], judged)
-    return judged
+def _judged_on(recipe: Recipe, held_out: Prepared | None) -> overlap.Judged:
+    """Hashes of what the run is judged on: `data.eval` and `evaluation.prompts`."""
+    section = recipe.evaluation
+    rows = None if held_out is None else held_out.dataset
+    if section is None:
+        return overlap.judged_on(rows)
+    return overlap.judged_on(rows, read_prompts(section.prompts, section.limit), section.prompts)
 
 
 def _training_data(
@@ -149,21 +140,26 @@ def _training_data(
     held_out: Prepared | None,
 ) -> Prepared:
     """The rows to train on; sampled ones the main process builds and writes, the others read what it wrote."""
-    judged = _judged_on(recipe, given, held_out)
+    judged, drawn_for = _judged_on(recipe, held_out), recipe.data.sample
+    refusing = recipe.data.overlap == "refuse"
     if given is None:
+        assert drawn_for is not None  # the schema says so
+        if refusing:  # before hours of sampling
+            overlap.refuse(read_prompts(drawn_for.prompts, drawn_for.limit), judged, drawn_for.prompts)
         file = run / "preferences.jsonl"
         if state.is_main_process and not file.is_file():
             write_json_lines(file, sampled_preferences(recipe, tokenizer))
         state.wait_for_everyone()
         given = prepare_rows(read_rows(file), str(file), tokenizer, role="train", **_row_settings(recipe))
-    if recipe.data.overlap == "drop":
-        given = overlap.without(given, judged)
-    prepared = [given] if held_out is None else [given, held_out]
     if state.is_main_process:
-        for line in (line for p in prepared for line in p.summary()):
-            print(f"  {line}", flush=True)
-        write_rejected(run, *prepared)
+        write_rejected(run, given, *([] if held_out is None else [held_out]))
     state.wait_for_everyone()
+    if refusing:
+        overlap.refuse(given.dataset["prompt"], judged)
+    elif recipe.data.overlap == "drop":
+        given = overlap.without(given, judged)
+    for line in [*given.summary(), *(held_out.summary() if held_out else ())]:
+        say(state, f"  {line}")
     return given
 
 

@@ -56,7 +56,8 @@ def refused(root, grammar: Grammar, tmp_path, monkeypatch, capfd):
             run_or_exit(main)
         assert stopped.value.code == 2
         rejected = run.with_name("run.rejected_rows.jsonl")  # the only thing that a refusal may leave: it names it
-        assert left(tmp_path) == sorted([*before, *([str(rejected.relative_to(tmp_path))] if rejected.exists() else [])])
+        named = [str(rejected.relative_to(tmp_path))] if rejected.exists() else []
+        assert left(tmp_path) == sorted([*before, *named])
         return said(capfd.readouterr().err)
 
     return attempt
@@ -161,6 +162,7 @@ def test_training_rows_that_are_held_out_as_well(refused, tmp_path):
 def test_missing_columns_of_an_objective(refused, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(GOOD) + "\n")
     given = ["data.sample=null", f"data.train={tmp_path / 'pairs.jsonl'}", "objective.name=reward_aware_rpo"]
+    given.append("evaluation=null")
     assert "needs column 'reward_chosen'" in refused(*given)
 
 
