@@ -127,8 +127,8 @@ def load_model(
         name_or_path: hub id, folder (a full model, or a LoRA adapter whose base is then loaded too), `FILE.gguf`, or
             `package://PKG/FILE.gguf`.
         dtype: of the weights: float32, bfloat16 or float16.
-        quantization: "nf4" (4 bits, double quantisation) or "int8" keeps the linear layers' weights so, by
-            bitsandbytes; they compute in `dtype`.
+        quantization: "nf4" keeps the linear layers' weights in 4 bits, doubly quantised, by bitsandbytes; they
+            compute in `dtype`.
         attn_implementation: sdpa (transformers' default), eager, flash_attention_2 …
         adapter: folder of an existing LoRA adapter put on top.
         trainable_adapter: leave the adapter's weights trainable.
@@ -168,7 +168,7 @@ def load_model(
 
 
 def _quantization(kind: str | None, dtype: str) -> Any:
-    """bitsandbytes' settings: nf4 as in QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3), or LLM.int8()."""
+    """bitsandbytes' settings: nf4 as in QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3)."""
     if kind is None:
         return None
     from importlib.util import find_spec
@@ -176,12 +176,10 @@ def _quantization(kind: str | None, dtype: str) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
-    if kind not in ("nf4", "int8"):
-        raise UserError(f"model.quantization: {kind!r} is not one of nf4, int8")
+    if kind != "nf4":
+        raise UserError(f"model.quantization: {kind!r} is not nf4")
     if find_spec("bitsandbytes") is None:
         raise UserError("model.quantization: needs the Python package bitsandbytes: pip install 'alignment[qlora]'")
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -24,7 +24,7 @@ ATTENTION_PACKAGES: dict[str, tuple[str, ...]] = {
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
 }
-QUANTIZATION_PACKAGES: dict[str, tuple[str, ...]] = {"nf4": ("bitsandbytes",), "int8": ("bitsandbytes",)}
+QUANTIZATION_PACKAGES: dict[str, tuple[str, ...]] = {"nf4": ("bitsandbytes",)}
 _MISSING = object()
 
 

@@ -92,9 +92,9 @@ class ModelSection(Section):
     attn_implementation: Text | None = option(
         None, "transformers' attention, such as sdpa or eager.", "transformers' own choice for the model"
     )
-    quantization: Literal["nf4", "int8"] | None = option(
+    quantization: Literal["nf4"] | None = option(
         None,
-        "Keep the frozen weights in 4 or 8 bits (bitsandbytes) and train adapters: QLoRA.",
+        "Keep the frozen weights in 4 bits (bitsandbytes) and train adapters: QLoRA.",
         "none; nf4 with double quantisation is QLoRA's (2305.14314)",
     )
     adapter: Text | None = option(None, "Folder of a LoRA adapter to start from.", "none")
