@@ -80,9 +80,9 @@ def launched(
     )
 
 
-def finished(process: Popen[str]) -> str:
-    """What the launch printed; it must have ended well."""
-    printed, _ = process.communicate(timeout=300)
+def finished(process: Popen[str], timeout: float = 300) -> str:
+    """What the launch printed; it must have ended well, within `timeout` seconds."""
+    printed, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, printed
     return printed
 

@@ -1,7 +1,7 @@
 """Several machines: two launches of `recipes/accelerate/zero3_multinode.yaml` on one host, as machine 0 and machine 1.
 
 Slow: `make test-all`. Real as far as one host goes: two launchers, one rendezvous, ZeRO-3 over both; not real are the
-network between them and NCCL. What differs from the use on GPUs is what differs in test_sharding.py.
+network between them and NCCL. What else differs from the use on GPUs: `--mixed_precision no`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ def test_two_machines_train_as_one_process(root: Path, grammar: Grammar, tmp_pat
             ],
             RECIPE,
             given,
-            program="tests/e2e/sharded.py",
         )
         for rank in (0, 1)
     ]

@@ -1,0 +1,60 @@
+"""Many trainings, one after another, in one launch: starting Python with torch and DeepSpeed costs more than they do.
+
+    accelerate launch … tests/e2e/modes.py PLAN.json
+
+PLAN.json is a list of `{"recipe": FILE, "overrides": […]}`. With `"resume": STEP` the finished run in that recipe's
+folder is moved to `RUN-straight`, its folder is made what a run leaves that was killed after checkpoint STEP, and
+training is resumed there. Launched by test_modes.py; not a test itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from alignment.recipes import load_recipe
+from alignment.trainers.run import train
+
+AT_THE_END = ("final", "README.md")  # what training writes when it is done
+
+
+def interrupt(run: Path, step: int) -> None:
+    """Move `run` to `RUN-straight` and copy it back without what is newer than its checkpoint of `step`.
+
+    metrics.jsonl is kept whole: a killed run has logged steps that it must repeat.
+    """
+    straight = run.with_name(f"{run.name}-straight")
+    run.rename(straight)
+    shutil.copytree(straight, run, ignore=shutil.ignore_patterns(*AT_THE_END))
+    for checkpoint in run.glob("checkpoint-*"):
+        if int(checkpoint.name.rpartition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
+
+
+def carry_out(plan: list[dict[str, Any]]) -> None:
+    """Train everything that the plan names, in its order."""
+    for job in plan:
+        began = time.perf_counter()
+        recipe = load_recipe(job["recipe"], job["overrides"])
+        run = Path(recipe.training.output_dir)
+        if "resume" in job:
+            if PartialState().is_main_process:
+                interrupt(run, job["resume"])
+            PartialState().wait_for_everyone()
+        train(recipe, resume="resume" in job)
+        if PartialState().is_main_process:
+            print(f"{run.name}: {time.perf_counter() - began:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    gc.freeze()  # libraries collect garbage between trainings: not among all that was imported, a second each time
+    carry_out(json.loads(Path(sys.argv[1]).read_text()))
