@@ -133,6 +133,42 @@ def export(
     typer.echo(f"exported: {folder}")
 
 
+@app.command()
+def doctor(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    accelerate_config: Annotated[
+        Path | None,
+        typer.Option("--accelerate-config", help="Plan for this launch, such as recipes/accelerate/zero3.yaml."),
+    ] = None,
+    world: Annotated[int | None, typer.Option("--world", help="Devices; the file's num_processes otherwise.")] = None,
+    no_model: Annotated[bool, typer.Option("--no-model", help="Load no weights: no step 0, no sampling.")] = False,
+    config_json: Annotated[
+        Path | None, typer.Option("--config-json", help="The model's config.json, where the hub cannot be reached.")
+    ] = None,
+    row: Annotated[int, typer.Option("--row", help="Which usable row of the data to show.")] = 1,
+) -> None:
+    """Will this recipe run here, and on the right numbers?
+
+    Environment against the tested versions; one preference pair as the model sees it (prints its text); the first
+    batch scored and checked without an update; a plan of memory per device and operations per step. Exit code 1 if a
+    check fails; what cannot be looked at here (no network, too little memory) is said and is no failure.
+    """
+    from alignment.recipes import RecipeError, load_recipe
+    from alignment.recipes.inspection import what_is_missing
+
+    loaded = load_recipe(recipe, overrides or ())
+    if problems := what_is_missing(loaded):
+        raise RecipeError(problems)
+    from rich.console import Console
+
+    from alignment.doctor.examination import Options, examine
+
+    options = Options(accelerate_config, world, config_json, row, not no_model)
+    if not examine(loaded, options, Console()):
+        raise typer.Exit(1)
+
+
 @recipe_app.command()
 def check(
     files: Annotated[

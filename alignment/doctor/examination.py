@@ -1,0 +1,257 @@
+"""`alignment doctor RECIPE`: environment, one pair in tokens, the first batch, the plan; in this order, on a console.
+
+What could not be looked at (a hub model without a network, more weights than memory) is said in one line and the rest
+is printed all the same. Only a check that fails makes the result false.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from alignment.data.pipeline import Prepared, prepare_rows
+from alignment.doctor.environment import environment
+from alignment.doctor.flops import flops
+from alignment.doctor.memory import memory
+from alignment.doctor.pair import painted, pair_view
+from alignment.doctor.plan import Plan, operations, plan, size
+from alignment.doctor.setting import Setting, adapter_folder, from_recipe, read_accelerate
+from alignment.errors import UserError
+from alignment.files import PACKAGE_SCHEME, read_json_object
+from alignment.recipes import Recipe
+
+ROWS = 256  # of each source: enough for a look, and seconds instead of minutes
+MARKS = {"ok": "[green]ok  [/]", "note": "[cyan]    [/]", "warning": "[yellow]warn[/]", "failed": "[bold red]FAIL[/]"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line may ask for."""
+
+    accelerate_config: Path | None = None
+    world: int | None = None
+    config_json: Path | None = None
+    row: int = 1
+    with_model: bool = True
+
+
+def examine(recipe: Recipe, options: Options, console: Console) -> bool:
+    """Look at everything and print it; whether no check failed.
+
+    Raises:
+        UserError: a mistake in the recipe, its data or the options.
+    """
+    from alignment.models.loading import settle_accelerator
+
+    settle_accelerator()
+    keys = read_accelerate(options.accelerate_config) if options.accelerate_config is not None else None
+    setting = from_recipe(recipe, keys, options.world)
+    ok = _environment(setting, console)
+    tokenizer, rows = _rows(recipe, options, console)
+    if tokenizer is not None and rows is not None:
+        ok &= _pair(recipe, options, tokenizer, rows, console)
+    found = _plan(recipe, options, setting, console)
+    if found is not None and rows is not None and tokenizer is not None and options.with_model:
+        ok &= _start(recipe, found, rows, tokenizer, console)
+    if found is not None:
+        _print_plan(found, rows, recipe, console)
+    return ok
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print(f"\n[bold]{text}[/]")
+
+
+def _say(console: Console, state: str, text: str) -> None:
+    console.print(f"{MARKS[state]} {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _environment(setting: Setting, console: Console) -> bool:
+    _heading(console, "Environment (warnings: not the versions that the tests have run with)")
+    checks = environment(setting)
+    for check in checks:
+        _say(console, check.state, f"{check.name}: {check.text}")
+    return all(check.state != "failed" for check in checks)
+
+
+def _is_local(name: str) -> bool:
+    return name.startswith(PACKAGE_SCHEME) or name.endswith(".gguf") or Path(name).expanduser().exists()
+
+
+def _rows(recipe: Recipe, options: Options, console: Console) -> tuple[Any, Prepared | None]:
+    """The tokenizer, and the first rows of the recipe's data; None for what cannot be had here."""
+    from alignment.models import load_tokenizer
+
+    _heading(console, "Data, as the model sees it")
+    name = recipe.model.name_or_path
+    try:
+        tokenizer: Any = load_tokenizer(
+            name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+        )
+    except UserError as error:
+        if _is_local(name):
+            raise
+        _say(console, "warning", f"not looked at, for want of the tokenizer: {error}")
+        return None, None
+    if recipe.data.train is None:
+        return tokenizer, _sampled(recipe, options, tokenizer, console)
+    try:
+        return tokenizer, _given(recipe, tokenizer)
+    except UserError as error:
+        if all(source.is_local for source in recipe.data.train):
+            raise
+        _say(console, "warning", f"not looked at, for want of the rows: {error}")
+        return tokenizer, None
+
+
+def _first_rows(recipe: Recipe) -> Recipe:
+    """The recipe with the first rows of each of its sources."""
+    sources = [s.model_copy(update={"limit": min(s.limit or ROWS, ROWS)}) for s in recipe.data.train or []]
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": sources})})
+
+
+def _given(recipe: Recipe, tokenizer: Any) -> Prepared | None:
+    from alignment.trainers.run import given_rows
+
+    return given_rows(_first_rows(recipe), "train", tokenizer)
+
+
+def _sampled(recipe: Recipe, options: Options, tokenizer: Any, console: Console) -> Prepared | None:
+    """A first batch drawn from the model, as training would draw all of them."""
+    from alignment.trainers.run import sampled_preferences
+
+    settings = recipe.data.sample
+    if settings is None or not options.with_model:
+        _say(console, "note", "rows are drawn from the starting model; --no-model leaves that out")
+        return None
+    limit = min(settings.limit or ROWS, 2 * recipe.training.per_device_train_batch_size)
+    few = recipe.data.model_copy(update={"sample": settings.model_copy(update={"limit": limit})})
+    rows = sampled_preferences(recipe.model_copy(update={"data": few}), tokenizer)
+    return prepare_rows(rows, "samples", tokenizer, max_length=recipe.data.max_length, role="train")
+
+
+def _pair(recipe: Recipe, options: Options, tokenizer: Any, rows: Prepared, console: Console) -> bool:
+    _say(console, "note", f"the first {ROWS} rows of each source; `alignment data report` reads all")
+    for line in rows.summary():
+        _say(console, "note", line)
+    if not 1 <= options.row <= len(rows.dataset):
+        raise UserError(f"--row {options.row}: there are {len(rows.dataset)} usable rows among the first ones")
+    view = pair_view(rows.dataset[options.row - 1], tokenizer, recipe.data.max_length)
+    for text in painted(view, tokenizer):
+        console.print(text, soft_wrap=True)
+    for line in view.lines:
+        _say(console, "note", line)
+    for problem in view.problems:
+        _say(console, "failed", problem)
+    return not view.problems
+
+
+def _config(recipe: Recipe, options: Options) -> Any:
+    from transformers import AutoConfig
+
+    from alignment.models.loading import resolve_path
+
+    if options.config_json is not None:
+        keys = read_json_object(options.config_json)
+        kind = keys.pop("model_type", None)
+        try:
+            return AutoConfig.for_model(kind, **keys)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{options.config_json}: {' '.join(str(error).split())[:200]}") from None
+    name = recipe.model.name_or_path
+    if recipe.model.adapter is None and (folder := adapter_folder(recipe)) is not None:
+        from peft import PeftConfig
+
+        name = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
+    path = resolve_path(name)
+    try:
+        config = AutoConfig.from_pretrained(
+            path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name_or_path: no configuration ({' '.join(str(error).split())[:200]})") from None
+    return config
+
+
+def _plan(recipe: Recipe, options: Options, setting: Setting, console: Console) -> Plan | None:
+    try:
+        config = _config(recipe, options)
+    except UserError as error:
+        if options.config_json is not None or _is_local(recipe.model.name_or_path):
+            raise
+        _heading(console, "Plan")
+        _say(console, "warning", f"none: {error}; --config-json FILE gives the model's config.json")
+        return None
+    if recipe.model.attn_implementation is not None:
+        config._attn_implementation = recipe.model.attn_implementation
+    return plan(config, setting, trust_remote_code=recipe.model.trust_remote_code)
+
+
+def _start(recipe: Recipe, found: Plan, rows: Prepared, tokenizer: Any, console: Console) -> bool:
+    """The first batch, where the weights are at hand and fit."""
+    import psutil
+    import torch
+
+    from alignment.doctor.start import step_zero
+
+    _heading(console, "Step 0, really run: this machine, one process")
+    alone = plan_alone(found)
+    gpu = torch.cuda.is_available() and not recipe.training.use_cpu
+    free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
+    if alone > free:
+        text = f"not run: weights and one batch take about {size(alone)}, and {size(free)} are free"
+        _say(console, "warning", f"{text} (training.per_device_train_batch_size=1 needs less)")
+        return True
+    try:
+        facts = step_zero(recipe, rows.dataset, tokenizer)
+    except UserError as error:
+        if _is_local(recipe.model.name_or_path):
+            _say(console, "failed", str(error))
+            return False
+        _say(console, "warning", f"not run: {error}")
+        return True
+    for line in facts.lines():
+        _say(console, "note", line)
+    if facts.problem is None:
+        _say(console, "ok", "the trainer's step-0 check passes")
+    else:
+        _say(console, "failed", facts.problem)
+    return facts.problem is None
+
+
+def plan_alone(found: Plan) -> float:
+    """Bytes of a first batch in one unsharded process without gradients and optimizer."""
+    alone = dataclasses.replace(
+        found.setting, world=1, sharding="none", offload_optimizer=False, offload_parameters=False
+    )
+    needed = memory(found.shape, alone)
+    return needed.weights + needed.reference + needed.buffers + needed.activations + needed.logits
+
+
+def _print_plan(found: Plan, rows: Prepared | None, recipe: Recipe, console: Console) -> None:
+    _heading(console, "Plan (formulas: docs/memory.md; nothing here is measured)")
+    for line in found.text().splitlines():
+        console.print(escape(line), highlight=False, soft_wrap=True)
+    if rows is None or not len(rows.dataset):
+        return
+    mean = mean_lengths(rows, recipe.data.max_length, len(found.setting.responses))
+    usual = dataclasses.replace(found.setting, prompt=mean[0], responses=mean[1:])
+    peak, work = memory(found.shape, usual).peak, flops(found.shape, usual).per_step
+    lengths = f"prompt {mean[0]}, responses {' and '.join(map(str, mean[1:]))} tokens"
+    text = f"at the mean lengths of the rows above ({lengths}): peak {size(peak)}, {operations(work)} a step"
+    console.print(f"\n{text}", highlight=False, soft_wrap=True)
+
+
+def mean_lengths(rows: Prepared, max_length: int, branches: int) -> tuple[int, ...]:
+    """Mean tokens of prompt and responses after truncation, rounded up; calibration counts as chosen."""
+    prompts = [len(ids) for ids in rows.dataset["prompt_ids"]]
+    found = [prompts]
+    for name in ("chosen", "rejected", "chosen")[:branches]:
+        responses = rows.dataset[f"{name}_ids"]
+        found.append([min(len(ids), max_length - p) for ids, p in zip(responses, prompts, strict=True)])
+    return tuple(-(-sum(lengths) // len(lengths)) for lengths in found)
