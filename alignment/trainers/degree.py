@@ -163,11 +163,12 @@ class DegreeHead(nn.Linear):
 
 
 def attach_head(model: Any, degrees: int) -> DegreeHead:
-    """Give `model`'s forward an argument `degree_positions` and, where it is given, an output `degree_logits`.
+    """Give `model`'s forward an argument `degree_positions`; where it is given, the output is a plain dictionary of
+    `logits` and `degree_logits`.
 
-    The argument, `[rows, k]`, names columns; the output is `[rows, k, N]`. Hooks on the outermost module do it, so
-    that DDP, ZeRO-3 and PEFT run them. What is read is the decoder's output, behind its last norm: what the LM head is
-    given, so that no layer's hidden states are kept for it.
+    The argument, `[rows, k]`, names columns; the degree logits are `[rows, k, N]`. Hooks on the outermost module do
+    it, so that DDP, ZeRO-3 and PEFT run them. What is read is the decoder's output, behind its last norm: what the LM
+    head is given, so that no layer's hidden states are kept for it.
 
     Args:
         model: a causal language model or a PeftModel, not yet wrapped.
@@ -188,12 +189,14 @@ def attach_head(model: Any, degrees: int) -> DegreeHead:
         if passing:
             passing["hidden"] = output[0]
 
-    def add(module: nn.Module, args: Any, output: Any) -> None:
-        if passing:
-            positions, hidden = passing["positions"], passing["hidden"]
-            passing.clear()
-            rows = torch.arange(len(positions), device=positions.device)[:, None]
-            output["degree_logits"] = head(hidden[rows, positions])
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        if not passing:
+            return output
+        positions, hidden = passing["positions"], passing["hidden"]
+        passing.clear()
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        # DDP takes outputs apart and together again: a dictionary stands that, transformers' class no further entry.
+        return {"logits": output.logits, "degree_logits": head(hidden[rows, positions])}
 
     model.register_forward_pre_hook(take, with_kwargs=True)
     plain.get_decoder().register_forward_hook(keep)
@@ -272,7 +275,7 @@ class DegreeTrainer(DPOTrainer):
         positions = last_positions(rows)
         output = forward_rows(model, self.model.config, self.model.dtype, rows, degree_positions=positions)
         logits = unfold(output["degree_logits"], copies + branches)[:, copy_branches(self.copied, settings.degrees)]
-        sums = branch_sums(output.logits, rows, copies + branches)[:, copies:]
+        sums = branch_sums(output["logits"], rows, copies + branches)[:, copies:]
         return sums, {"degree_logits": logits, "degree_labels": inputs["degree_labels"]}
 
     def degree_metrics(self, batch: PairLogps, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
