@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from trl import DPOTrainer
 
-from alignment.data.degrade import with_degree_copies
+from alignment.data.degrade import STOP_WORDS_SHA256, with_degree_copies
 from alignment.errors import UserError
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective
@@ -205,13 +205,19 @@ def attach_head(model: Any, degrees: int) -> DegreeHead:
 
 
 class DegreeTrainer(DPOTrainer):
-    """What the degree loss adds to a trainer: copies in the data, the head in model, optimizer and checkpoints."""
+    """What the degree loss adds to a trainer: copies in the data, the head in model, optimizer and checkpoints.
+
+    Attributes:
+        copy_facts: for the manifest: how many training responses there are, how many of them have copies after
+            truncation, and which stop words graded them; empty without an objective that needs degrees.
+    """
 
     model: Any
     objective: Objective
     collator: Any
     head: DegreeHead | None = None
     limits: torch.Tensor
+    copy_facts: dict[str, Any] = {}
 
     @property
     def copied(self) -> tuple[int, ...]:
@@ -250,6 +256,11 @@ class DegreeTrainer(DPOTrainer):
             lengths += [len(ids) for ids, label in zip(cut, found, strict=True) if label >= 0]
             labels += [label for label in found if label >= 0]
         self.limits = torch.tensor(length_limits(lengths, labels, settings.degrees))
+        self.copy_facts = {
+            "responses": len(data) * len(self.copied),
+            "with_copies": labels.count(0),
+            "stop_words_sha256": STOP_WORDS_SHA256,
+        }
 
     def create_optimizer(self, model=None):
         """As transformers', and the head in a group of its own: its learning rate, no weight decay."""

@@ -279,6 +279,7 @@ def _train_in(
         "sources": [source for p in both for source in p.sources],
         "data_fingerprint": fingerprint(data),
         "frozen_weights": trainer.frozen_digests,
+        **({"degraded_copies": trainer.copy_facts} if trainer.copy_facts else {}),
         "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
     }
     if checkpoint is not None:

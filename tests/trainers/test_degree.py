@@ -286,6 +286,7 @@ def test_batches_without_a_copy_train_on(tiny, tmp_path):
     trainer.train()
     assert len(logged(trainer)) == 8 and 1 <= len(logged(trainer, "degree/loss")) <= 2
     assert logged(trainer, "degree/pairs").count(0.0) >= 6
+    assert trainer.copy_facts["responses"] == 32 and trainer.copy_facts["with_copies"] == 4
     with pytest.raises(UserError, match="no response has the 2 key phrases"):
         built(tiny, tmp_path, train_dataset=rows(tiny, 4, words=(1, 1)))
 
