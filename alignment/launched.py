@@ -5,29 +5,46 @@
         training.learning_rate=5e-7
     accelerate launch scripts/train.py recipes/quickstart/dpo.yaml --resume
 
-Not a library: see `alignment.trainers.run`.
+`scripts/sft.py` starts `main_sft`. Not a library: see `alignment.trainers.run` and `alignment.trainers.sft`.
 """
 
+import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from alignment.errors import UserError, run_or_exit
-from alignment.recipes import RecipeError, load_recipe
+from alignment.recipes import Recipe, RecipeError, SftRecipe, load_recipe, load_sft_recipe
 from alignment.recipes.inspection import what_is_missing
+
+SFT_HELP = """Supervised fine-tuning from a recipe with an `sft` section, the step before preference training.
+
+    accelerate launch scripts/sft.py recipes/quickstart/sft.yaml
+    accelerate launch scripts/sft.py recipes/quickstart/sft.yaml training.learning_rate=1e-5
+    accelerate launch scripts/sft.py recipes/quickstart/sft.yaml --resume
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Words (argv unless given): RECIPE [section.key=value …] [--resume]."""
+    _launch(argv, load_recipe, "alignment.trainers.run", str(__doc__))
+
+
+def main_sft(argv: Sequence[str] | None = None) -> None:
+    """`main` for recipes of supervised fine-tuning."""
+    _launch(argv, load_sft_recipe, "alignment.trainers.sft", SFT_HELP)
+
+
+def _launch(argv: Sequence[str] | None, load: Callable[..., Recipe | SftRecipe], trainer: str, text: str) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     resume = "--resume" in words
     words = [w for w in words if w != "--resume"]
     if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
+        print(text)
         raise SystemExit(0 if words else 2)
     if unknown := [w for w in words[1:] if w.startswith("-") or "=" not in w]:
         raise UserError(f"{unknown[0]!r}: expected section.key=value or --resume after the recipe")
-    recipe = load_recipe(words[0], words[1:])  # before torch: a mistake in the recipe takes no time
+    recipe = load(words[0], words[1:])  # before torch: a mistake in the recipe takes no time
     if problems := what_is_missing(recipe):
         raise RecipeError(problems)
     if resume and recipe.training.trl_arguments().get("save_only_model"):
@@ -37,10 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # what DeepSpeed calls
     from accelerate import PartialState
 
-    from alignment.trainers.run import train
     from evaluation.report import write_report
 
-    run = train(recipe, resume=resume)
+    run = importlib.import_module(trainer).train(recipe, resume=resume)
     if PartialState().is_main_process:
         print(f"report: {write_report(run)}")
 

@@ -67,7 +67,8 @@ class _Encoder:
             ids, labels = self._all_turns(row["messages"])
         else:
             ids, labels = self._completion(_last_turn(row) if "messages" in row else row, self.marks[chat])
-        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        ids = ids[: self.max_length]
+        labels = [IGNORED, *labels[1 : self.max_length]]  # nothing predicts a row's first token
         if all(label == IGNORED for label in labels):
             raise BadRow(PROMPT_TOO_LONG, f"nothing to learn in the first {self.max_length} tokens (max_length)")
         return ids, labels
@@ -202,7 +203,7 @@ def _converted(
     """The form of a source, and for each of its rows a function that converts it (or raises `BadRow`)."""
     first = list(itertools.islice(rows, PEEKED))
     form = _told(first)
-    if form is None and any("rejected" in row or "output" in row for row in first):
+    if form is None and not all({"rejected", "output"}.isdisjoint(row) for row in first):
         form, preferred = converter(source, first, has_template)
         return form, ((lambda row=row: _chosen(preferred(row))) for row in itertools.chain(first, rows))
     if form is None:

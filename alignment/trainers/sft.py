@@ -1,0 +1,214 @@
+"""Supervised fine-tuning from a recipe, the step before preference training: TRL's SFTTrainer on our rows.
+
+`scripts/sft.py` reads argv and calls `train`. The run directory is that of preference training, and `final/` is what
+the next recipe's `model.name_or_path` takes. The loss is the mean negative log-likelihood, in nats, of the learned
+tokens of the whole global batch (TRL's `nll`): it does not change with the number of processes or with accumulation.
+Not here: which tokens are learned (`alignment.data.supervised`), what runs have in common (`launching`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from alignment.data.pipeline import Prepared, fingerprint, write_rejected
+from alignment.data.supervised import prepare_supervised, refuse_overlap
+from alignment.errors import UserError
+from alignment.files import write_json
+from alignment.models import load_model, load_tokenizer
+from alignment.recipes import SftRecipe
+from alignment.trainers import hub, rundir
+from alignment.trainers.collation import LengthGroupedSampler
+from alignment.trainers.launching import (
+    adapter_config,
+    begin,
+    compact,
+    known,
+    model_arguments,
+    prepare_run,
+    save_final,
+    say,
+    sharding,
+    tokenizer_arguments,
+    trl_config,
+)
+from alignment.trainers.metrics import EpochOrder
+
+
+class SupervisedTrainer(SFTTrainer):
+    """TRL's SFTTrainer on rows that are tokens already, in the batches of preference training.
+
+    Args:
+        train_dataset, eval_dataset: columns `input_ids` and `labels` (-100: not learned), cut to length.
+        group_by_length: global batches of like length (`LengthGroupedSampler`).
+        more: as in TRL.
+    """
+
+    _tag_names = ["alignment", "sft"]
+    _name = "alignment"
+
+    def __init__(self, *, group_by_length: bool = True, **more: Any):
+        self.group_by_length = group_by_length
+        self._judged: list[torch.Tensor] = []
+        super().__init__(**more)
+        self.add_callback(EpochOrder(self))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.sampler = LengthGroupedSampler([len(ids) for ids in rows["input_ids"]], batch, seed, self.group_by_length)
+        return self.sampler
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Sums of every row of every process: TRL's eval_loss is a mean of means, which depends on the batch size."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            found = model(**inputs, use_cache=False, fused_lm_head=True)
+        tokens = (inputs["labels"][:, 1:] != -100).sum(1)
+        rows = torch.stack([-found.log_probs.sum(1), tokens, found.is_top1.sum(1)], dim=1).float()
+        self._judged.append(self.accelerator.gather_for_metrics(rows))
+        return rows[:, 0].sum() / tokens.sum(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As transformers', with the loss and accuracy of a mean over tokens."""
+        self._judged = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nll, tokens, right = torch.cat(self._judged).double().sum(0).tolist()
+        means = {"loss": nll / tokens, "mean_token_accuracy": right / tokens}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+
+def build_trainer(
+    recipe: SftRecipe, args: SFTConfig, data: Dataset, held_out: Dataset | None, tokenizer: PreTrainedTokenizerBase
+) -> SupervisedTrainer:
+    """Model and trainer of a recipe. `args` must exist first: with ZeRO-3 it makes loading shard."""
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    args.average_tokens_across_devices = True
+    model: Any = load_model(**model_arguments(recipe), trainable_adapter=recipe.lora is None)
+    trainer = SupervisedTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=adapter_config(recipe),
+        group_by_length=recipe.training.group_by_length,
+        callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
+    )
+    compact(trainer)
+    return trainer
+
+
+def train(recipe: SftRecipe, resume: bool = False) -> Path:
+    """Run a recipe's supervised fine-tuning; returns the run directory.
+
+    The directory appears at once with manifest.json; the trained model in `final/` appears whole, at the end. An
+    earlier run in the same place is moved aside, never overwritten.
+
+    Raises:
+        UserError: anything that the user can mend; before the first step it leaves everything as it was.
+    """
+    started = time.perf_counter()
+    run = Path(recipe.training.output_dir)
+    state = begin(recipe)
+    tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))
+    data, held_out = (_rows(recipe, role, tokenizer) for role in ("train", "eval"))
+    assert data is not None  # the schema says so
+    refuse_overlap(data.dataset, held_out.dataset if held_out else None)
+    main = state.is_main_process
+    checkpoint, aside = prepare_run(recipe, run, resume, known(recipe, state.num_processes)) if main else (None, None)
+    state.wait_for_everyone()
+    if resume and not main:
+        checkpoint = rundir.last_checkpoint(run)
+    finished = False
+    try:
+        _train_in(run, recipe, state, tokenizer, data, held_out, checkpoint, started)
+        finished = True
+    finally:
+        if main and not resume and not finished:
+            rundir.undo_unless_begun(run, aside)
+    return run
+
+
+def _rows(recipe: SftRecipe, role: str, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
+    sources = recipe.data.train if role == "train" else recipe.data.eval
+    if sources is None:
+        return None
+    return prepare_supervised(
+        sources,
+        tokenizer,
+        max_length=recipe.data.max_length,
+        role=role,
+        turns=recipe.sft.turns,
+        max_rejected_share=recipe.data.max_rejected_share,
+        seed=recipe.training.seed,
+    )
+
+
+def _train_in(
+    run: Path,
+    recipe: SftRecipe,
+    state: PartialState,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Prepared,
+    held_out: Prepared | None,
+    checkpoint: Path | None,
+    started: float,
+) -> None:
+    """The three stages, in a run directory that is ready."""
+    both = [rows] if held_out is None else [rows, held_out]
+    say(state, f"[1/3] rows: {', '.join(source.name for source in recipe.data.train)}")
+    if state.is_main_process:
+        for line in (line for prepared in both for line in prepared.summary()):
+            print(f"  {line}", flush=True)
+        write_rejected(run, *both)
+    state.wait_for_everyone()
+    say(state, f"[2/3] model: {recipe.model.name_or_path}")
+    args = trl_config(SFTConfig, recipe, run, state.num_processes)
+    args.eval_on_start = args.eval_on_start and checkpoint is None  # the start was evaluated when the run began
+    try:
+        trainer = build_trainer(recipe, args, rows.dataset, held_out.dataset if held_out else None, tokenizer)
+    except (ValueError, ImportError, RuntimeError) as error:  # what PEFT, TRL and transformers say of a setting
+        raise UserError(f"cannot set up training: {' '.join(str(error).split())[:400]}") from error
+    count = len(rows.dataset)
+    repeated = -count % recipe.training.global_batch_size
+    manifest = known(recipe, state.num_processes) | {
+        "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps},
+        "sharding": sharding(args, state),
+        "repeated_rows": repeated,
+        "rows": {prepared.role: prepared.manifest() for prepared in both},
+        "sources": [source for prepared in both for source in prepared.sources],
+        "data_fingerprint": fingerprint(rows.dataset),
+        "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
+    }
+    if checkpoint is not None:
+        rundir.refuse_other_sharding(run, manifest["sharding"], state.num_processes)
+        rundir.refuse_other_data(run, manifest["data_fingerprint"])
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_json(run / "manifest.json", manifest)
+    repeats = f" (and {repeated} repeats, to fill the last batch)" * bool(repeated)
+    say(state, f"[3/3] training: {count} rows{repeats}")
+    pushes = recipe.training.push_to_hub and state.is_main_process
+    if pushes:
+        hub.claim(trainer)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    save_final(trainer, run, state)
+    manifest |= {
+        "wall_seconds": {"total": round(time.perf_counter() - started, 1)},
+        "steps": trainer.state.global_step,
+    }
+    if state.is_main_process:
+        write_json(run / "manifest.json", manifest)
+    if pushes:
+        print(f"uploaded {run / 'final'} to {hub.push(trainer, run / 'final')}", flush=True)
