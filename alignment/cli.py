@@ -35,8 +35,10 @@ def _group(help_text: str, *, needs_command: bool = True) -> typer.Typer:
 
 app = _group("Preference alignment of language models: recipes, proved objectives, honest comparison.")
 recipe_app = _group("Check, explain and compare recipes.")
+data_app = _group("Look at a recipe's preference data.")
 objectives_app = _group("List objectives, show their cards, run their proofs.", needs_command=False)
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(data_app, name="data")
 app.add_typer(objectives_app, name="objectives")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
@@ -222,6 +224,38 @@ def diff(first: RecipeFile, second: RecipeFile) -> None:
     from alignment.recipes.inspection import diff as difference
 
     typer.echo(difference(load_any(first), load_any(second)) or "no difference")
+
+
+@data_app.command("report")
+def data_report(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with plots as well.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Count what is in the preference data.
+
+    Unusable rows by reason, lengths and length bias, duplicates, truncation, BOS and EOS, soft labels; no row's text.
+    Reads all rows; loads the model's tokenizer, no weights. Exit code 1 if training would refuse the data.
+    """
+    from alignment.data.report import as_text
+    from alignment.data.report import data_report as counted
+    from alignment.recipes import RecipeError, load_recipe
+    from alignment.recipes.inspection import what_is_missing
+
+    loaded = load_recipe(recipe, overrides or ())
+    if problems := what_is_missing(loaded):
+        raise RecipeError(problems)
+    found = counted(loaded)
+    typer.echo(as_text(found))
+    if html is not None:
+        from alignment.data.report_page import write_page
+
+        write_page(found, html)
+        typer.echo(f"page: {html}")
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 @objectives_app.callback(invoke_without_command=True)
