@@ -169,3 +169,9 @@ def test_the_command_and_its_exit_codes(recipe_file, monkeypatch):
 def test_help_needs_no_torch():
     code = "import sys, alignment.cli; sys.exit('torch' in sys.modules or 'rich.console' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_what_the_plan_leaves_out_is_said(recipe_file):
+    for name, said in (("spo", True), ("dpo", False)):
+        _, told = examined(load_recipe(recipe_file, [f"objective.name={name}"]), with_model=False)
+        assert ("degraded copies of responses" in told) is said
