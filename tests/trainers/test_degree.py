@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -29,7 +30,7 @@ def rows(tiny, n: int = 24, seed: int = 0, words: tuple[int, int] = (2, 4)) -> D
     tokenizer, rng = load_tokenizer(tiny), random.Random(seed)
 
     def ids(vocabulary: list[str]) -> list[int]:
-        text = " " + " and ".join(rng.choices(vocabulary, k=rng.randint(*words))) + " ."
+        text = " " + " and ".join(rng.sample(vocabulary, k=rng.randint(*words))) + " ."
         return [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
 
     found = []
@@ -145,6 +146,14 @@ def test_length_baseline_is_the_best_of_all_limits(seed):
     assert length_limits([], [], 3) == [0, 0]
 
 
+@pytest.fixture
+def warnings_of_transformers(caplog):
+    """What transformers logs, which it keeps from pytest by default."""
+    transformers.utils.logging.enable_propagation()
+    yield caplog
+    transformers.utils.logging.disable_propagation()
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +213,7 @@ def test_head_has_its_own_learning_rate_and_schedule_scale(tiny, tmp_path, lora)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_head_is_saved_beside_the_model_and_resuming_is_exact(tiny, tmp_path, lora, caplog):
+def test_head_is_saved_beside_the_model_and_resuming_is_exact(tiny, tmp_path, lora, warnings_of_transformers):
     def run(folder: str, checkpoint=None):
         args = config(tmp_path / folder, max_steps=6, learning_rate=1e-3, save_strategy="steps", save_steps=3)
         torch.manual_seed(0)
@@ -215,9 +224,10 @@ def test_head_is_saved_beside_the_model_and_resuming_is_exact(tiny, tmp_path, lo
 
     through, weights = run("through")
     checkpoint = tmp_path / "through" / "checkpoint-3"
-    caplog.clear()
+    said = warnings_of_transformers
+    said.clear()
     resumed, same = run("again", str(checkpoint))
-    assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
+    assert "missing keys" not in said.text and "unexpected keys" not in said.text
     for name in ("loss", "degree/loss", "degree/accuracy"):
         assert logged(resumed, name) == logged(through, name)
     assert weights.keys() == same.keys() and all(torch.equal(weights[k], same[k]) for k in weights)
@@ -231,9 +241,10 @@ def test_head_is_saved_beside_the_model_and_resuming_is_exact(tiny, tmp_path, lo
         tensors = load_file(folder / ("adapter_model.safetensors" if lora else "model.safetensors"))
         assert not [name for name in tensors if "degree" in name]
     if lora:
-        caplog.clear()
-        PeftModel.from_pretrained(load_model(tiny), tmp_path / "final")
-        assert not caplog.records
+        base = load_model(tiny)
+        said.clear()
+        PeftModel.from_pretrained(base, tmp_path / "final")
+        assert not said.records
     else:
         plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -338,7 +349,7 @@ def test_frozen_model_and_head_count_marker_tokens(tiny, tmp_path):
             found.append(texts | {"prompt_ids": tokenizer("my dog is")["input_ids"]} | ids)
         return Dataset.from_list(found)
 
-    args = config(tmp_path, max_steps=60, learning_rate=0.0, per_device_train_batch_size=16, logging_strategy="no")
+    args = config(tmp_path, max_steps=40, learning_rate=0.0, per_device_train_batch_size=16, logging_strategy="no")
     trainer = built(
         tiny,
         tmp_path,
@@ -354,22 +365,3 @@ def test_frozen_model_and_head_count_marker_tokens(tiny, tmp_path):
     found = trainer.evaluate()
     assert found["eval_degree/accuracy"] > 0.99, found
     assert found["eval_degree/length_baseline"] == pytest.approx(1 / 3)
-
-
-@pytest.mark.slow
-def test_degrees_are_read_on_held_out_pairs_against_both_controls(tiny, tmp_path):
-    """Key phrases gone leave gaps (" and warm ."), which tells far more than length does. A shorter list of adjectives
-    (`length`) is a response like any other, and so tells less; any other words gone (`random`) lie between."""
-    accuracy, length = {}, {}
-    for removal in ("rake", "random", "length"):
-        objective = get_objective("spo", head_learning_rate=0.01, gamma=1.0, removal=removal)
-        args = config(tmp_path, max_steps=60, learning_rate=2e-3, per_device_train_batch_size=16)
-        data, held_out = rows(tiny, 150, seed=0), rows(tiny, 60, seed=1)
-        trainer = built(tiny, tmp_path, objective, args=args, train_dataset=data, eval_dataset=held_out)
-        trainer.train()
-        found = trainer.evaluate()
-        accuracy[removal], length[removal] = found["eval_degree/accuracy"], found["eval_degree/length_baseline"]
-    assert accuracy["rake"] > 0.8 > 1 / 3, accuracy
-    assert accuracy["rake"] > length["rake"] + 0.15, (accuracy, length)
-    assert accuracy["rake"] > accuracy["random"] + 0.05 and accuracy["rake"] > accuracy["length"] + 0.1, accuracy
-    assert abs(accuracy["length"] - length["length"]) < 0.2, (accuracy, length)
