@@ -24,7 +24,7 @@ LOGIN = "log in with `hf auth login` (or set HF_TOKEN)"
 def _said_in_one_line(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
-    except (HTTPError, HFValidationError, OSError, RuntimeError) as error:  # RuntimeError: a file's upload failed
+    except (HTTPError, HFValidationError, OSError, ValueError, RuntimeError) as error:  # the last two: of an upload
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"training.push_to_hub: {what} ({reason}); {remedy}") from error
 
@@ -40,7 +40,8 @@ def check_login() -> None:
 
 
 def claim(trainer: Any) -> None:
-    """Create the repository (and branch) unless they are there, as TRL does when a trainer is built.
+    """Create the repository (and branch) unless they are there, as TRL does when a trainer is built, and see that we
+    may write: a repository of others that we may read would pass for ours until the upload.
 
     Raises:
         UserError: the name is not one, or not ours.
@@ -48,6 +49,7 @@ def claim(trainer: Any) -> None:
     remedy = f"check training.hub_model_id and the token's write permission: {LOGIN}"
     with _said_in_one_line("the repository cannot be made ready", remedy):
         trainer.init_hf_repo()
+        HfApi().auth_check(trainer.hub_model_id, write=True)
         if trainer.args.hub_revision is not None:
             HfApi().create_branch(trainer.hub_model_id, branch=trainer.args.hub_revision, exist_ok=True)
 

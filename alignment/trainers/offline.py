@@ -72,7 +72,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
     """
 
     model: Any  # transformers says `Module | None`
-    _tag_names = ["alignment", "preference"]
+    _tag_names = ["alignment", "trl", "preference"]
     _name = "alignment"
 
     def __init__(

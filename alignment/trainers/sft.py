@@ -52,7 +52,7 @@ class SupervisedTrainer(SFTTrainer):
         more: as in TRL.
     """
 
-    _tag_names = ["alignment", "sft"]
+    _tag_names = ["alignment", "trl", "sft"]
     _name = "alignment"
 
     def __init__(self, *, group_by_length: bool = True, **more: Any):
