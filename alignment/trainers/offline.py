@@ -221,7 +221,8 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         elif "previous" in self.objective.needs:
             # Iteration 1 of an iterative method: the previous iterate is the reference, unless the data bring it.
             columns |= {f"prev_{b}": inputs.get(f"prev_{b}", columns[f"ref_{b}"]) for b in BRANCHES[:2]}
-        for name in (*(f"{b}_length" for b in BRANCHES[: self._branches]), "reward_chosen", "reward_rejected"):
+        lengths = [f"{b}_length" for b in BRANCHES[: self._branches]]
+        for name in (*lengths, "reward_chosen", "reward_rejected", "label"):
             if name in inputs:
                 columns[name] = inputs[name].to(policy.dtype)
         return PairLogps(**columns, **degrees)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.errors import UserError
 from alignment.launched import main
 from tests import tiny_lm
 from tests.data.building import reply, said, user, write
@@ -20,11 +21,11 @@ def rows(openings: list[str]) -> list[dict]:
 
 @pytest.fixture
 def train(root: Path, grammar: Grammar, tmp_path, monkeypatch, capsys):
-    """Train two steps on `overrides` in this process; the run, its manifest and what was printed."""
+    """Train with `overrides` in this process; the run, its manifest and what was printed."""
 
     def attempt(*overrides: str) -> tuple[Path, dict, str]:
         run = tmp_path / "run"
-        more = ["data.sample=null", "training.max_steps=2", "evaluation=null", *overrides]
+        more = ["data.sample=null", "evaluation=null", *overrides]
         monkeypatch.chdir(root)
         given = grammar.overrides(run, *more)
         monkeypatch.setattr(sys, "argv", ["train.py", "recipes/quickstart/dpo.yaml", *given])
@@ -48,7 +49,10 @@ def test_a_run_says_what_became_of_every_row(train, tmp_path):
     held_out[2]["prompt"] = [said("system", "be brief"), *held_out[2]["prompt"]]
     names = [write(tmp_path / "chat.parquet", chat), write(tmp_path / "hh.jsonl.gz", transcripts)]
     run, manifest, printed = train(
-        f"data.train=[{', '.join(names)}]", f"data.eval={write(tmp_path / 'eval.json', held_out)}", "data.overlap=drop"
+        "training.max_steps=2",
+        f"data.train=[{', '.join(names)}]",
+        f"data.eval={write(tmp_path / 'eval.json', held_out)}",
+        "data.overlap=drop",
     )
     rejected = [json.loads(line) for line in (run / "rejected_rows.jsonl").read_text().splitlines()]
     assert [(r["set"], r["source"], r["row"], r["reason"]) for r in rejected] == [
@@ -72,14 +76,18 @@ def test_a_run_says_what_became_of_every_row(train, tmp_path):
         assert said_of in printed
 
 
-def test_soft_labels_of_ties_reach_the_loss(train, tmp_path):
-    """At the start the margin is 0 whatever the label, so after one step: with nothing but ties nothing is learned."""
-    ties = [
-        {"instruction": o, "response1": f"{o} kind .", "response2": f"{o} cold .", "label": 0}
-        for o in tiny_lm.openings()[:16]
-    ]
-    name = write(tmp_path / "ties.csv", ties)
-    run, manifest, _ = train(f"data.train={{name: {name}, ties: soft}}", "objective.name=ipo")
-    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def test_soft_labels_reach_the_loss(train, tmp_path):
+    """Where all pairs are ties ipo pulls both ways alike, and there is nothing to learn; with winners there is."""
+    pair = [(f"{o} kind .", f"{o} cold .") for o in tiny_lm.openings()[:16]]
+    rows = [{"prompt": "say", "response1": kind, "response2": cold} for kind, cold in pair]
+    given = ["objective.name=ipo", "training.max_steps=2", "training.learning_rate=1e-3"]
+    ties = write(tmp_path / "ties.csv", [row | {"label": 0} for row in rows])
+    with pytest.raises(UserError, match="no gradient on any pair"):
+        train(f"data.train={{name: {ties}, ties: soft}}", *given)
+    votes = write(tmp_path / "votes.csv", [row | {"one": 1, "two": 0} for row in rows])
+    columns = "columns: {label: [one, two]}"
+    run, manifest, _ = train(f"data.train={{name: {votes}, ties: soft, {columns}}}", *given)
     assert manifest["pairs"] == 16 and not (run / "rejected_rows.jsonl").exists()
-    assert all(abs(row["rewards/margins"]) < 1e-3 for row in losses if "loss" in row)
+    # ipo at margin 0 costs 1 / (4 tau^2) whatever the label
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert logged[0]["loss"] == pytest.approx(1 / (4 * manifest["objective"]["tau"] ** 2), rel=1e-4)
