@@ -32,7 +32,7 @@ from tests.e2e.modes import carry_out
 
 QUICKSTART = Path("recipes/quickstart")
 # One objective a family: with a reference, without one, with a calibration response, with a previous iterate.
-# spo (a degree head) joins them with its recipe: "spo": (),
+# spo (a degree head) is among the others below, which are slow.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "dpo": (),
     "simpo": (),
@@ -226,6 +226,8 @@ def assert_same_training(run: Path, plain: Path) -> None:
     found, expected = lines(run, *split), lines(plain, *split)
     assert [sorted(row) for row in found] == [sorted(row) for row in expected]
     for one, other in zip(found, expected, strict=True):
+        if abs(other["rewards/margins"]) < 1e-4:  # before anything has moved, rounding decides who is ahead
+            one.pop("rewards/accuracies"), other.pop("rewards/accuracies")
         assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
     assert len({row["loss"] for row in expected}) > STEPS // 2  # it did train
     trained, wanted = weights(run), weights(plain)
