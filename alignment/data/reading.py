@@ -48,7 +48,9 @@ def _hub(source: SourceSection, role: str) -> Iterator[Row]:
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     try:
-        yield from load_dataset(source.name, split=source.split or DEFAULT_SPLIT[role])
+        yield from load_dataset(
+            source.name, source.subset, data_dir=source.data_dir, split=source.split or DEFAULT_SPLIT[role]
+        )
     except (OSError, ValueError, DatasetNotFoundError, DatasetGenerationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -208,6 +208,8 @@ class SourceSection(Section):
     split: Text | None = option(
         None, "Named split; slices as in datasets: train[:10%].", "train, for data.eval test; all rows of a plain file"
     )
+    subset: Text | None = option(None, "Configuration of a hub data set.", "the hub's default one")
+    data_dir: Text | None = option(None, "Folder in a hub data set, such as harmless-base.", "its root")
     weight: float | None = option(
         None, "Share of this source in the mixture; for all sources or none.", "all rows of every source", gt=0
     )
@@ -234,6 +236,13 @@ class SourceSection(Section):
             if ours != "label" and not isinstance(theirs, str):
                 raise ValueError(f"{ours!r} takes one column; only label may name several")
         return value
+
+    @model_validator(mode="after")
+    def _hub_keys(self) -> SourceSection:
+        for key in ("subset", "data_dir"):
+            if getattr(self, key) is not None and self.is_local:
+                raise refused_at(f"belongs to a hub data set, and {self.name} is local", key)
+        return self
 
     @property
     def is_local(self) -> bool:

@@ -64,8 +64,8 @@ def test_hub_names_and_their_splits(tmp_path, monkeypatch):
     """Only the call into `datasets` is exchanged: nothing may reach for a hub."""
     asked = []
 
-    def load_dataset(name, split):
-        asked.append((name, split))
+    def load_dataset(name, subset, data_dir, split):
+        asked.append((name, split) if subset is data_dir is None else (name, subset, data_dir, split))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -73,6 +73,8 @@ def test_hub_names_and_their_splits(tmp_path, monkeypatch):
     read("org/pairs", "eval")
     read("org/pairs", split="train_prefs[:10%]")
     assert asked == [("org/pairs", "train"), ("org/pairs", "test"), ("org/pairs", "train_prefs[:10%]")]
+    read("org/pairs", subset="en", data_dir="harmless-base")
+    assert asked[-1] == ("org/pairs", "en", "harmless-base", "train")
 
 
 def test_a_name_that_the_hub_does_not_give():
