@@ -74,9 +74,7 @@ def test_a_recipes_run_leaves_an_adapter_for_the_plain_base(root, tiny, tmp_path
 
 
 def test_quantised_weights_cannot_be_trained_themselves(root):
-    with pytest.raises(
-        RecipeError, match="model.quantization: quantised weights cannot be trained"
-    ):
+    with pytest.raises(RecipeError, match="model.quantization: quantised weights cannot be trained"):
         load_recipe(root / "recipes/quickstart/dpo.yaml", ["model.quantization=nf4"])
     with pytest.raises(UserError, match="model.quantization: 'nf5' is not nf4"):
         load_model("anything", quantization="nf5")
