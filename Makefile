@@ -1,7 +1,7 @@
 # make train     the quick start: install, align a real 135M model, report its win rate
 #                another recipe: make train RECIPE=recipes/quickstart/ipo.yaml; another place: RUN=runs/mine
 # make test      install, then lint, types and the tests that fit into ten minutes
-# make test-all  the same with the slow tests (sharding, every objective in every mode)
+# make test-all  the same with the slow tests (every objective in every launch mode, two machines)
 #
 # Everything goes into .venv and comes from the Python package index; `make clean` removes .venv, not your runs.
 PYTHON ?= python3

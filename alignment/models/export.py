@@ -145,10 +145,9 @@ def _write(source: Source, folder: Path, trained: str, saved: str) -> list[str]:
     before = _logits(model, prompts)
     if source.is_adapter:
         if source.model_section.get("quantization"):
-            said.append(
-                "the run trained on a quantised base; the adapter is merged into the unquantised one, so outputs "
-                "differ from the trained model's by the quantisation error, which is not part of the difference below"
-            )
+            # What the adapter has learned fits the weights as they were rounded, not those before.
+            model = _on_base(source.folder, source.base, trained, source.model_section, written_out=True)
+            said.append("the base's quantised weights are written out in full")
         model, gap = _merged(model, prompts)
         _refuse_beyond(gap, EXACT, "merging the adapter")
         said.append(f"adapter merged into {source.base} in float32 (relative difference of logits {gap:.1g})")
@@ -184,17 +183,23 @@ def _trained_model(source: Source, dtype: str) -> Any:
     return _on_base(source.folder, source.base, dtype, source.model_section)
 
 
-def _on_base(adapter: Path, base: str, dtype: str, section: dict[str, Any]) -> Any:
-    """`adapter` on its base; where the base is an adapter itself, on the merge of that one."""
+def _on_base(adapter: Path, base: str, dtype: str, section: dict[str, Any], *, written_out: bool = False) -> Any:
+    """`adapter` on its base; where the base is an adapter itself, on the merge of that one.
+
+    A quantised base stays so, or has the same weights written out in `dtype`.
+    """
     import torch
+    from peft import PeftModel
 
     path = resolve_path(base)
     if not (Path(path) / "adapter_config.json").is_file():
         options: dict[str, Any] = {key: section[key] for key in ("revision", "trust_remote_code") if section.get(key)}
-        return load_model(path, dtype=dtype, adapter=str(adapter), **options)
-    from peft import PeftModel
-
-    below = _on_base(Path(path), _named_base(Path(path)), dtype, section)
+        options["quantization"] = section.get("quantization")
+        if not (written_out and options["quantization"]):
+            return load_model(path, dtype=dtype, adapter=str(adapter), **options)
+        whole: Any = load_model(path, dtype=dtype, **options)
+        return PeftModel.from_pretrained(whole.dequantize(getattr(torch, dtype)), str(adapter)).eval()
+    below = _on_base(Path(path), _named_base(Path(path)), dtype, section, written_out=True)
     below, gap = _merged(below, [[1, 2, 3, 4]])
     _refuse_beyond(gap, EXACT, f"merging {path}")
     _cast(below, getattr(torch, dtype))

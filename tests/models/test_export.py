@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from alignment.cli import app
@@ -237,10 +237,21 @@ def test_the_card_says_what_it_is_and_shows_no_folder_of_this_machine(tiny, tmp_
     assert "base_model: org/base" in on_hub and "training started from org/base" in on_hub
 
 
-def test_quantised_runs_say_what_they_are_merged_into(tiny, tmp_path):
+def test_a_quantised_base_is_written_out_as_it_was_rounded(tiny, tmp_path):
+    """What was trained is the adapter beside four-bit weights: those, not the file's, are what it is merged into."""
     section = {"name_or_path": str(tiny), "dtype": "float32", "quantization": "nf4"}
-    said = export(run_of(adapter(tiny, tmp_path / "a"), tmp_path / "run", model=section), tmp_path / "out")
-    assert "merged into the unquantised one" in said[0]
+    run = run_of(adapter(tiny, tmp_path / "a"), tmp_path / "run", model=section)
+    said = export(run, tmp_path / "out")
+    assert "written out in full" in said[0]
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
+    )
+    quantised = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=four_bits)
+    trained = logits(PeftModel.from_pretrained(quantised, run / "final"))
+    torch.testing.assert_close(logits(plain(tmp_path / "out")), trained, atol=1e-4, rtol=1e-4)
+    unquantised = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), run / "final"))
+    assert float((unquantised - trained).abs().max()) > 0.01
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_the_command(tiny, tmp_path):
