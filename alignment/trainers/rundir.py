@@ -6,6 +6,7 @@ not the win rate: `evaluation` adds those.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -95,8 +96,21 @@ def refuse_other_recipe(run: Path, recipe: Recipe | SftRecipe) -> None:
     for section in sorted(set(before) | set(resolved)):
         old, new = before.get(section) or {}, resolved.get(section) or {}
         for key in sorted(set(old) | set(new)):
-            if old.get(key) != new.get(key) and not (section == "training" and key in free):
-                raise UserError(f"--resume: {section}.{key} is {new.get(key)!r} but {run} began with {old.get(key)!r}")
+            found = _difference(f"{section}.{key}", old.get(key), new.get(key))
+            if found is not None and not (section == "training" and key in free):
+                where, was, now = found
+                raise UserError(f"--resume: {where} is {now!r} but {run} began with {was!r}")
+
+
+def _difference(where: str, old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    """The first place inside where two values differ, and both values there; an absent key is None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        inner = [(f"{where}.{key}", old.get(key), new.get(key)) for key in sorted(set(old) | set(new))]
+    elif isinstance(old, list) and isinstance(new, list):
+        inner = [(f"{where}[{i}]", was, now) for i, (was, now) in enumerate(itertools.zip_longest(old, new))]
+    else:
+        return None if old == new else (where, old, new)
+    return next(filter(None, (_difference(*item) for item in inner)), None)
 
 
 def refuse_other_data(run: Path, fingerprint: str) -> None:

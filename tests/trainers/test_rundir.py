@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignment.errors import UserError
-from alignment.files import write_json
+from alignment.files import read_json_object, write_json
 from alignment.recipes import load_recipe
 from alignment.trainers import rundir
 from alignment.trainers.run import _manifest
@@ -56,6 +56,21 @@ def test_other_changes_are_refused_by_name(run, change, said):
     begin(run)
     with pytest.raises(UserError, match=f"--resume: {said}"):
         rundir.refuse_other_recipe(run, load_recipe(RECIPE, [change]))
+
+
+def test_of_several_sources_the_one_that_changed_is_named(run):
+    sample = "data.sample=null"
+    begin(run, sample, "data.train=[a.jsonl, {name: b.jsonl, limit: 5}]")
+    manifest = read_json_object(run / "manifest.json")
+    del manifest["recipe"]["data"]["train"][0]["subset"]  # a key that came later is at its default
+    write_json(run / "manifest.json", manifest)
+    rundir.refuse_other_recipe(run, load_recipe(RECIPE, [sample, "data.train=[a.jsonl, {name: b.jsonl, limit: 5}]"]))
+    for sources, said in (
+        ("[a.jsonl, {name: b.jsonl, limit: 7}]", r"data\.train\[1\]\.limit is 7 but .* began with 5"),
+        ("[a.jsonl]", r"data\.train\[1\] is None but .* began with {'name': 'b.jsonl'"),
+    ):
+        with pytest.raises(UserError, match=f"--resume: {said}"):
+            rundir.refuse_other_recipe(run, load_recipe(RECIPE, [sample, f"data.train={sources}"]))
 
 
 def test_an_edited_objective_file_is_another_objective(run, tmp_path):
