@@ -151,8 +151,8 @@ def length_limits(lengths: Sequence[int], labels: Sequence[int], degrees: int) -
 class DegreeHead(nn.Linear):
     """Hidden state → N logits, in fp32; starts at zero, so that the degree loss starts at log N."""
 
-    def __init__(self, width: int, degrees: int, device: torch.device):
-        super().__init__(width, degrees, device=device, dtype=torch.float32)
+    def __init__(self, width: int, degrees: int, device: torch.device, dtype: torch.dtype):
+        super().__init__(width, degrees, device=device, dtype=dtype)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -162,7 +162,7 @@ class DegreeHead(nn.Linear):
             return F.linear(hidden.float(), self.weight.float(), self.bias.float())
 
 
-def attach_head(model: Any, degrees: int) -> DegreeHead:
+def attach_head(model: Any, degrees: int, dtype: torch.dtype = torch.float32) -> DegreeHead:
     """Give `model`'s forward an argument `degree_positions`; where it is given, the output is a plain dictionary of
     `logits` and `degree_logits`.
 
@@ -173,9 +173,10 @@ def attach_head(model: Any, degrees: int) -> DegreeHead:
     Args:
         model: a causal language model or a PeftModel, not yet wrapped.
         degrees: N.
+        dtype: of the head's weights; it computes in fp32 whatever they are.
     """
     plain = model.get_base_model() if is_peft_model(model) else model
-    head = DegreeHead(plain.get_output_embeddings().in_features, degrees, model.device)
+    head = DegreeHead(plain.get_output_embeddings().in_features, degrees, model.device, dtype)
     model.add_module(NAME, head)
     passing: dict[str, torch.Tensor] = {}  # of the forward pass under way
 
@@ -247,7 +248,11 @@ class DegreeTrainer(DPOTrainer):
         if not self.copied:
             return
         settings: Any = self.objective
-        self.head = attach_head(self.model, settings.degrees)
+        # One buffer holds all that an engine shards, in one dtype: ZeRO-3 under bf16 makes it that of the weights, and
+        # keeps float32 masters of the head as of them.
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        trained = next(p.dtype for p in self.model.parameters() if p.requires_grad)
+        self.head = attach_head(self.model, settings.degrees, trained if sharded else torch.float32)
         data: Any = self.train_dataset
         lengths: list[int] = []
         labels: list[int] = []
