@@ -52,8 +52,14 @@ ROLES = {
     "model": "assistant",
     "system": "system",
 }
-# The probability that the first response is the better one, by what annotators write.
-VOTES = {"1": 1.0, "a": 1.0, "2": 0.0, "b": 0.0, "0": 0.5, "tie": 0.5}
+# The probability that the first response is the better one, by what annotators write; numbers by what 0 means.
+VOTES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+NUMBERS: dict[str | None, dict[str, float]] = {
+    None: {"1": 1.0, "2": 0.0},
+    "tie": {"1": 1.0, "2": 0.0, "0": 0.5},
+    "first": {"1": 0.0, "0": 1.0},
+    "second": {"1": 1.0, "0": 0.0},
+}
 ACCEPTED = (
     "prompt/chosen/rejected (texts or messages); chosen/rejected as whole conversations or as "
     "Human/Assistant transcripts; conversations/chosen/rejected (ShareGPT); instruction/input with "
@@ -90,15 +96,23 @@ def converter(source: SourceSection, first: Sequence[Row], has_template: bool) -
             f"accepted: {ACCEPTED}; map other names with columns: {{chosen: THEIRS, …}}"
         )
     chat = source.chat if source.chat is not None else has_template
+    told = any(vote in VOTES or vote == "2" for row in renamed for vote in _votes(row))
+    zero = source.zero or ("tie" if told else None)
     read: Callable[[Row], Row] = {
         "preference": lambda row: _as_chat(row) if source.chat else row,
         "hh": lambda row: _from_transcripts(row, chat),
         "sharegpt": _from_sharegpt,
-        "alpaca": lambda row: _from_alpaca(row, chat, source.ties == "soft"),
+        "alpaca": lambda row: _from_alpaca(row, chat, source.ties == "soft", zero),
     }[form]
 
     def convert(row: Row) -> Row:
-        row = canonical(read(_renamed(row, source.columns)))
+        row = _renamed(row, source.columns)
+        if zero is None and form == "alpaca" and "chosen" not in row and "0" in _votes(row):
+            raise UserError(
+                f"{source.name}: a label is 0, and none of the first rows' is 2: say with zero: what 0 means: first or "
+                "second (the better response; 1 is the other one), or tie (1 is the first, 2 the second)"
+            )
+        row = canonical(read(row))
         if source.chat is not None and source.chat == isinstance(row["prompt"], str):
             raise BadRow(UNKNOWN_FORM, f"chat: {str(source.chat).lower()} is set, and the row is the other kind")
         if row.get("label") == 0.5 and source.ties == "drop":
@@ -251,7 +265,7 @@ def _messages(column: str, value: Any) -> list[dict[str, str]]:
     return messages
 
 
-def _from_alpaca(row: Row, chat: bool, soft: bool) -> Row:
+def _from_alpaca(row: Row, chat: bool, soft: bool, zero: str | None) -> Row:
     """alpaca: the prompt from instruction and input; of two responses the one that the votes prefer is chosen.
 
     With `soft` the label is the winner's share of the votes; otherwise the majority counts as certain.
@@ -267,7 +281,7 @@ def _from_alpaca(row: Row, chat: bool, soft: bool) -> Row:
         if not isinstance(response, str):
             raise BadRow(NOT_TEXT, f"{column}: expected text, got {type(response).__name__}")
     (_, first), (_, second) = pair.items()
-    share = _share(row) if "chosen" not in pair else None
+    share = _share(row, VOTES | NUMBERS[zero]) if "chosen" not in pair else None
     row = {key: value for key, value in row.items() if key != "label"}
     if share is not None:
         first, second = (first, second) if share >= 0.5 else (second, first)
@@ -304,9 +318,24 @@ def _responses(row: Row) -> dict[str, Any]:
     return {"output[0]": output[0], "output[1]": output[1]}
 
 
-def _share(row: Row) -> float | None:
+def _ballots(row: Row) -> list[str]:
+    """The columns that votes stand in."""
+    return [c for c in LABELS if c in row][:1] or sorted(c for c in row if _ANNOTATOR.fullmatch(c))
+
+
+def _votes(row: Row) -> list[str]:
+    """The votes as they are compared."""
+    found = [row[column] if isinstance(row[column], list) else [row[column]] for column in _ballots(row)]
+    return [_spelt(value) for values in found for value in values]
+
+
+def _spelt(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).strip().lower()
+
+
+def _share(row: Row, meanings: dict[str, float]) -> float | None:
     """Mean vote for the first response; None where a list `output` comes without label: better first."""
-    columns = [c for c in LABELS if c in row][:1] or sorted(c for c in row if _ANNOTATOR.fullmatch(c))
+    columns = _ballots(row)
     if not columns:
         if isinstance(row.get("output"), list):
             return None
@@ -314,13 +343,12 @@ def _share(row: Row) -> float | None:
     votes: list[Any] = []
     for column in columns:
         votes += row[column] if isinstance(row[column], list) else [row[column]]
-    return sum(map(_vote, votes)) / len(votes) if votes else 0.5
+    return sum(_vote(value, meanings) for value in votes) / len(votes) if votes else 0.5
 
 
-def _vote(value: Any) -> float:
+def _vote(value: Any, meanings: dict[str, float]) -> float:
     if value is None:
         raise BadRow(MISSING_FIELD, "label is missing")
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    if isinstance(value, bool) or text.strip().lower() not in VOTES:
-        raise BadRow(BAD_NUMBER, f"label: expected 1, 2 or 0 (tie), A, B or tie; got {value!r:.40}")
-    return VOTES[text.strip().lower()]
+    if isinstance(value, bool) or _spelt(value) not in meanings:
+        raise BadRow(BAD_NUMBER, f"label: expected one of {', '.join(sorted(meanings))}; got {value!r:.40}")
+    return meanings[_spelt(value)]

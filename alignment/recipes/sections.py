@@ -221,6 +221,9 @@ class SourceSection(Section):
         None, "Our column names to the source's; label may name several.", "the form's own names"
     )
     ties: Literal["drop", "soft"] = option("drop", "Undecided pairs: drop, or keep with label 0.5.", "alignment")
+    zero: Literal["tie", "first", "second"] | None = option(
+        None, "What a label 0 says of two responses.", "tie where a label 2 is the second; else you are asked"
+    )
     chat: bool | None = option(
         None,
         "Read the rows as chat messages (true) or text (false).",

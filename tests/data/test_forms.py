@@ -186,12 +186,28 @@ def test_several_annotators_vote(tmp_path, votes, label):
     second_wins = sum(v == 2 for v in votes) > sum(v == 1 for v in votes)
     wanted = (ASKED, reply("three"), reply("two")) if second_wins else (ASKED, reply("two"), reply("three"))
     for columns in (None, {"label": names}):
-        soft = prepared({"name": name, "ties": "soft", "columns": columns}, CHAT)
+        soft = prepared({"name": name, "ties": "soft", "columns": columns, "zero": "tie"}, CHAT)
         assert texts(soft) == [wanted]
         assert soft.dataset.to_dict().get("label", [1.0]) == pytest.approx([label])
-        hard = prepared({"name": name, "columns": columns}, CHAT)
+        hard = prepared({"name": name, "columns": columns, "zero": "tie"}, CHAT)
         assert texts(hard) == ([] if label == 0.5 else [wanted])
         assert "label" not in hard.dataset.column_names  # a majority counts as certain
+
+
+@pytest.mark.parametrize("late", [0, 60])
+def test_what_a_label_0_means_is_not_guessed(tmp_path, late):
+    """0 and 1 are tie and first for some, the two responses for others; also where the zeros come late."""
+    rows = [ALPACA | {"label": 1}] * late + [ALPACA | {"label": label} for label in (0, 1.0, "0")]
+    name = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match=r"a\.jsonl: a label is 0, .* say with zero: .* first or second .*, or tie"):
+        prepared(name, CHAT)
+    for zero, better in (("first", ["two", "three", "two"]), ("second", ["three", "two", "three"])):
+        found = prepared({"name": name, "zero": zero}, CHAT)
+        assert [row["chosen"][0]["content"] for row in found.dataset][late:] == better
+    tie = prepared({"name": name, "zero": "tie"}, CHAT)
+    assert [reason for _, reason in refused(tie)] == ["tie"] * 2
+    two = write(tmp_path / "two.jsonl", [ALPACA | {"label": label} for label in (0, 2)])
+    assert refused(prepared({"name": two, "zero": "second"}, CHAT)) == [(2, "bad_number")]
 
 
 def test_alpaca_rows_that_are_not(tmp_path):

@@ -83,10 +83,10 @@ def test_soft_labels_reach_the_loss(train, tmp_path):
     given = ["objective.name=ipo", "training.max_steps=2", "training.learning_rate=1e-3"]
     ties = write(tmp_path / "ties.csv", [row | {"label": 0} for row in rows])
     with pytest.raises(UserError, match="no gradient on any pair"):
-        train(f"data.train={{name: {ties}, ties: soft}}", *given)
+        train(f"data.train={{name: {ties}, ties: soft, zero: tie}}", *given)
     votes = write(tmp_path / "votes.csv", [row | {"one": 1, "two": 0} for row in rows])
     columns = "columns: {label: [one, two]}"
-    run, manifest, _ = train(f"data.train={{name: {votes}, ties: soft, {columns}}}", *given)
+    run, manifest, _ = train(f"data.train={{name: {votes}, ties: soft, zero: tie, {columns}}}", *given)
     assert manifest["pairs"] == 16 and not (run / "rejected_rows.jsonl").exists()
     # ipo at margin 0 costs 1 / (4 tau^2) whatever the label
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
