@@ -70,6 +70,12 @@ _ALPACA = (
     "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:"
 )
+_ALPACA_PROMPT = re.compile(
+    r"\s*Below is an instruction that describes a task(?:, paired with an input that provides further context)?\. "
+    r"Write a response that appropriately completes the request\.\s*### Instruction:\s(.*?)"
+    r"(?:\s### Input:\s(.*?))?\s### Response:\s*",
+    re.DOTALL,
+)
 
 
 def converter(source: SourceSection, first: Sequence[Row], has_template: bool) -> tuple[str, Callable[[Row], Row]]:
@@ -228,6 +234,17 @@ def _turns(transcript: str) -> list[dict[str, str]]:
         if not turn["content"]:
             raise BadRow(EMPTY, f"turn {number} of the prompt is empty")
     return turns
+
+
+def questions(prompt: str) -> list[str]:
+    """What the user says in a prompt that is text: without the markers of transcripts, or Alpaca's frame."""
+    framed = _ALPACA_PROMPT.fullmatch(prompt)
+    if framed:
+        return ["\n\n".join(part for part in framed.groups() if part)]
+    if not _is_transcript(prompt):
+        return [prompt]
+    _, *parts = re.split(r"\n\n(Human|Assistant):", f"\n\n{prompt.lstrip()}")
+    return [text for who, text in zip(parts[::2], parts[1::2], strict=True) if who == "Human"]
 
 
 def _from_sharegpt(row: Row) -> Row:

@@ -1,7 +1,7 @@
 """Prompts that are both trained and judged on, found by hash: of the prompt, and of the whole row.
 
-Two prompts are the same if their words are: spaces and system messages do not matter, and a text counts as the one
-user message that it would become. Two rows are the same if prompt and both responses are, in either order.
+Two prompts are the same if the user says the same words in them: spaces, the other side and system messages do not
+matter, nor whether it is a question alone, a conversation, a Human/Assistant transcript or Alpaca's frame. Two rows are the same if prompt and both responses are, in either order.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from alignment.data.forms import questions
 from alignment.data.preferences import same_prompt
 from alignment.errors import UserError
 
@@ -29,14 +30,19 @@ class Judged:
     rows: frozenset[str] = frozenset()
 
 
-def _words(value: Any) -> str:
-    """A text, or a conversation without its system messages, as one text."""
-    if isinstance(value, str):
-        return same_prompt(value)
-    said = [m for m in value if m["role"] != "system"]
-    if len(said) == 1:
-        return same_prompt(said[0]["content"])
-    return "\n".join(f"{m['role']}: {same_prompt(m['content'])}" for m in said)
+def _asked(prompt: Any) -> str:
+    """What the user says in a prompt, one turn a line; all of it where there is no user."""
+    texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if m["role"] == "user"]
+    return "\n".join(same_prompt(question) for text in texts for question in questions(text)) or _words(prompt)
+
+
+def _words(response: Any) -> str:
+    """A response's words; of several messages, who says them as well."""
+    if isinstance(response, str):
+        return same_prompt(response)
+    if len(response) == 1:
+        return same_prompt(response[0]["content"])
+    return "\n".join(f"{m['role']}: {same_prompt(m['content'])}" for m in response)
 
 
 def _hash(*texts: str) -> str:
@@ -44,13 +50,13 @@ def _hash(*texts: str) -> str:
 
 
 def prompt_hash(prompt: Any) -> str:
-    """The same for prompts, texts or messages, that have the same words."""
-    return _hash(_words(prompt))
+    """The same for prompts, texts or messages, in which the user says the same."""
+    return _hash(_asked(prompt))
 
 
 def row_hash(row: dict[str, Any]) -> str:
     """The same for rows with the same prompt and responses, whichever of them is preferred."""
-    return _hash(_words(row["prompt"]), *sorted([_words(row["chosen"]), _words(row["rejected"])]))
+    return _hash(_asked(row["prompt"]), *sorted([_words(row["chosen"]), _words(row["rejected"])]))
 
 
 def judged_on(held_out: Dataset | None, prompts: Iterable[str] = (), where: str = "evaluation.prompts") -> Judged:
@@ -87,7 +93,7 @@ def refuse(trained: Sequence[Any], judged: Judged, what: str = "data.train") -> 
         prompt, where = found[0]
         raise UserError(
             f"data.overlap: {len(found)} of {len(trained)} prompts of {what} are also judged on, such as "
-            f"{_words(prompt)[:60]!r} of {where}: judge on prompts that training does not see, or set data.overlap "
+            f"{_asked(prompt)[:60]!r} of {where}: judge on prompts that training does not see, or set data.overlap "
             "to drop (the training rows) or allow"
         )
 

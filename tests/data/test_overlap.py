@@ -6,7 +6,15 @@ import pytest
 
 from alignment.data.overlap import judged_on, prompt_hash, refuse, row_hash, without
 from alignment.errors import UserError
-from tests.data.building import letters, prepared, reply, said, user, write
+from tests.data.building import TEMPLATE, letters, prepared, reply, said, user, write
+
+
+# Stanford Alpaca's frame, as its train.py has it
+ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n{}### Response:"
+)
+PAIRED = ", paired with an input that provides further context"
 
 
 def row(prompt, chosen="a", rejected="b"):
@@ -24,10 +32,36 @@ def row(prompt, chosen="a", rejected="b"):
         ([*user("a"), *reply("b"), *user("c")], user("c"), False),
         ([*user("a"), *reply("b"), *user("c")], [*user("a "), *reply("b"), *user("c")], True),
         ([*user("a"), *reply("b"), *user("c")], [*user("a"), *user("b"), *user("c")], False),
+        ([*user("a"), *reply("b"), *user("c")], [*user("a"), *reply("d"), *user("c")], True),
+        ("\n\nHuman: my  dog\n\nAssistant:", "my dog", True),
+        ("Human: my dog\n\nAssistant:", user("my dog"), True),
+        (user("\n\nHuman: my dog\n\nAssistant:"), "my dog", True),
+        ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", [*user("a"), *reply("b"), *user("c")], True),
+        ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "c", False),
+        (ALPACA.format("", "my dog", ""), "my dog", True),
+        (ALPACA.format("", "my dog", ""), "my cat", False),
+        (reply("a"), reply("b"), False),
+        (ALPACA.format(PAIRED, "Add.", "### Input:\n1 1\n\n"), user("Add.\n\n1 1"), True),
+        (ALPACA.format(PAIRED, "Add.", "### Input:\n1 1\n\n"), "Add.", False),
     ],
 )
 def test_same_prompts(one, other, same):
     assert (prompt_hash(one) == prompt_hash(other)) == same
+
+
+def test_the_prompts_that_forms_make_of_one_question_are_one(tmp_path):
+    answers = {"response1": "a", "response2": "b", "label": 1}
+    transcript = "\n\nHuman: Add.\n\n1 1\n\nAssistant:"
+    of_each = [
+        {"instruction": "Add.", "input": "1 1"} | answers,
+        {"chosen": f"{transcript} a", "rejected": f"{transcript} b"},
+        row("Add. 1 1"),
+    ]
+    for each in of_each:
+        for tokenizer in (letters(), letters(template=TEMPLATE)):
+            (found,) = prepared(write(tmp_path / "a.jsonl", [each]), tokenizer).dataset
+            assert prompt_hash(found["prompt"]) == prompt_hash("Add. 1 1")
+            assert row_hash(found) == row_hash(row("Add. 1 1"))
 
 
 def test_same_rows():
