@@ -43,10 +43,10 @@ def package_file(name: str) -> Path:
 
 @contextlib.contextmanager
 def _open_text(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 file, unpacked where its name ends in .gz; what cannot be read is one line."""
+    """A UTF-8 file, with or without BOM, unpacked where its name ends in .gz; what cannot be read is one line."""
     try:
         opened = gzip.open if path.name.endswith(".gz") else open
-        with opened(path, "rt", encoding="utf-8") as handle:
+        with opened(path, "rt", encoding="utf-8-sig") as handle:
             yield handle
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; paths are relative to the current folder, {Path.cwd()}") from None

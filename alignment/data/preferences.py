@@ -10,6 +10,7 @@ tokens (`tokens`), whole data sets (`pipeline`).
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 NUMBER_COLUMNS = ("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected", "label")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 OPTIONAL_COLUMNS = (*ID_COLUMNS, *NUMBER_COLUMNS, "calibration", "calibration_ids")
+
+TOGETHER = (("reward_chosen", "reward_rejected"), ("prev_chosen", "prev_rejected"))
+# The beginning of chat messages that were written as text, as Python or JSON shows them.
+_WRITTEN = re.compile(r"""\s*\[?\s*\{\s*(['"])(?:(role|content)|from|value)\1\s*:""")
 
 MISSING_FIELD = "missing_field"
 NOT_TEXT = "not_text"
@@ -95,8 +100,25 @@ def canonical(row: dict[str, Any]) -> dict[str, Any]:
     numbers = {c: _number(c, row[c]) for c in NUMBER_COLUMNS if c in row}
     if not 0 <= numbers.get("label", 1.0) <= 1:
         raise BadRow(BAD_NUMBER, f"label: {numbers['label']:g} is not a probability (0 to 1)")
+    for one, other in (pair for given in TOGETHER for pair in (given, given[::-1])):
+        if one in numbers and other not in numbers:
+            raise BadRow(MISSING_FIELD, f"{other} is missing, and {one} is there")
     plain = {c: [{"role": m["role"], "content": m["content"]} for m in row[c]] for c in texts if is_messages(row[c])}
     return row | numbers | plain
+
+
+def refuse_written_messages(column: str, text: str) -> None:
+    """Messages that a CSV, say, holds as text would be trained on with brackets and all.
+
+    Raises:
+        BadRow: `text` is a list of chat messages, or one of them, written out.
+    """
+    found = _WRITTEN.match(text)
+    if found is None or text.rstrip()[-1] not in "]}":
+        return
+    keys = ("role", "content") if found[2] else ("from", "value")
+    if all(f"{found[1]}{key}{found[1]}" in text for key in keys):
+        raise BadRow(UNKNOWN_FORM, f"{column}: chat messages written as text; give them as lists, in JSON or Parquet")
 
 
 def _number(column: str, value: Any) -> float:
@@ -124,6 +146,9 @@ def _check_text(row: dict[str, Any], column: str) -> None:
             raise BadRow(EMPTY, f"{column}_ids is empty")
     elif not (value if isinstance(value, str) else value[-1]["content"] if value else "").strip():
         raise BadRow(EMPTY, f"{column} is empty")
+    else:
+        for text in [value] if isinstance(value, str) else [m["content"] for m in value]:
+            refuse_written_messages(column, text)
 
 
 def explicit_prompt(row: dict[str, Any]) -> dict[str, Any]:

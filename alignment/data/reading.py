@@ -148,7 +148,8 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        hint = "; for one object a line name it .jsonl" if error.msg == "Extra data" else ""
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{hint}") from None
 
 
 def _objects(where: str, rows: Any) -> list[Row]:

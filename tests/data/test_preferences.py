@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -51,6 +52,12 @@ def test_known_columns_travel_and_others_stay_behind():
         (GOOD | {"reward_chosen": "high"}, "bad_number", "got 'high'"),
         (GOOD | {"prev_rejected": math.nan}, "bad_number", "got nan"),
         (GOOD | {"reward_rejected": [1.0]}, "bad_number", "got [1.0]"),
+        (GOOD | {"prev_chosen": 1}, "missing_field", "prev_rejected is missing, and prev_chosen is there"),
+        (GOOD | {"reward_rejected": 1, "reward_chosen": None}, "missing_field", "reward_chosen is missing"),
+        (GOOD | {"chosen": str(reply("good"))}, "unknown_form", "chosen: chat messages written as text; give them as"),
+        (GOOD | {"prompt": json.dumps(user("p"), indent=1)}, "unknown_form", "prompt: chat messages written as text"),
+        (CHAT | {"chosen": reply(str(reply("good")))}, "unknown_form", "chosen: chat messages written"),  # `chat: true`
+        (GOOD | {"rejected": "{'from': 'gpt', 'value': 'bad'}"}, "unknown_form", "rejected: chat messages written"),
         (GOOD | {"label": 1.5}, "bad_number", "label: 1.5 is not a probability"),
         (GOOD | {"label": -0.1}, "bad_number", "label"),
     ],
@@ -59,6 +66,11 @@ def test_unusable_rows_have_a_reason(row, reason, detail):
     with pytest.raises(BadRow) as refused:
         canonical(row)
     assert refused.value.reason == reason and detail in refused.value.detail
+
+
+def test_text_that_only_looks_like_messages_is_text():
+    for text in ('{"value": 3}', '[{"role": "admin"}]', "[{'role': 'user', 'content': 'a'}] is a message", "[1]"):
+        assert canonical(GOOD | {"chosen": text}) == GOOD | {"chosen": text}
 
 
 def test_given_ids_count_more_than_their_texts():
@@ -118,6 +130,9 @@ def test_prompts(tmp_path):
     file.write_text("# a comment\n one \n\ntwo # not a comment\n  # comment\nthree")
     assert read_prompts(file) == ["one", "two # not a comment", "three"]
     assert read_prompts(file, 2) == ["one", "two # not a comment"]
+    file.write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    assert read_prompts(file) == ["one", "two"]
+    file.write_text("one\ntwo\nthree")
     with pytest.raises(UserError, match="3 prompts, but 4 are asked for"):
         read_prompts(file, 4)
     for text, message in (

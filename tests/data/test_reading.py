@@ -21,6 +21,14 @@ def read(name: str | Path, role: str = "train", **keys) -> list[dict]:
     return list(raw_rows(SourceSection(name=str(name), **keys), role))
 
 
+@pytest.mark.parametrize("ending", [ending for ending in DATA_ENDINGS if ending != ".parquet"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, ending):
+    unpack, pack = (gzip.decompress, gzip.compress) if ending.endswith(".gz") else (bytes, bytes)
+    file = Path(write(tmp_path / f"rows{ending}", ROWS))
+    file.write_bytes(pack(b"\xef\xbb\xbf" + unpack(file.read_bytes())))
+    assert read(file) == ROWS
+
+
 @pytest.mark.parametrize("ending", DATA_ENDINGS)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, ending):
     name = write(tmp_path / f"rows{ending}", ROWS)
@@ -92,6 +100,7 @@ def test_a_name_that_the_hub_does_not_give():
         ("a.jsonl", b"\n\n", r"a\.jsonl: no rows"),
         ("a.jsonl", b'{"prompt": "\xe9"}\n', r"a\.jsonl: .*UTF-8"),
         ("a.json", b"[\n{,}]", r"a\.json:2: not valid JSON"),
+        ("a.json", b'{"a": 1}\n{"a": 2}\n', r"a\.json:2: .* for one object a line name it \.jsonl"),
         ("a.json", b'{"prompt": 1}', r"list of objects; for one object a line name it \.jsonl"),
         ("a.json", b"[1, 2]", "list of objects"),
         ("a.json", b'{"train": [1]}', r"a\.json: split 'train': expected a list of objects"),
