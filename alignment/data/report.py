@@ -128,7 +128,8 @@ def data_report(recipe: Recipe) -> DataReport:
             "data.sample=null data.train=RUN/preferences.jsonl"
         )
     tokenizer: Any = load_tokenizer(
-        recipe.model.name_or_path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+        recipe.model.name_or_path,
+        **recipe.model.model_dump(include={"adapter", "revision", "trust_remote_code"}),
     )
     objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
     found = [

@@ -89,15 +89,23 @@ def _from_pretrained(auto_class: Any, name_or_path: str | Path, path: str, **opt
 
 
 def load_tokenizer(
-    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: str | Path,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model; for an adapter folder without one, its base model's.
+    """The tokenizer, with its chat template, saved with a model; for an adapter folder without one, its base model's.
+
+    `adapter` (a folder put on top of the model) counts first: what it was trained on may have had its own template.
 
     Raises:
         UserError: there is no such model, or it has no tokenizer.
     """
     from transformers import AutoTokenizer
 
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+        name_or_path, revision = adapter, None
     path = resolve_path(name_or_path)
     base = _adapter_base(path)
     if base is not None and not (Path(path) / "tokenizer_config.json").is_file():

@@ -73,6 +73,11 @@ def _missing_files(recipe: Recipe | SftRecipe) -> Iterator[tuple[str, str]]:
             f"trains a fresh adapter, and {recipe.model.name_or_path} is an adapter already: give one of them",
         )
     yield from (("model.name_or_path", message) for message in _missing_model(recipe.model.name_or_path))
+    reference = recipe.reference if isinstance(recipe, Recipe) else None
+    if reference is not None and reference.name_or_path is not None:
+        yield from (("reference.name_or_path", message) for message in _missing_model(reference.name_or_path))
+        if reference.adapter is not None and not Path(reference.adapter).is_dir():
+            yield "reference.adapter", f"{reference.adapter}: no such folder"
 
 
 def _missing_packages(recipe: Recipe | SftRecipe) -> Iterator[tuple[str, str]]:

@@ -48,7 +48,7 @@ class PairCollator:
         lengths = [[len(r) - (not p) for r in group] for p, group in zip(prompts, responses, strict=True)]
         # A [B] tensor comes first: transformers reads the batch size off the first tensor.
         batch = {f"{b}_length": torch.tensor([n[j] for n in lengths]) for j, b in enumerate(branches)}
-        for column in dict.fromkeys((*NUMBER_COLUMNS, *FROZEN_COLUMNS)):
+        for column in dict.fromkeys((*NUMBER_COLUMNS, *FROZEN_COLUMNS, "counted")):
             if column in examples[0]:
                 batch[column] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
         if self.copied and "degree_ids" in examples[0]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -37,7 +37,11 @@ from alignment.trainers.scoring import relative_gap
 
 FORMAT = "1"  # part of the key: raise it when the same inputs give other numbers
 CHECKED_ROWS = 4
-CONFIG_IRRELEVANT = ("_name_or_path", "transformers_version", "use_cache", "pad_token_id", "architectures")
+# Names and versions (the installed ones are in the key), and what concerns training or generation alone.
+CONFIG_IRRELEVANT = (
+    "_name_or_path transformers_version use_cache pad_token_id architectures "
+    "base_model_name_or_path revision inference_mode peft_version init_lora_weights lora_dropout"
+).split()
 
 Score = Callable[[list[int]], torch.Tensor]  # row numbers → their log-probs, [len, k]
 
@@ -73,10 +77,25 @@ def _gathered(parameter: Any) -> contextlib.AbstractContextManager[Any]:
     return gathered
 
 
-def config_digest(config: Any) -> str:
-    """SHA-256 of what in a model's configuration can change a number (rope scaling, window, softcap …)."""
-    relevant = {key: value for key, value in config.to_dict().items() if key not in CONFIG_IRRELEVANT}
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()
+def model_digest(model: Any, start: bool = False) -> str:
+    """SHA-256 of everything in a model that decides its log-probs: weights, configuration, settings of adapters.
+
+    Args:
+        model: plain, or a PeftModel.
+        start: the policy, as the model that training starts from: without what is trained. The adapter "ref" is the
+            frozen copy of an adapter that training goes on with; a fresh adapter is switched off and does not count.
+    """
+    adapters = dict(model.peft_config) if is_peft_model(model) else {}
+    if start:
+        adapters = {name: adapter for name, adapter in adapters.items() if name == "ref"}
+    settings = {"model": model.config, **adapters}
+    relevant = {
+        part: {key: value for key, value in config.to_dict().items() if key not in CONFIG_IRRELEVANT}
+        for part, config in settings.items()
+    }
+    text = json.dumps(relevant, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    weights = weights_digest(model, only_frozen=start and is_peft_model(model))
+    return hashlib.sha256(f"{weights} {text}".encode()).hexdigest()
 
 
 def rows_digest(rows: Iterable[Sequence[list[int]]]) -> str:

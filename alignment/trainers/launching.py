@@ -96,7 +96,7 @@ def model_arguments(recipe: AnyRecipe) -> dict[str, Any]:
 
 def tokenizer_arguments(recipe: AnyRecipe) -> dict[str, Any]:
     """Keyword arguments of `load_tokenizer` besides the name."""
-    return {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
+    return recipe.model.model_dump(include={"adapter", "revision", "trust_remote_code"})
 
 
 def adapter_config(recipe: AnyRecipe) -> Any:
@@ -171,7 +171,8 @@ def prepare_run(
 
 
 def compact(trainer: Any) -> Any:
-    """The trainer with our progress bar in the place of transformers' two."""
+    """The trainer with our progress bar in the place of transformers' two, and lists of checkpoints' files."""
+    trainer.add_callback(rundir.CheckpointFiles())
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(rundir.CompactProgress)

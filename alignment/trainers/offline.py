@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig
@@ -26,7 +26,7 @@ from alignment.objectives.base import Objective, reads_reference
 from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
 from alignment.trainers.collation import BRANCHES, FROZEN_COLUMNS, LengthGroupedSampler, PairCollator
 from alignment.trainers.degree import COLUMNS, DegreeTrainer
-from alignment.trainers.frozen import weights_digest
+from alignment.trainers.frozen import model_digest
 from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals
 from alignment.trainers.reference import ReferenceTrainer, checked_reference
 from alignment.trainers.scoring import (
@@ -110,6 +110,9 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
                 "train data: the rows bring prev_chosen, so training starts at the previous iterate, which is not the "
                 "reference: name the reference (reference.name_or_path)"
             )
+        judged = eval_dataset if "previous" in objective.needs else None
+        if judged is not None and previous_given != ("prev_chosen" in judged.column_names):
+            raise UserError("data: prev_chosen is in only one of train and eval; the loss would not be the same")
         if layout == "shared_prefix" and (reason := _why_not_shared(model, peft_config)):
             warnings.warn(f"layout shared_prefix is not possible ({reason}); using paired", stacklevel=2)
             layout = "paired"
@@ -119,7 +122,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         self._ref_config = None
         if not self.start_is_reference and ref_model is not None and self._needs_reference:
             self._ref_config = checked_reference(ref_model, processing_class)
-            self.frozen_digests["reference"] = weights_digest(ref_model)
+            self.frozen_digests["reference"] = model_digest(ref_model)
         ref_model, self.start_model = self._frozen_models(model, ref_model, start_model, peft_config)
         self.collator = PairCollator(
             processing_class.pad_token_id, args.max_length, layout, self._calibrated, self.copied
@@ -148,6 +151,8 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             self.start_model = self._prepared(self.start_model)
         if self._precompute:
             self._add_frozen_columns()
+        if self.eval_dataset is not None:
+            self.eval_dataset = self._filled(self.eval_dataset)
         self.attach_degree_head(args.max_length)
         self.add_callback(DisplacementAlarm(displacement_alarm))
         self.add_callback(EpochOrder(self))
@@ -188,7 +193,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        extra = ["calibration_ids", *COLUMNS, *NUMBER_COLUMNS, *FROZEN_COLUMNS]
+        extra = ["calibration_ids", "counted", *COLUMNS, *NUMBER_COLUMNS, *FROZEN_COLUMNS]
         self._signature_columns += [c for c in extra if c not in self._signature_columns]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
@@ -241,7 +246,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         if self.model.training and not self._gradient_seen:
             self._look_for_gradient(batch)
         losses = self.objective.loss(batch)
-        self._record(inputs, batch)
+        self._record(inputs, batch, losses)
         return losses.mean()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -265,7 +270,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         file = Path(str(self.args.output_dir)) / "start.json"
         if self.state.global_step > 0:
             self._gradient_seen = True  # looked for at the start; the end of a run may well have none left
-            self._start = read_start(file, self.accelerator.device)
+            self._start = self._kept_start(file)
             # Precomputed: there is no model to ask; the run directory compares `frozen_digests` instead.
             if self._start is not None and starts_at_reference and not self._precompute:
                 gap = relative_gap(self._score_frozen("ref", model, self._start[0]), self._start[1])
@@ -280,14 +285,27 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             with torch.no_grad(), self.accelerator.autocast():
                 start = self._score(model, paired)
             model.train()
-            problem = step_zero_problem(self.objective, batch, start, self._compute_dtype, starts_at_reference)
+            problem = step_zero_problem(
+                self.objective, batch, start, self._compute_dtype, starts_at_reference, not self._precompute
+            )
             if self._any_process(problem is not None):
                 raise UserError(f"step-0 check: {problem or 'another process stopped'}")
             if self.accelerator.is_main_process:
                 write_start(file, paired, start)
             self.accelerator.wait_for_everyone()
-            self._start = read_start(file, self.accelerator.device)
+            self._start = self._kept_start(file)
         self._totals["train"].restart()
+
+    def _kept_start(self, file: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
+        """What the main process reads; the folder of another machine may not have the file."""
+        kept = read_start(file, torch.device("cpu")) if self.accelerator.is_main_process else None
+        if self.accelerator.num_processes > 1:
+            (kept,) = broadcast_object_list([kept], from_process=0)
+        if kept is None:
+            return None
+        rows, start = kept
+        device = self.accelerator.device
+        return {key: value.to(device) for key, value in rows.items()}, start.to(device)
 
     def _look_for_gradient(self, batch: PairLogps) -> None:
         """Stop where the objective pushes no pair of any process in the first three steps: nothing would be learned.
@@ -310,7 +328,24 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             self._refuse_no_gradient()
         return result
 
-    def _record(self, inputs: dict[str, torch.Tensor], batch: PairLogps) -> None:
+    def _filled(self, dataset: Dataset) -> Dataset:
+        """The held-out rows, on several processes with repeats that are not counted: every process must score equally
+        often, and accelerate's own repeats would be counted."""
+        whole = self.args.eval_batch_size * self.args.world_size
+        repeats = -len(dataset) % whole if self.args.world_size > 1 else 0
+        if not repeats:
+            return dataset
+        rows = list(range(len(dataset)))
+        filled = dataset.select(rows + (rows * whole)[:repeats])
+        return filled.add_column("counted", [1.0] * len(dataset) + [0.0] * repeats)
+
+    def _record(self, inputs: dict[str, torch.Tensor], batch: PairLogps, losses: torch.Tensor) -> None:
+        if "counted" in inputs and not bool((kept := inputs["counted"] > 0).all()):
+            if not bool(kept.any()):
+                return
+            # The two token counts below keep the repeats: they are work that was done.
+            batch, losses = batch.map(lambda column: column[kept]), losses[kept]
+            inputs = inputs | {k: v[kept] for k, v in inputs.items() if k == "degree_lengths"}
         segments = inputs.get("degree_row_segments", inputs["row_segments"])
         chosen, rejected = (r.detach() for r in self.objective.rewards(batch))
         values = {
@@ -333,6 +368,8 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             if self.start_is_reference:
                 values["displacement/chosen"] = batch.log_ratio_chosen
                 values["displacement/rejected"] = batch.log_ratio_rejected
+        if not self.model.training:
+            values["loss"] = losses
         self._totals["train" if self.model.training else "eval"].add(values)
 
     def log(self, logs, start_time=None):
@@ -344,6 +381,8 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             with torch.no_grad(), self.accelerator.autocast():
                 moved = (self._score(self.model_wrapped, rows) - start).mean(0)
             found |= {"displacement/chosen": float(moved[0]), "displacement/rejected": float(moved[1])}
+        if "loss" in found:  # transformers' is a mean of means, with repeats: it depends on batches and processes
+            logs["eval_loss"] = found.pop("loss")
         self._metrics[mode].update({name: [value] for name, value in found.items()})
         super().log(logs, start_time)
 

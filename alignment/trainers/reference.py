@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from trl.trainer.utils import use_adapter
 
 from alignment.errors import UserError
 from alignment.trainers.collation import BRANCHES, truncated
-from alignment.trainers.frozen import config_digest, frozen_logps, rows_digest, weights_digest
+from alignment.trainers.frozen import frozen_logps, model_digest, rows_digest
 from alignment.trainers.layout import LayoutTrainer
 from alignment.trainers.scoring import TOLERANCE
 
@@ -71,28 +72,33 @@ class ReferenceTrainer(LayoutTrainer):
                 policy = prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
                 self.model.eval()
             if own:
-                self.frozen_digests["start"] = weights_digest(self.model, only_frozen=is_peft_model(self.model))
-            weights = self.frozen_digests["start" if own else "reference"]
-            config = self.model.config if own or self._ref_config is None else self._ref_config
+                self.frozen_digests["start"] = model_digest(self.model, start=True)
+            digest = self.frozen_digests["start" if own else "reference"]
             for role in ("train", "eval"):
                 data: Any = self.train_dataset if role == "train" else self.eval_dataset
                 if data is None:
                     continue
-                table = self._table(prefix, policy if frozen is None else frozen, data, weights, config)
+                table = self._table(prefix, policy if frozen is None else frozen, data, digest)
                 names = [f"{prefix}_{b}" for b in BRANCHES[: self._branches if prefix == "ref" else 2]]
                 for j, name in enumerate(names):
                     data = data.add_column(name, table[:, j].tolist())
                 setattr(self, f"{role}_dataset", data)
         self.ref_model = self.start_model = None
 
-    def _table(self, prefix: str, model: Any, data: Dataset, weights: str, config: Any) -> torch.Tensor:
+    def _table(self, prefix: str, model: Any, data: Dataset, digest: str) -> torch.Tensor:
         """`[n, k]` log-probs of every row of `data` under one frozen model."""
-        columns = ["prompt_ids", *(f"{b}_ids" for b in BRANCHES[: self._branches])]
+        branches = BRANCHES[: self._branches]
+        columns = ["prompt_ids", *(f"{b}_ids" for b in branches)]
         plain = data.select_columns(columns)
-        rows = [
-            [row["prompt_ids"], *(truncated(row, b, self.collator.max_length) for b in BRANCHES[: self._branches])]
-            for row in plain
-        ]
+        lengths: list[int] = []
+
+        def rows() -> Iterator[list[list[int]]]:  # read twice from the table on disk rather than held in memory
+            for row in plain:
+                found = [row["prompt_ids"], *(truncated(row, b, self.collator.max_length) for b in branches)]
+                lengths.append(sum(map(len, found)))
+                yield found
+
+        content = rows_digest(rows())
 
         def score(numbers: list[int]) -> torch.Tensor:
             inputs = self.collator([plain[i] for i in numbers])
@@ -104,12 +110,11 @@ class ReferenceTrainer(LayoutTrainer):
         table, kept = frozen_logps(
             self.accelerator,
             score,
-            [sum(map(len, row)) for row in rows],
+            lengths,
             self.args.per_device_train_batch_size,
             {
-                "weights": weights,
-                "config": config_digest(config),
-                "rows": rows_digest(rows),
+                "model": digest,
+                "rows": content,
                 "dtype": [str(self.model.dtype), str(self._compute_dtype)],
             },
             TOLERANCE[self._compute_dtype],

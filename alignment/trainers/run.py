@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -201,8 +202,10 @@ def _frozen_models(recipe: Recipe, args: DPOConfig, objective: Objective, adapte
     another = reference.name_or_path is not None and reads_reference(objective)
     if another:
         named = reference.model_dump(include={"name_or_path", "adapter", "revision"})
-        # Dtype, quantisation and attention are the policy's.
-        found["ref_model"] = load_model(**model_arguments(recipe) | named).requires_grad_(False)
+        try:  # dtype, quantisation and attention are the policy's
+            found["ref_model"] = load_model(**model_arguments(recipe) | named).requires_grad_(False)
+        except UserError as error:
+            raise UserError(re.sub(r"^model\.", "reference.", str(error))) from error
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if not zero3 or adapted or reference.precompute or not reads_reference(objective):
         return found

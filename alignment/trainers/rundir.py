@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, jsonable, read_json_object, write_json_lines
+from alignment.files import iterate_json_lines, jsonable, read_json_object, write_json, write_json_lines
 from alignment.models.gguf import file_digest
 from alignment.recipes import Recipe, SftRecipe
 
+CHECKPOINT_FILES = "files.json"
 PACKAGES = ("alignment", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "tokenizers")
 
 
@@ -55,24 +57,33 @@ def undo_unless_begun(run: Path, aside: Path | None) -> None:
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The newest checkpoint to resume from: the newest whole one, for trainer_state.json is written last.
+    """The newest whole checkpoint to resume from: a process may have been killed while it wrote the last one.
 
     Raises:
         UserError: there is none.
     """
-    found = [p for p in run.glob("checkpoint-*") if _is_whole_json(p / "trainer_state.json")]
+    found = sorted(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     if not found:
         raise UserError(f"--resume: {run} holds no checkpoint; set training.save_strategy=steps, or start afresh")
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    problems = [_what_is_missing(checkpoint) for checkpoint in found]
+    whole = next((c for c, problem in zip(found, problems, strict=True) if problem is None), None)
+    if whole is None:
+        raise UserError(f"--resume: no checkpoint of {run} is whole: {found[0].name} {problems[0]}; start afresh")
+    if whole != found[0] and PartialState().is_main_process:
+        print(f"{found[0].name} {problems[0]}: resuming from {whole.name}", flush=True)
+    return whole
 
 
-def _is_whole_json(file: Path) -> bool:
-    """Whether `file` is there, and not cut off where its writer was killed."""
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+def _what_is_missing(checkpoint: Path) -> str | None:
+    """What `CheckpointFiles` listed and is not there, whole; None where all of it is."""
+    listed = checkpoint / CHECKPOINT_FILES
+    if not listed.is_file():
+        return f"has no {CHECKPOINT_FILES}, which is written last"
+    for name, size in read_json_object(listed).items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            return f"lacks {name}" if not file.is_file() else f"has a damaged {name}"
+    return None
 
 
 def objective_digest(recipe: Recipe) -> str | None:
@@ -213,6 +224,18 @@ class MetricsFile(TrainerCallback):
             numbers = {name: float(value) for name, value in logs.items()}
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(jsonable({"step": state.global_step, **numbers})) + "\n")
+
+
+class CheckpointFiles(TrainerCallback):
+    """Ends every checkpoint with a list of its files and their sizes, when all processes have written theirs: resuming
+    without an optimizer state, say, would silently begin with a fresh one."""
+
+    def on_save(self, args, state, control, **kwargs):  # noqa: D102 - transformers' hook
+        PartialState().wait_for_everyone()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            write_json(folder / CHECKPOINT_FILES, {str(f.relative_to(folder)): f.stat().st_size for f in files})
 
 
 class CompactProgress(ProgressCallback):

@@ -75,14 +75,14 @@ def test_killed_run_resumes_as_if_nothing_had_happened(root, grammar, runs, one)
     process = launched(root, ["--num_processes", "1"], RECIPE, given)
     aside = one.with_name("one.1")
     deadline = time.monotonic() + 120
-    while not (aside.is_dir() and (one / "checkpoint-4" / "trainer_state.json").is_file()):
+    while not (aside.is_dir() and (one / "checkpoint-4" / "files.json").is_file()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert {path.name: path.stat().st_mtime_ns for path in aside.iterdir()} == before
     assert not (one / "final").exists()  # it was killed in the middle
-    (one / "checkpoint-99").mkdir()  # what a kill during a checkpoint leaves: no trainer_state.json
+    (one / "checkpoint-99").mkdir()  # what a kill during a checkpoint leaves: no files.json
     with (one / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 11, "lo')  # and during a log line
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from trl import DPOTrainer
 
 from alignment.data.preferences import read_rows
 from alignment.errors import UserError
+from alignment.files import write_json
 from alignment.models import load_model, load_tokenizer
 from alignment.recipes import load_recipe
-from alignment.trainers.run import train
+from alignment.trainers.run import build_trainer, run_arguments, train
 from tests.trainers.building import LORA, config, logged, preferences, trainer_for
 
 
@@ -140,9 +144,12 @@ def test_weights_changed_in_place_are_another_table(tiny, tmp_path, own_cache):
 
 
 def test_half_precision_is_another_table(tiny, tmp_path, own_cache):
+    """bfloat16 weights, and float32 weights computed with in bfloat16."""
     reference_sums(tiny, tmp_path)
     reference_sums(tiny, tmp_path, model=load_model(str(tiny), dtype="bfloat16"))
     assert len(tables(own_cache)) == 2
+    reference_sums(tiny, tmp_path, args=config(tmp_path, bf16=True))
+    assert len(tables(own_cache)) == 3
 
 
 def test_another_template_is_another_table(tiny, tmp_path, own_cache):
@@ -174,6 +181,54 @@ def test_a_fresh_adapters_seed_does_not_matter_and_an_existing_adapters_weights_
     continued.train()
     first = continued.state.log_history[0]
     assert float(first["rewards/chosen"]) == float(first["rewards/rejected"]) == 0.0  # the adapter is the reference
+
+
+@pytest.mark.parametrize("key", ["lora_alpha", "use_rslora"])
+def test_another_scale_of_the_same_adapter_is_another_table(tiny, tmp_path, own_cache, key):
+    """adapter_config.json alone decides how much the same matrices count; as reference and as start."""
+    drawn = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(load_model(str(tiny)), drawn).save_pretrained(str(tmp_path / "one"))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    settings = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
+    write_json(tmp_path / "two" / "adapter_config.json", settings | {key: 32 if key == "lora_alpha" else True})
+    digests = []
+    for name in ("one", "two"):
+        model = load_model(str(tiny), adapter=str(tmp_path / name), trainable_adapter=True)
+        digests.append(trainer_for(tiny, tmp_path / "run", precompute=True, model=model).frozen_digests["start"])
+        reference = load_model(str(tiny), adapter=str(tmp_path / name))
+        trainer_for(tiny, tmp_path / "run", precompute=True, ref_model=reference)
+    assert digests[0] != digests[1] and len(tables(own_cache)) == 4
+
+
+def test_the_settings_of_a_fresh_adapter_do_not_matter(tiny, tmp_path, own_cache):
+    for rank in (2, 4):
+        fresh = LoraConfig(r=rank, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        trainer_for(tiny, tmp_path / "run", precompute=True, peft_config=fresh)
+    assert len(tables(own_cache)) == 1
+
+
+def test_another_reference_has_the_policys_dtype(root, tiny, tmp_path):
+    given = [
+        f"model.name_or_path={tiny}",
+        "model.dtype=bfloat16",
+        f"reference.name_or_path={tiny}",
+        f"training.output_dir={tmp_path / 'run'}",
+    ]
+    recipe = load_recipe(root / "recipes/quickstart/dpo.yaml", given)
+    args = run_arguments(recipe, tmp_path / "run", 1)
+    trainer = build_trainer(recipe, args, preferences(8), None, load_tokenizer(str(tiny)))
+    assert trainer.ref_model.dtype == trainer.model.dtype == torch.bfloat16
+    given[2] = "reference.name_or_path=no/such"
+    recipe = load_recipe(root / "recipes/quickstart/dpo.yaml", given)
+    with pytest.raises(UserError, match="^reference.name_or_path: cannot load 'no/such'"):
+        build_trainer(recipe, args, preferences(8), None, load_tokenizer(str(tiny)))
+
+
+def test_rows_of_train_and_eval_bring_the_previous_iterate_alike(tiny, tmp_path):
+    data = preferences(8)
+    given = data.add_column("prev_chosen", [-5.0] * 8).add_column("prev_rejected", [-5.0] * 8)
+    with pytest.raises(UserError, match="prev_chosen is in only one of train and eval"):
+        trainer_for(tiny, tmp_path, "inpo", ref_model=moved(tiny), train_dataset=given, eval_dataset=data)
 
 
 def test_a_table_that_does_not_fit_the_model_is_computed_again(tiny, tmp_path, own_cache, capfd):

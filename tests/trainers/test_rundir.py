@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerState
 
 from alignment.errors import UserError
-from alignment.files import read_json_object, write_json
+from alignment.files import read_json_object, write_json, write_text
 from alignment.recipes import load_recipe
 from alignment.trainers import rundir
 from alignment.trainers.run import _manifest
@@ -120,10 +123,31 @@ def test_earlier_runs_are_kept_under_the_next_number(run):
     assert kept == {"run": 3, "run.1": 1, "run.2": 2}
 
 
-def test_newest_whole_checkpoint_is_resumed_from(run):
-    for name in ("checkpoint-9", "checkpoint-10"):
-        write_json(run / name / "trainer_state.json", {})
-    (run / "checkpoint-11").mkdir()  # a killed save left it without its state
-    (run / "checkpoint-12").mkdir()  # and another with the beginning of it
-    (run / "checkpoint-12" / "trainer_state.json").write_text('{"epoch": 1.5, "glo')
-    assert rundir.last_checkpoint(run).name == "checkpoint-10"
+def checkpoint(run: Path, step: int) -> Path:
+    """As training leaves one: files, then their list."""
+    folder = run / f"checkpoint-{step}"
+    write_json(folder / "trainer_state.json", {"global_step": step})
+    write_text(folder / "optimizer.pt", "moments")
+    state = TrainerState(global_step=step, is_world_process_zero=True)
+    rundir.CheckpointFiles().on_save(SimpleNamespace(output_dir=str(run)), state, None)
+    return folder
+
+
+def test_newest_whole_checkpoint_is_resumed_from(run, capsys):
+    older, newer = checkpoint(run, 9), checkpoint(run, 10)
+    assert rundir.last_checkpoint(run) == newer  # by number, not by name
+    (run / "checkpoint-12").mkdir()  # killed while it was written
+    write_json(run / "checkpoint-12" / "trainer_state.json", {})
+    assert rundir.last_checkpoint(run) == newer
+    assert "checkpoint-12 has no files.json" in capsys.readouterr().out
+    write_text(newer / "optimizer.pt", "mom")  # a full disk
+    assert rundir.last_checkpoint(run) == older
+    (older / "optimizer.pt").unlink()  # resuming would begin with a fresh optimizer
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole: checkpoint-12 has no files.json"):
+        rundir.last_checkpoint(run)
+    shutil.rmtree(run / "checkpoint-12")
+    with pytest.raises(UserError, match="checkpoint-10 has a damaged optimizer.pt"):
+        rundir.last_checkpoint(run)
+    shutil.rmtree(newer)
+    with pytest.raises(UserError, match="checkpoint-9 lacks optimizer.pt"):
+        rundir.last_checkpoint(run)

@@ -167,6 +167,23 @@ def test_evaluation_reports_the_objective_on_held_out_pairs(tiny, tmp_path):
     assert after["eval_loss"] < 0.6 and after["eval_rewards/accuracies"] == 1.0
 
 
+def test_evaluation_is_a_mean_over_pairs_however_they_are_batched(tiny, tmp_path):
+    """Five pairs: a mean of the means of two, two and one would weigh the last as much as four others."""
+    rows, found = preferences(16), []
+    for size in (2, 3, 5):
+        args = config(tmp_path, per_device_eval_batch_size=size, learning_rate=1e-3)
+        trainer = trainer_for(tiny, tmp_path, args=args, train_dataset=rows, eval_dataset=rows.select(range(5)))
+        trainer.train()
+        found.append(trainer.evaluate()["eval_loss"])
+    assert found[0] == pytest.approx(found[2], rel=1e-5) and found[1] == pytest.approx(found[2], rel=1e-5)
+    batch = trainer.collator(list(trainer.eval_dataset))
+    with torch.no_grad():
+        margins = trainer.pair_logps(trainer.model, batch).margin
+    expected = -torch.nn.functional.logsigmoid(trainer.objective.beta * margins).mean()
+    assert found[2] == pytest.approx(float(expected), rel=1e-5)
+    assert trainer.state.log_history[-1]["eval_loss"] == pytest.approx(found[2], rel=1e-6)
+
+
 def test_accumulation_changes_nothing(tiny, tmp_path):
     """Losses are per pair, so 4 x 2 pairs and 1 x 8 pairs are one step."""
     series = []
