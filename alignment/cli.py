@@ -90,12 +90,12 @@ def train(
         return launched(words)
     from alignment.recipes import RecipeError, load_recipe
     from alignment.recipes.inspection import what_is_missing
+    from alignment.recipes.launch import read_launch
 
     problems = what_is_missing(load_recipe(recipe, overrides or ()))
     if problems:
         raise RecipeError(problems)
-    if not accelerate_config.is_file():
-        raise UserError(f"--accelerate-config: {accelerate_config}: no such file")
+    read_launch(accelerate_config)
     sys.stdout.flush()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # no traceback of its own after ours
     os.execv(launch[0], [*launch, "--config_file", str(accelerate_config), "-m", "alignment.launched", *words])

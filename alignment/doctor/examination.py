@@ -20,10 +20,11 @@ from alignment.doctor.flops import flops
 from alignment.doctor.memory import memory
 from alignment.doctor.pair import painted, pair_view
 from alignment.doctor.plan import Plan, operations, plan, size
-from alignment.doctor.setting import Setting, adapter_folder, from_recipe, read_accelerate
+from alignment.doctor.setting import Setting, adapter_folder, from_recipe, read_adapter
 from alignment.errors import UserError
 from alignment.files import PACKAGE_SCHEME, read_json_object
 from alignment.recipes import Recipe
+from alignment.recipes.launch import read_launch
 
 ROWS = 256  # of each source: enough for a look, and seconds instead of minutes
 MARKS = {"ok": "[green]ok  [/]", "note": "[cyan]    [/]", "warning": "[yellow]warn[/]", "failed": "[bold red]FAIL[/]"}
@@ -49,8 +50,8 @@ def examine(recipe: Recipe, options: Options, console: Console) -> bool:
     from alignment.models.loading import settle_accelerator
 
     settle_accelerator()
-    keys = read_accelerate(options.accelerate_config) if options.accelerate_config is not None else None
-    setting = from_recipe(recipe, keys, options.world)
+    launch = read_launch(options.accelerate_config) if options.accelerate_config is not None else None
+    setting = from_recipe(recipe, launch, options.world)
     ok = _environment(setting, console)
     tokenizer, rows = _rows(recipe, options, console)
     if tokenizer is not None and rows is not None:
@@ -91,7 +92,7 @@ def _rows(recipe: Recipe, options: Options, console: Console) -> tuple[Any, Prep
     name = recipe.model.name_or_path
     try:
         tokenizer: Any = load_tokenizer(
-            name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+            name, **recipe.model.model_dump(include={"adapter", "revision", "trust_remote_code"})
         )
     except UserError as error:
         if _is_local(name):
@@ -152,30 +153,25 @@ def _pair(recipe: Recipe, options: Options, tokenizer: Any, rows: Prepared, cons
 
 
 def _config(recipe: Recipe, options: Options) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from alignment.models.loading import resolve_path
 
-    if options.config_json is not None:
-        keys = read_json_object(options.config_json)
-        kind = keys.pop("model_type", None)
-        try:
-            return AutoConfig.for_model(kind, **keys)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{options.config_json}: {' '.join(str(error).split())[:200]}") from None
-    name = recipe.model.name_or_path
-    if recipe.model.adapter is None and (folder := adapter_folder(recipe)) is not None:
-        from peft import PeftConfig
-
-        name = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
-    path = resolve_path(name)
+    model = recipe.model
+    where = str(options.config_json or "model.name_or_path: no configuration")
     try:
-        config = AutoConfig.from_pretrained(
-            path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+        if options.config_json is not None:
+            keys = read_json_object(options.config_json)
+            return AutoConfig.for_model(keys.pop("model_type", None), **keys)
+        name = model.name_or_path
+        if model.adapter is None and (folder := adapter_folder(recipe)) is not None:
+            name = read_adapter(folder)["base_model_name_or_path"]
+        return AutoConfig.from_pretrained(
+            resolve_path(name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.name_or_path: no configuration ({' '.join(str(error).split())[:200]})") from None
-    return config
+    except (OSError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _plan(recipe: Recipe, options: Options, setting: Setting, console: Console) -> Plan | None:

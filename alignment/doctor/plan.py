@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alignment.doctor.flops import Flops, flops
 from alignment.doctor.memory import OPTIMIZERS, Memory, memory
 from alignment.doctor.setting import Setting
 from alignment.doctor.shape import Shape, read_shape
+from alignment.trainers.scoring import why_not_shared
 
 GIB = 2**30
 SHARDING = {
@@ -112,6 +114,10 @@ def plan(config: Any, setting: Setting | None = None, *, trust_remote_code: bool
     """
     setting = setting or Setting()
     shape = read_shape(config, setting.lora, trust_remote_code=trust_remote_code)
+    resolved = copy.deepcopy(config)
+    resolved._attn_implementation = shape.attention
+    if why_not_shared(resolved) is not None:  # the trainer falls back, too
+        setting = replace(setting, layout="paired")
     return Plan(shape, setting, memory(shape, setting), flops(shape, setting))
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from alignment.errors import UserError, nearest
-from alignment.files import read_text
+from alignment.files import read_json_object
 from alignment.recipes import Recipe
+from alignment.recipes.launch import Launch
 
 Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp"]
 Reference = Literal["none", "copy", "adapter_off", "adapter_copy", "precomputed"]
@@ -124,18 +125,18 @@ class Setting:
         return sum(self.responses) if self.layout == "shared_prefix" else max(self.responses)
 
 
-def from_recipe(recipe: Recipe, accelerate: dict[str, Any] | None = None, world: int | None = None) -> Setting:
+def from_recipe(recipe: Recipe, launched: Launch | None = None, world: int | None = None) -> Setting:
     """The setting of a recipe, at its longest rows: half of `data.max_length` prompt, half each response.
 
     Args:
         recipe: the recipe.
-        accelerate: the keys of an accelerate configuration file (`read_accelerate`), or None.
+        launched: what an accelerate configuration file says (`read_launch`), or None.
         world: processes; by default the file's `num_processes`, or 1.
     """
     from alignment.objectives import get_objective
     from alignment.trainers.launching import plan_batches
 
-    launch = launch_of(accelerate or {}, world)
+    launch = launch_of(launched, world)
     training = recipe.training
     pairs, accumulation = plan_batches(training.global_batch_size, training.per_device_train_batch_size, launch.world)
     objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
@@ -164,11 +165,29 @@ def _lora(recipe: Recipe) -> Lora | None:
     folder = adapter_folder(recipe)
     if folder is None:
         return None
-    from peft import LoraConfig
+    keys = read_adapter(folder)
+    return Lora(keys["r"], keys["target_modules"])
 
-    found = LoraConfig.from_pretrained(folder)
-    modules = found.target_modules
-    return Lora(found.r, modules if isinstance(modules, str) else sorted(modules))
+
+def read_adapter(folder: str) -> dict[str, Any]:
+    """The keys of a LoRA adapter's adapter_config.json.
+
+    Raises:
+        UserError: it is missing, damaged or not a LoRA adapter's, or names no modules.
+    """
+    file = Path(folder) / "adapter_config.json"
+    keys = read_json_object(file)
+    if keys.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type {keys.get('peft_type')!r}: there is a plan for LORA only")
+    modules = keys.get("target_modules")
+    named = modules if isinstance(modules, list) else [modules]
+    if not named or not all(isinstance(name, str) for name in named):
+        raise UserError(f"{file}: target_modules {modules!r}: the names of the adapted modules are needed")
+    if type(keys.get("r")) is not int or keys["r"] < 1:
+        raise UserError(f"{file}: r {keys.get('r')!r}: the rank, a whole number, is needed")
+    if not isinstance(keys.get("base_model_name_or_path"), str):
+        raise UserError(f"{file}: does not name its base model (base_model_name_or_path)")
+    return keys
 
 
 def _reference(recipe: Recipe, objective: Any) -> Reference:
@@ -193,45 +212,29 @@ def adapter_folder(recipe: Recipe) -> str | None:
     return str(path) if (path / "adapter_config.json").is_file() else None
 
 
-def read_accelerate(file: Path) -> dict[str, Any]:
-    """The keys of an accelerate configuration file.
-
-    Raises:
-        UserError: it is missing or no YAML mapping.
-    """
-    import yaml
-
-    try:
-        found = yaml.safe_load(read_text(file))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: expected the keys of an accelerate configuration")
-    return found
-
-
-def launch_of(keys: dict[str, Any], world: int | None = None) -> Setting:
-    """World size, sharding and offload of an accelerate configuration; everything else at its default.
+def launch_of(launch: Launch | None, world: int | None = None) -> Setting:
+    """World size, sharding and offload of a launch; everything else at its default.
 
     Raises:
         UserError: a distributed type that has no plan, or settings in a DeepSpeed file of their own.
     """
-    world = int(keys.get("num_processes") or 1) if world is None else world
+    if world is None:
+        world = 1 if launch is None else launch.num_processes
     if world < 1:
         raise UserError(f"world: {world} processes; at least 1 is needed")
-    kind = str(keys.get("distributed_type") or "NO").upper()
-    if kind == "DEEPSPEED":
-        config = keys.get("deepspeed_config") or {}
-        if "deepspeed_config_file" in config:
+    kind = "NO" if launch is None else launch.distributed_type
+    if launch is not None and kind == "DEEPSPEED":
+        config = launch.deepspeed_config
+        if config.deepspeed_config_file is not None:
             raise UserError("deepspeed_config_file: a plan reads zero_stage and offload from the accelerate file")
-        stage = int(config.get("zero_stage", 2))
-        if stage not in (1, 2, 3):
-            raise UserError(f"deepspeed_config.zero_stage: {stage} has no plan; 1, 2 or 3")
+        if config.zero_stage not in (1, 2, 3):
+            raise UserError(f"deepspeed_config.zero_stage: {config.zero_stage} has no plan; 1, 2 or 3")
+        sharding: tuple[Sharding, ...] = ("zero1", "zero2", "zero3")
         return Setting(
             world=world,
-            sharding=("zero1", "zero2", "zero3")[stage - 1],
-            offload_optimizer=config.get("offload_optimizer_device", "none") not in (None, "none"),
-            offload_parameters=config.get("offload_param_device", "none") not in (None, "none"),
+            sharding=sharding[config.zero_stage - 1],
+            offload_optimizer=config.offload_optimizer_device not in (None, "none"),
+            offload_parameters=config.offload_param_device not in (None, "none"),
         )
     if kind == "FSDP":
         return Setting(world=world, sharding="fsdp")

@@ -6,6 +6,7 @@ second. Not the weights, and nothing is downloaded here.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -70,17 +71,16 @@ def read_shape(config: Any, lora: Lora | None = None, *, trust_remote_code: bool
     Raises:
         UserError: it is no decoder of this kind, or the adapter names no module of it.
     """
-    import torch
     from torch import nn
-    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except (ValueError, KeyError, ImportError) as error:
-            raise UserError(f"plan: no causal language model from {type(config).__name__}: {error}") from error
-    text = config.get_text_config()
+    text, attention = config.get_text_config(), config._attn_implementation
+    for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        if getattr(text, key, None) in (None, 0):
+            raise UserError(f"plan: {type(text).__name__} has no {key}: there is a plan for attention layers only")
+    if getattr(text, "is_decoder", True) is False and text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise UserError(f"plan: {type(text).__name__} describes an encoder; a causal language model is needed")
+    model = _on_meta(config, trust_remote_code)
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     decoder = next((s for s in stacks if len(s) == text.num_hidden_layers), None)
     if decoder is None:
@@ -96,7 +96,7 @@ def read_shape(config: Any, lora: Lora | None = None, *, trust_remote_code: bool
     experts = getattr(text, "num_experts_per_tok", 1) if share < 1 else 1
     return Shape(
         name=type(model).__name__,
-        attention=str(text._attn_implementation),
+        attention=str(attention or model.config.get_text_config()._attn_implementation),
         layers=len(decoder),
         hidden=text.hidden_size,
         heads=text.num_attention_heads,
@@ -114,6 +114,22 @@ def read_shape(config: Any, lora: Lora | None = None, *, trust_remote_code: bool
         layer=max(sum(p.numel() for p in layer.parameters()) for layer in decoder),
         **_adapter(model, lora),
     )
+
+
+def _on_meta(config: Any, trust_remote_code: bool) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    plain = copy.deepcopy(config)
+    if str(config._attn_implementation).startswith("flash_attention"):  # its package may be missing: shapes are alike
+        plain._attn_implementation = "eager"
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return AutoModelForCausalLM.from_config(plain, trust_remote_code=trust_remote_code)
+        except (ValueError, TypeError, LookupError, ImportError, ArithmeticError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"plan: no causal language model from {type(config).__name__}: {reason}") from error
 
 
 def _head_width(text: Any) -> int:

@@ -150,10 +150,39 @@ def test_mistakes_of_the_user_are_one_line(recipe_file, tmp_path):
         examined(recipe, row=99, with_model=False)
     with pytest.raises(UserError, match="no such file"):
         examined(recipe, accelerate_config=tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model_type": "no_such_type"},
+        {"model_type": "llama", "hidden_size": "big"},
+        {"model_type": "llama", "num_attention_heads": 0},
+    ],
+    ids=str,
+)
+def test_a_config_that_is_none_is_one_line(recipe_file, tmp_path, keys):
     wrong = tmp_path / "config.json"
-    wrong.write_text(json.dumps({"model_type": "no_such_type"}))
-    with pytest.raises(UserError, match="config.json: "):
-        examined(recipe, config_json=wrong, with_model=False)
+    wrong.write_text(json.dumps(keys))
+    with pytest.raises(UserError, match="config.json: ") as refused:
+        examined(load_recipe(recipe_file), config_json=wrong, with_model=False)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "adapter_config.json:1: not valid JSON"),
+        ('{"peft_type": "IA3", "target_modules": ["q_proj"]}', "peft_type 'IA3'"),
+        ('{"peft_type": "LORA", "r": 4, "target_modules": null}', "target_modules None"),
+        ('{"peft_type": "LORA", "r": "four", "target_modules": ["q_proj"]}', "r 'four'"),
+    ],
+)
+def test_an_adapter_without_a_plan_is_one_line(recipe_file, tmp_path, text, said):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        from_recipe(load_recipe(recipe_file, [f"model.adapter={tmp_path / 'adapter'}"]))
 
 
 def test_the_command_and_its_exit_codes(recipe_file, monkeypatch):

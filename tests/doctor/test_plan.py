@@ -7,13 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, LlamaConfig, MistralConfig, MixtralConfig
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+)
 
 from alignment.doctor import Lora, Setting, plan
 from alignment.doctor.memory import layer_activations
 from alignment.doctor.setting import launch_of
 from alignment.doctor.shape import read_shape
 from alignment.errors import UserError
+from alignment.recipes.launch import Launch
 from tests.doctor import small
 
 SHORT = Setting(pairs=2, prompt=40, responses=(24, 20))
@@ -232,16 +241,48 @@ def test_logits_are_three_float32_tensors_over_the_responses_alone():
 
 def test_launch_files():
     deepspeed = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "none"}
-    found = launch_of({"distributed_type": "DEEPSPEED", "num_processes": 8, "deepspeed_config": deepspeed})
+    found = launched(distributed_type="DEEPSPEED", num_processes=8, deepspeed_config=deepspeed)
     assert (found.world, found.sharding) == (8, "zero3")
     assert (found.offload_optimizer, found.offload_parameters) == (True, False)
-    assert launch_of({"distributed_type": "MULTI_GPU", "num_processes": 4}).sharding == "ddp"
-    assert launch_of({"distributed_type": "NO"}).sharding == "none"
-    assert launch_of({"distributed_type": "FSDP", "num_processes": 8}, world=16).world == 16
+    assert launched(distributed_type="DEEPSPEED", num_processes=8, deepspeed_config=None).sharding == "zero2"
+    assert launched(distributed_type="MULTI_GPU", num_processes=4).sharding == "ddp"
+    assert launched(distributed_type="NO").sharding == "none"
+    assert launched(distributed_type="FSDP", num_processes=8, world=16).world == 16
     with pytest.raises(UserError, match="MEGATRON_LM has no plan"):
-        launch_of({"distributed_type": "MEGATRON_LM"})
+        launched(distributed_type="MEGATRON_LM", num_processes=8)
     with pytest.raises(UserError, match="zero_stage: 7"):
-        launch_of({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 7}})
+        launched(distributed_type="DEEPSPEED", num_processes=8, deepspeed_config={"zero_stage": 7})
+
+
+def launched(world: int | None = None, **keys):
+    return launch_of(Launch.model_validate(keys), world)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (BertConfig(), "BertConfig describes an encoder"),
+        (MambaConfig(), "MambaConfig has no num_attention_heads"),
+        (LlamaConfig(vocab_size=-5), "no causal language model from LlamaConfig"),
+    ],
+    ids=["bert", "mamba", "negative"],
+)
+def test_a_model_without_a_plan_is_refused_in_one_line(config, said):
+    with pytest.raises(UserError, match=said) as refused:
+        plan(config)
+    assert "\n" not in str(refused.value)
+
+
+def test_gpt_neox_has_an_encoders_key_and_is_a_decoder():
+    config = GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    assert plan(config).shape.layers == 2
+
+
+def test_flash_attention_is_planned_without_its_package_and_takes_paired_rows():
+    config = small.config(attention="sdpa")
+    config._attn_implementation = "flash_attention_2"
+    found = plan(config)
+    assert (found.shape.attention, found.setting.layout) == ("flash_attention_2", "paired")
 
 
 def test_mistakes_in_a_setting_are_one_line():
