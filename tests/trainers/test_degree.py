@@ -18,7 +18,7 @@ from alignment.data.preferences import NUMBER_COLUMNS
 from alignment.errors import UserError
 from alignment.models import load_model, load_tokenizer
 from alignment.objectives import get_objective
-from alignment.trainers.degree import FILE, cut_copies, length_limits
+from alignment.trainers.degree import FILE, DegreeHead, cut_copies, length_limits
 from tests import tiny_lm
 from tests.trainers.building import LORA, config, logged, preferences, trainer_for
 
@@ -75,6 +75,22 @@ def test_logits_are_those_of_one_plain_pass_per_copy(tiny, tmp_path, layout, res
             states = model(input_ids=torch.tensor([[*row["prompt_ids"], *copy[:-1]]]), output_hidden_states=True)
             expected = states.hidden_states[-1][0, -1] @ trainer.head.weight.T + trainer.head.bias
             torch.testing.assert_close(found.degree_logits[i, j], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_computes_in_float32_under_autocast(dtype):
+    """Whatever its weights and what it reads are kept in: bfloat16 logits would be off by up to 1 in 256."""
+    head = DegreeHead(64, 3, torch.device("cpu"), dtype)
+    made = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(generator=made)
+    hidden = torch.randn(5, 2, 64, generator=made).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(hidden)
+    expected = hidden.double() @ head.weight.detach().double().T + head.bias.detach().double()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.detach().double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_neither_lm_head_nor_reference_is_run_on_copies(tiny, tmp_path):
