@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -137,10 +137,19 @@ def trl_config(kind: type[Config], recipe: AnyRecipe, run: Path, world: int) -> 
 
 
 def sharding(args: TrainingArguments, state: PartialState) -> str:
-    """How the launch shards weights or optimiser: zero1 … zero3, fsdp or none."""
+    """How the launch shards weights or optimiser: zero1 … zero3, fsdp or none; warns where it should and does not.
+
+    Known once the trainer is built: accelerate settles on FSDP only then.
+    """
     if args.deepspeed_plugin is not None:
         return f"zero{args.deepspeed_plugin.zero_stage}"
-    return "fsdp" if state.distributed_type == DistributedType.FSDP else "none"
+    if state.distributed_type == DistributedType.FSDP:
+        return "fsdp"
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # as `accelerate launch` says it
+        say(
+            state, "warning: the launcher asks for FSDP, which accelerate has only on several GPUs: nothing is sharded"
+        )
+    return "none"
 
 
 def known(recipe: AnyRecipe, world: int) -> dict[str, Any]:
