@@ -352,7 +352,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).double(),
+            "rewards/accuracies": _agreement(chosen, rejected, batch.label),
             "logps/chosen": batch.chosen,
             "logps/rejected": batch.rejected,
             "saturated": self.objective.saturated(batch).double(),
@@ -393,6 +393,14 @@ def _why_not_shared(model: PreTrainedModel, peft_config: Any) -> str | None:
         if config is not None and config.is_prompt_learning:
             return f"{config.peft_type.value} puts virtual tokens before the prompt"
     return why_not_shared(model.config)
+
+
+def _agreement(chosen: torch.Tensor, rejected: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
+    """`[B]`: 1 where the implicit rewards order a pair as its label does, else 0; one half where the label is a tie."""
+    if label is None:
+        return (chosen > rejected).double()
+    agrees = torch.where(label > 0.5, chosen > rejected, rejected > chosen).double()
+    return torch.where(label == 0.5, 0.5, agrees)
 
 
 def _prompt_fits(example: dict[str, Any], max_length: int | None) -> bool:
