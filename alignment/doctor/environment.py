@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -15,10 +16,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from alignment.doctor.setting import Setting
+from alignment.recipes.inspection import ATTENTION_PACKAGES
+from alignment.recipes.launch import Launch
 
 State = Literal["ok", "warning", "failed", "note"]
-# What no extra of setup.cfg names, and some recipes or launchers use.
-OPTIONAL = ("flash_attn", "vllm")
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,19 @@ class Check:
     text: str
 
 
-def environment(setting: Setting) -> list[Check]:
-    """Python, installed distributions, and the machine.
+def environment(setting: Setting, launch: Launch | None = None, attention: str | None = None) -> list[Check]:
+    """Python, installed distributions, the machine, and whether launch and recipe go together.
 
     A package outside the tested range is a warning: it may well work. One that is missing has failed, unless nothing
     of the setting needs it.
+
+    Args:
+        setting: what is to be run.
+        launch: the accelerate configuration file that it is run with.
+        attention: `model.attn_implementation`.
     """
-    return [_python(), *_distributions(setting), *_optional(), *_machine(), _compiler(setting)]
+    installed = [_python(), *_distributions(setting), *_attention(attention)]
+    return [*installed, *_machine(), _compiler(setting), *_launch(setting, launch)]
 
 
 def _python() -> Check:
@@ -73,10 +80,21 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _optional() -> Iterator[Check]:
-    for name in OPTIONAL:
-        found = _installed(name)
-        yield Check("note", name, "not installed; nothing here needs it" if found is None else f"{found} (not tested)")
+def _attention(wanted: str | None) -> Iterator[Check]:
+    packages = ATTENTION_PACKAGES.get(wanted or "", ())
+    if packages and not any(importlib.util.find_spec(package) for package in packages):
+        yield Check("warning", packages[0], f"not installed here; model.attn_implementation={wanted} needs it")
+
+
+def _launch(setting: Setting, launch: Launch | None) -> Iterator[Check]:
+    """What training refuses, or cannot do, under this launch."""
+    precision = "no" if launch is None else launch.mixed_precision
+    if precision != "no" and setting.mixed_precision == "no":
+        remedy = "set training.bf16 or training.fp16 to match, or launch with mixed_precision no"
+        yield Check("failed", "mixed precision", f"the launcher's is {precision}, the recipe has none: {remedy}")
+    if setting.quantization is not None and setting.sharding in ("zero3", "fsdp"):
+        remedy = "launch with ddp.yaml or zero2.yaml, or set model.quantization=null"
+        yield Check("failed", "quantization", f"quantised weights cannot be split by {setting.sharding}: {remedy}")
 
 
 def _machine() -> Iterator[Check]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from alignment.data.pipeline import Prepared, prepare_rows
-from alignment.doctor.environment import environment
+from alignment.doctor.environment import Check, environment
 from alignment.doctor.flops import flops
 from alignment.doctor.memory import memory
 from alignment.doctor.pair import painted, pair_view
@@ -52,7 +52,7 @@ def examine(recipe: Recipe, options: Options, console: Console) -> bool:
     settle_accelerator()
     launch = read_launch(options.accelerate_config) if options.accelerate_config is not None else None
     setting = from_recipe(recipe, launch, options.world)
-    ok = _environment(setting, console)
+    ok = _environment(environment(setting, launch, recipe.model.attn_implementation), console)
     tokenizer, rows = _rows(recipe, options, console)
     if tokenizer is not None and rows is not None:
         ok &= _pair(recipe, options, tokenizer, rows, console)
@@ -72,9 +72,8 @@ def _say(console: Console, state: str, text: str) -> None:
     console.print(f"{MARKS[state]} {escape(text)}", highlight=False, soft_wrap=True)
 
 
-def _environment(setting: Setting, console: Console) -> bool:
+def _environment(checks: list[Check], console: Console) -> bool:
     _heading(console, "Environment (warnings: not the versions that the tests have run with)")
-    checks = environment(setting)
     for check in checks:
         _say(console, check.state, f"{check.name}: {check.text}")
     return all(check.state != "failed" for check in checks)
@@ -124,20 +123,24 @@ def _given(recipe: Recipe, tokenizer: Any) -> Prepared | None:
 
 def _sampled(recipe: Recipe, options: Options, tokenizer: Any, console: Console) -> Prepared | None:
     """A first batch drawn from the model, as training would draw all of them."""
+    from alignment.data.preferences import read_prompts
     from alignment.trainers.run import sampled_preferences
 
     settings = recipe.data.sample
     if settings is None or not options.with_model:
         _say(console, "note", "rows are drawn from the starting model; --no-model leaves that out")
         return None
-    limit = min(settings.limit or ROWS, 2 * recipe.training.per_device_train_batch_size)
+    prompts = read_prompts(settings.prompts, settings.limit)
+    limit = min(len(prompts), 2 * recipe.training.per_device_train_batch_size)
     few = recipe.data.model_copy(update={"sample": settings.model_copy(update={"limit": limit})})
     rows = sampled_preferences(recipe.model_copy(update={"data": few}), tokenizer)
     return prepare_rows(rows, "samples", tokenizer, max_length=recipe.data.max_length, role="train")
 
 
 def _pair(recipe: Recipe, options: Options, tokenizer: Any, rows: Prepared, console: Console) -> bool:
-    _say(console, "note", f"the first {ROWS} rows of each source; `alignment data report` reads all")
+    given = f"the first {ROWS} rows of each source; `alignment data report` reads all"
+    drawn = f"the first {rows.rows} pairs, drawn from the starting model just now"
+    _say(console, "note", drawn if recipe.data.train is None else given)
     for line in rows.summary():
         _say(console, "note", line)
     if not 1 <= options.row <= len(rows.dataset):

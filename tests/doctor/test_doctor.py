@@ -24,6 +24,7 @@ from alignment.errors import UserError
 from alignment.models import load_model, load_tokenizer
 from alignment.recipes import load_recipe
 from alignment.trainers.run import given_rows
+from tests.doctor.conftest import made_up_rows
 
 
 def examined(recipe, **options) -> tuple[bool, str]:
@@ -193,6 +194,29 @@ def test_the_command_and_its_exit_codes(recipe_file, monkeypatch):
     assert runner.invoke(app, ["doctor", str(recipe_file)]).exit_code == 1
     refused = runner.invoke(app, ["doctor", str(recipe_file), "data.train=nowhere.jsonl"])
     assert isinstance(refused.exception, UserError)
+
+
+def test_the_launch_that_training_refuses_fails(recipe_file, tmp_path):
+    launch = tmp_path / "launch.yaml"
+    launch.write_text("distributed_type: DEEPSPEED\nnum_processes: 2\nmixed_precision: bf16\n")
+    for overrides, fine in (([], False), (["training.bf16=true"], True)):
+        ok, told = examined(load_recipe(recipe_file, overrides), with_model=False, accelerate_config=launch)
+        assert ok is fine and ("FAIL mixed precision" not in told) is fine
+
+
+def test_a_kernel_that_is_not_here_is_planned_for_another_machine(recipe_file):
+    runner, words = CliRunner(), ["doctor", str(recipe_file), "model.attn_implementation=flash_attention_2"]
+    assert isinstance(runner.invoke(app, words).exception, UserError)
+    found = runner.invoke(app, [*words, "--no-model"])
+    assert found.exit_code == 0 and "memory per device" in found.stdout and "layout paired" in found.stdout
+
+
+def test_drawn_rows_are_said_to_be_drawn(recipe_file, tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"{row['prompt']}\n" for row in made_up_rows()))
+    sample = f"data.sample={{prompts: {tmp_path / 'prompts.txt'}}}"
+    recipe = load_recipe(recipe_file, ["data.train=null", sample, "reward.name=vader"])
+    _, told = examined(recipe)
+    assert "pairs, drawn from the starting model just now" in told and "of each source" not in told
 
 
 def test_help_needs_no_torch():
