@@ -115,8 +115,8 @@ def converter(source: SourceSection, first: Sequence[Row], has_template: bool) -
         row = _renamed(row, source.columns)
         if zero is None and form == "alpaca" and "chosen" not in row and "0" in _votes(row):
             raise UserError(
-                f"{source.name}: a label is 0, and none of the first rows' is 2: say with zero: what 0 means: first or "
-                "second (the better response; 1 is the other one), or tie (1 is the first, 2 the second)"
+                f"{source.name}: a label is 0, and none of the first rows' is 2: say with zero: what 0 means: first "
+                "or second (the better response; 1 is the other one), or tie (1 is the first, 2 the second)"
             )
         row = canonical(read(row))
         if source.chat is not None and source.chat == isinstance(row["prompt"], str):

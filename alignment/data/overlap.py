@@ -1,7 +1,8 @@
 """Prompts that are both trained and judged on, found by hash: of the prompt, and of the whole row.
 
 Two prompts are the same if the user says the same words in them: spaces, the other side and system messages do not
-matter, nor whether it is a question alone, a conversation, a Human/Assistant transcript or Alpaca's frame. Two rows are the same if prompt and both responses are, in either order.
+matter, nor whether it is a question alone, a conversation, a Human/Assistant transcript or Alpaca's frame. Two rows
+are the same if prompt and both responses are, in either order.
 """
 
 from __future__ import annotations

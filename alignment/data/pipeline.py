@@ -28,7 +28,7 @@ from alignment.data.preferences import (
     UNKNOWN_FORM,
     BadRow,
 )
-from alignment.data.reading import raw_rows
+from alignment.data.reading import Place, Placed, numbered, raw_rows
 from alignment.data.tokens import check, encode, markers
 from alignment.errors import UserError
 from alignment.files import write_json_lines
@@ -45,12 +45,13 @@ _TOKENISED_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that cannot be used. `row` counts the source's rows from 1."""
+    """A row that cannot be used; `row` and `file` are its `Place`."""
 
     source: str
     row: int
     reason: str
     detail: str
+    file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Prepared:
         role: train or eval.
         max_rejected_share: above it `write_rejected` stops the run.
         notes: what else is worth a line, such as prompts whose last token merges with the response.
-        sources: for the manifest: one mapping per source.
+        sources: for the manifest: one mapping per source (`described`).
         overlap: rows dropped because their prompts are judged on (`alignment.data.overlap`).
     """
 
@@ -82,29 +83,56 @@ class Prepared:
     def summary(self) -> list[str]:
         """Lines for the terminal: rows used and why the others are not, then the notes."""
         why = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
-        used = f"{self.role}: {len(self.dataset)} of {self.rows} rows" + (f"; rejected: {why}" if why else "")
-        return [used, *self.notes]
+        left_out = f"; {self.left_out} left out by the weights" if self.left_out else ""
+        used = f"{self.role}: {len(self.dataset)} of {self.rows} rows{left_out}"
+        return [used + (f"; rejected: {why}" if why else ""), *self.notes]
+
+    @property
+    def left_out(self) -> int:
+        """Usable rows that the weights have no place for."""
+        return sum(source["left_out"] for source in self.sources)
 
     def manifest(self) -> dict[str, Any]:
         """Counts for manifest.json."""
-        return {"read": self.rows, "used": len(self.dataset), "rejected": self.counts, "overlap": self.overlap}
+        return {
+            "read": self.rows,
+            "used": len(self.dataset),
+            "rejected": self.counts,
+            "overlap": self.overlap,
+            "left_out": self.left_out,
+        }
+
+
+def described(
+    role: str, source: str, form: str, read: int, usable: int, used: int, rejected: Iterable[Rejected]
+) -> dict[str, Any]:
+    """What became of a source's rows: those read are the used, those left out by its weight, and the rejected."""
+    reasons = dict(Counter(bad.reason for bad in rejected).most_common())
+    counts = {"read": read, "used": used, "left_out": usable - used, "rejected": reasons}
+    return {"set": role, "source": source, "form": form, **counts}
 
 
 @dataclass
 class _Part:
-    """One source on its way."""
+    """One source on its way. `numbers` are those of `rows`, and every rejected row has one: its turn and its place."""
 
     name: str
     source: SourceSection | None
     form: str
     rows: list[Row] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    numbers: list[tuple[int, Place]] = field(default_factory=list)
+    refused: list[tuple[int, Rejected]] = field(default_factory=list)
     read: int = 0
     merged: int = 0
 
-    def reject(self, number: int, bad: BadRow) -> None:
-        self.rejected.append(Rejected(self.name, number, bad.reason, bad.detail))
+    def reject(self, number: tuple[int, Place], bad: BadRow) -> None:
+        turn, place = number
+        self.refused.append((turn, Rejected(self.name, place.row, bad.reason, bad.detail, place.file)))
+
+    @property
+    def rejected(self) -> list[Rejected]:
+        """In the source's order."""
+        return [bad for _, bad in sorted(self.refused, key=lambda refused: refused[0])]
 
     def keep(self, test: Callable[[Row], None]) -> None:
         """Drop the rows that `test` refuses."""
@@ -144,7 +172,7 @@ def prepare(
         UserError: a source cannot be read or its form not be told, or text and chat sources are mixed.
     """
     has_template = bool(tokenizer.chat_template)
-    parts = [_read(_title(source), source, raw_rows(source, role), has_template) for source in sources]
+    parts = [_read(title(source), source, raw_rows(source, role), has_template) for source in sources]
     return _prepared(parts, tokenizer, max_length, role, max_rejected_share, calibration, seed)
 
 
@@ -162,25 +190,26 @@ def prepare_rows(
     from alignment.recipes.sections import SourceSection
 
     section = SourceSection(name=source, format="preference", ties="soft")
-    part = _read(source, section, iter(rows), bool(tokenizer.chat_template))
+    part = _read(source, section, numbered(rows), bool(tokenizer.chat_template))
     return _prepared([part], tokenizer, max_length, role, max_rejected_share, calibration, 0)
 
 
-def _title(source: SourceSection) -> str:
+def title(source: SourceSection) -> str:
+    """What messages call a source."""
     return source.name if source.split is None else f"{source.name}:{source.split}"
 
 
-def _read(name: str, source: SourceSection, rows: Iterator[Row], has_template: bool) -> _Part:
+def _read(name: str, source: SourceSection, rows: Iterator[Placed], has_template: bool) -> _Part:
     """A source's canonical rows; optional columns that only some rows have, and text among chat, are rejected."""
     first = list(itertools.islice(rows, PEEKED))
-    form, convert = converter(source, first, has_template)
+    form, convert = converter(source, [row for _, row in first], has_template)
     part = _Part(name, source, form)
-    for part.read, raw in enumerate(itertools.chain(first, rows), start=1):
+    for part.read, (place, raw) in enumerate(itertools.chain(first, rows), start=1):
         try:
             part.rows.append(convert(raw))
-            part.numbers.append(part.read)
+            part.numbers.append((part.read, place))
         except BadRow as bad:
-            part.reject(part.read, bad)
+            part.reject((part.read, place), bad)
     chats = sum(_is_chat(row) for row in part.rows)
     chat = 2 * chats > len(part.rows)
     optional = {c for row in part.rows for c in OPTIONAL_COLUMNS if c in row and c != "label"}
@@ -223,10 +252,10 @@ def _prepared(
             f"in {merged} of {total} {role} rows the prompt's last tokens merge with the response; the response "
             "begins where they part, as in TRL (end prompts on a token boundary to avoid it)"
         )
-    rejected = [bad for part in parts for bad in sorted(part.rejected, key=lambda bad: bad.row)]
-    described = [
-        {"set": role, "source": part.name, "form": part.form, "read": part.read, "used": n}
-        for part, n in zip(parts, used, strict=True)
+    rejected = [bad for part in parts for bad in part.rejected]
+    sources = [
+        described(role, part.name, part.form, part.read, len(part.numbers), count, part.rejected)
+        for part, count in zip(parts, used, strict=True)
     ]
     return Prepared(
         dataset=dataset,
@@ -236,7 +265,7 @@ def _prepared(
         role=role,
         max_rejected_share=max_rejected_share,
         notes=tuple(notes),
-        sources=tuple(described),
+        sources=tuple(sources),
     )
 
 
@@ -382,14 +411,15 @@ def write_rejected(run: Path, *prepared: Prepared) -> Path | None:
     directory, so its file is written beside it, as `RUN.rejected_rows.jsonl`.
 
     Raises:
-        UserError: the share is above `max_rejected_share`, or no row is left.
+        UserError: the share of a source is above `max_rejected_share`, or none of its rows is left.
     """
     rows = [
-        {"set": p.role, "source": bad.source, "row": bad.row, "reason": bad.reason, "detail": bad.detail}
+        {"set": p.role, "source": bad.source, **({"file": bad.file} if bad.file else {})}
+        | {"row": bad.row, "reason": bad.reason, "detail": bad.detail}
         for p in prepared
         for bad in p.rejected
     ]
-    problem = next(filter(None, map(_too_many, prepared)), None)
+    problem = next(filter(None, map(refusal, prepared)), None)
     if not rows and problem is None:
         return None
     file = run / "rejected_rows.jsonl" if problem is None else run.with_name(f"{run.name}.rejected_rows.jsonl")
@@ -399,20 +429,25 @@ def write_rejected(run: Path, *prepared: Prepared) -> Path | None:
     return file
 
 
-def _too_many(prepared: Prepared) -> str | None:
-    """Why training on what is left makes no sense; None where it does."""
-    unusable = {reason: count for reason, count in prepared.counts.items() if reason != TIE}
-    bad = sum(unusable.values())
-    if len(prepared.dataset) and bad <= prepared.max_rejected_share * prepared.rows:
-        return None
-    reason = max(unusable or prepared.counts or {"": 0}, key=lambda r: prepared.counts.get(r, 0))
-    first = next((r for r in prepared.rejected if r.reason == reason), None)
-    if first is None:
-        return f"data.{prepared.role}: no rows"
-    example = f"{reason} ({prepared.counts[reason]} rows, such as {first.source}: row {first.row}: {first.detail})"
-    if not len(prepared.dataset):
-        return f"data.{prepared.role}: none of {prepared.rows} rows is usable: mostly {example}"
-    return (
-        f"data.{prepared.role}: {bad} of {prepared.rows} rows are unusable, more than "
-        f"data.max_rejected_share={prepared.max_rejected_share:g}: mostly {example}"
-    )
+def refusal(prepared: Prepared) -> str | None:
+    """Why training makes no sense: a source with too many unusable rows, or none usable; None where it does."""
+    for source in prepared.sources:
+        rejected, read = source["rejected"], source["read"]
+        usable = source["used"] + source["left_out"]
+        unusable = {reason: count for reason, count in rejected.items() if reason != TIE}
+        bad = sum(unusable.values())
+        if usable and bad <= prepared.max_rejected_share * read:
+            continue
+        where = f"data.{prepared.role}: " + (f"{source['source']}: " if len(prepared.sources) > 1 else "")
+        if not rejected:
+            return f"{where}no rows"
+        reason, count = max((unusable if usable else rejected).items(), key=lambda item: item[1])
+        first = next(r for r in prepared.rejected if (r.source, r.reason) == (source["source"], reason))
+        example = f"{reason} ({count} rows, such as {first.file or first.source}: row {first.row}: {first.detail})"
+        if not usable:
+            return f"{where}none of {read} rows is usable: mostly {example}"
+        return (
+            f"{where}{bad} of {read} rows are unusable, more than "
+            f"data.max_rejected_share={prepared.max_rejected_share:g}: mostly {example}"
+        )
+    return None

@@ -1,33 +1,52 @@
 """The raw rows of one source: a local file, a folder with one file per split, or a hub data set.
 
-Rows come as dictionaries, in the source's order; what they mean is `forms`'s. JSON is read with Python's own reader:
-pyarrow's and pandas' give a column one type, and a row with a wrong type is what the quarantine has to see.
+Rows come as dictionaries with their place, in the source's order; what they mean is `forms`'s. JSON is read
+with Python's own reader: pyarrow's and pandas' give a column one type, and a row with a wrong type is what the
+quarantine has to see.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignment.errors import UserError, nearest
 from alignment.files import iterate_json_lines, read_text
 from alignment.recipes.sections import DATA_ENDINGS, SourceSection
 
 Row = dict[str, Any]
-Splits = dict[str, Callable[[], Iterable[Row]]]
+
+
+class Place(NamedTuple):
+    """Where a row stands, so that it can be found.
+
+    Attributes:
+        row: the line of a JSON-lines file; else the row's number, from 1, in its file (.json: in its split's list;
+            .csv: without the header) or hub split, whatever slice is read.
+        file: of a folder's row, its file.
+    """
+
+    row: int
+    file: str | None = None
+
+
+Placed = tuple[Place, Row]
+Splits = dict[str, Callable[[], Iterable[Placed]]]
 
 DEFAULT_SPLIT = {"train": "train", "eval": "test"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # how the hub numbers the files of one split
+_SLICED = re.compile(r"[\[+]")
 _JSON = (".json", ".json.gz")
 _ROWS_AT_ONCE = 1000
 
 
-def raw_rows(source: SourceSection, role: str) -> Iterator[Row]:
-    """The rows of a source's split, in order, at most `limit`; numbers in messages count them from 1.
+def raw_rows(source: SourceSection, role: str) -> Iterator[Placed]:
+    """The rows of a source's split and where they stand, in order, at most `limit`.
 
     Args:
         source: name, split and limit are read.
@@ -37,20 +56,31 @@ def raw_rows(source: SourceSection, role: str) -> Iterator[Row]:
         UserError: no such file, data set or split, or it cannot be read.
     """
     rows = _local(source, role) if source.is_local else _hub(source, role)
-    for number, row in enumerate(rows):
-        if source.limit is not None and number >= source.limit:
-            return
-        yield row
+    yield from itertools.islice(rows, source.limit)
 
 
-def _hub(source: SourceSection, role: str) -> Iterator[Row]:
+def numbered(rows: Iterable[Row]) -> Iterator[Placed]:
+    """Rows with their numbers from 1."""
+    return ((Place(number), row) for number, row in enumerate(rows, start=1))
+
+
+def _hub(source: SourceSection, role: str) -> Iterator[Placed]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+    def load(split: str) -> Any:
+        return load_dataset(source.name, source.subset, data_dir=source.data_dir, split=split)
+
+    wanted = source.split or DEFAULT_SPLIT[role]
     try:
-        yield from load_dataset(
-            source.name, source.subset, data_dir=source.data_dir, split=source.split or DEFAULT_SPLIT[role]
-        )
+        if not _SLICED.search(wanted):
+            yield from numbered(load(wanted))
+            return
+        sets = {split: load(split) for split in _named(wanted)}
+        for part in _slices(source.name, {split: len(rows) for split, rows in sets.items()}, wanted):
+            chosen = range(part.from_, part.to)
+            for i, row in zip(chosen, sets[part.splitname].select(chosen), strict=True):
+                yield Place(i + 1), row
     except (OSError, ValueError, DatasetNotFoundError, DatasetGenerationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -59,7 +89,7 @@ def _hub(source: SourceSection, role: str) -> Iterator[Row]:
         ) from error
 
 
-def _local(source: SourceSection, role: str) -> Iterable[Row]:
+def _local(source: SourceSection, role: str) -> Iterable[Placed]:
     path = source.path
     if not path.exists():
         raise UserError(f"{path}: no such file; paths are relative to the current folder, {Path.cwd()}")
@@ -68,25 +98,31 @@ def _local(source: SourceSection, role: str) -> Iterable[Row]:
     else:  # without named splits all rows are one
         splits = _json_splits(path) if path.name.endswith(_JSON) else {"train": partial(read_file, path)}
     wanted = source.split or (next(iter(splits)) if len(splits) == 1 else DEFAULT_SPLIT[role])
-    if re.search(r"[\[+]", wanted):
+    if _SLICED.search(wanted):
         return _sliced(source.name, splits, wanted)
     if wanted not in splits:
         raise UserError(f"{source.name}: no split {wanted!r} in it{nearest(wanted, splits)}")
     return splits[wanted]()
 
 
-def _sliced(name: str, splits: Splits, wanted: str) -> Iterator[Row]:
-    """`train[:10%]+test[5:]`, by the rules of `datasets`."""
+def _sliced(name: str, splits: Splits, wanted: str) -> Iterator[Placed]:
+    rows = {split: list(splits[split]()) for split in _named(wanted) & set(splits)}
+    for part in _slices(name, {split: len(found) for split, found in rows.items()}, wanted):
+        yield from rows[part.splitname][part.from_ : part.to]
+
+
+def _named(wanted: str) -> set[str]:
+    return {part.split("[")[0].strip() for part in wanted.split("+")}
+
+
+def _slices(name: str, sizes: dict[str, int], wanted: str) -> list[Any]:
+    """`train[:10%]+test[5:]`, by the rules of `datasets`, as `splitname`, `from_` and `to`."""
     from datasets import ReadInstruction
 
     try:
-        named = {part.split("[")[0].strip() for part in wanted.split("+")} & set(splits)
-        rows = {split: list(splits[split]()) for split in named}
-        parts = ReadInstruction.from_spec(wanted).to_absolute({split: len(rows[split]) for split in rows})
+        return list(ReadInstruction.from_spec(wanted).to_absolute(sizes))
     except (ValueError, AssertionError, KeyError) as error:
         raise UserError(f"{name}: split {wanted!r}: {' '.join(str(error).split())}") from None
-    for part in parts:
-        yield from rows[part.splitname][part.from_ : part.to]
 
 
 def _folder_splits(folder: Path) -> Splits:
@@ -106,9 +142,10 @@ def _folder_splits(folder: Path) -> Splits:
     return {split: partial(_read_files, found) for split, found in parts.items()}
 
 
-def _read_files(files: list[Path]) -> Iterator[Row]:
+def _read_files(files: list[Path]) -> Iterator[Placed]:
     for file in files:
-        yield from read_file(file)
+        for place, row in read_file(file):
+            yield place._replace(file=str(file)), row
 
 
 def _json_splits(path: Path) -> Splits:
@@ -119,21 +156,21 @@ def _json_splits(path: Path) -> Splits:
     return {"train": partial(_objects, str(path), value)}
 
 
-def read_file(path: Path) -> Iterator[Row]:
-    """The rows of one file, by its ending.
+def read_file(path: Path) -> Iterator[Placed]:
+    """The rows of one file and their places, by its ending.
 
     Raises:
         UserError: the file is empty or broken, or its ending is not one of `DATA_ENDINGS`.
     """
-    rows: Iterable[Row]
+    rows: Iterable[Placed]
     if path.name.endswith(".parquet"):
-        rows = _parquet(path)
+        rows = numbered(_parquet(path))
     elif path.name.endswith(".csv"):
-        rows = _csv(path)
+        rows = numbered(_csv(path))
     elif path.name.endswith(_JSON):
         rows = _objects(str(path), _json(path))
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = (row for _, row in iterate_json_lines(path))
+        rows = ((Place(int(where.rpartition(":")[2])), row) for where, row in iterate_json_lines(path))
     else:
         raise UserError(f"{path}: unknown kind of file; valid: {', '.join(DATA_ENDINGS)}")
     empty = True
@@ -152,12 +189,12 @@ def _json(path: Path) -> Any:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{hint}") from None
 
 
-def _objects(where: str, rows: Any) -> list[Row]:
+def _objects(where: str, rows: Any) -> Iterable[Placed]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{where}: expected a list of objects; for one object a line name it .jsonl")
     if not rows:
         raise UserError(f"{where}: no rows")
-    return rows
+    return numbered(rows)
 
 
 def _parquet(path: Path) -> Iterator[Row]:

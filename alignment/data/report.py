@@ -15,8 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from alignment.data.overlap import prompt_hash, row_hash
-from alignment.data.pipeline import Prepared, prepare
-from alignment.data.preferences import TIE
+from alignment.data.pipeline import Prepared, prepare, refusal
 from alignment.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class SetReport:
         role: train or eval.
         read, used: rows.
         unusable: reasons, commonest first.
-        too_many: whether training would stop for them (`data.max_rejected_share`).
+        too_many: whether training would stop for them (`data.max_rejected_share`, or a source without usable rows).
         lengths: histograms of prompt, chosen and rejected, in tokens before truncation.
         difference: histogram of chosen minus rejected.
         longer, shorter: pairs whose chosen response is longer, and shorter, than the rejected one.
@@ -163,14 +162,13 @@ def set_report(prepared: Prepared, max_length: int, tokenizer: Any) -> SetReport
     sizes = {part: [len(row) for row in ids[part]] for part in PARTS}
     differences = [c - r for c, r in zip(sizes["chosen"], sizes["rejected"], strict=True)]
     longer, shorter = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    unusable = {reason: count for reason, count in prepared.counts.items() if reason != TIE}
     columns = data.select_columns(list(PARTS)) if len(data) else []
     return SetReport(
         role=prepared.role,
         read=prepared.rows,
         used=len(data),
         unusable=_unusable(prepared),
-        too_many=sum(unusable.values()) > prepared.max_rejected_share * prepared.rows,
+        too_many=refusal(prepared) is not None,
         lengths=[histogram(f"{part}, tokens", sizes[part]) for part in PARTS if sizes[part]],
         difference=histogram("chosen - rejected, tokens", differences) if differences else None,
         longer=longer,
@@ -211,10 +209,10 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 def _unusable(prepared: Prepared) -> list[Unusable]:
     found = []
-    several = len({bad.source for bad in prepared.rejected}) > 1
+    several = len({bad.file or bad.source for bad in prepared.rejected}) > 1
     for reason, count in sorted(prepared.counts.items(), key=lambda item: -item[1]):
         first = [bad for bad in prepared.rejected if bad.reason == reason][:FIRST_ROWS]
-        where = [f"{bad.source}: {bad.row}" if several else str(bad.row) for bad in first]
+        where = [f"{bad.file or bad.source}: {bad.row}" if several else str(bad.row) for bad in first]
         found.append(Unusable(reason, count, where))
     return found
 
@@ -295,7 +293,7 @@ def _set_lines(found: SetReport, max_length: int) -> Iterator[str]:
         more = ", …" if bad.rows > len(bad.where) else ""
         yield f"  {bad.reason:<22}{bad.rows:>6}  row{'s' * (bad.rows > 1)} {', '.join(bad.where)}{more}"
     if found.too_many:
-        yield "  more than data.max_rejected_share"
+        yield "  more than data.max_rejected_share, or all rows of a source"
     for note in found.notes:
         yield f"  {note}"
     if not found.used:

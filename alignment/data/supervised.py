@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alignment.data.forms import PEEKED, converter
-from alignment.data.pipeline import Prepared, Rejected, mixed
+from alignment.data.pipeline import Prepared, Rejected, described, mixed, title
 from alignment.data.preferences import (
     BOS_EOS,
     DIFFERENT_PROMPTS,
@@ -33,7 +33,7 @@ from alignment.data.preferences import (
     BadRow,
     is_messages,
 )
-from alignment.data.reading import raw_rows
+from alignment.data.reading import Place, Placed, raw_rows
 from alignment.data.tokens import Markers, check_bos, check_response, encode, markers
 from alignment.errors import UserError
 
@@ -160,34 +160,35 @@ def prepare_supervised(
     template = marking_template(tokenizer) if turns == "all" and tokenizer.chat_template else None
     encoder = _Encoder(tokenizer, max_length, template)
     tables: list[Dataset | None] = []
-    rejected: list[Rejected] = []
-    described = []
+    found: list[tuple[str, int, list[Rejected]]] = []  # form, usable rows, others
     for source in sources:
         kept: list[tuple[list[int], list[int]]] = []
-        title = source.name if source.split is None else f"{source.name}:{source.split}"
+        rejected: list[Rejected] = []
         form, rows = _converted(source, raw_rows(source, role), bool(tokenizer.chat_template))
-        read = 0
-        for read, convert in enumerate(rows, start=1):
+        for place, convert in rows:
             try:
                 kept.append(encoder(convert()))
             except BadRow as bad:
-                rejected.append(Rejected(title, read, bad.reason, bad.detail))
+                rejected.append(Rejected(title(source), place.row, bad.reason, bad.detail, place.file))
         tables.append(_table(kept))
-        described.append({"set": role, "source": title, "form": form, "read": read})
+        found.append((form, len(kept), rejected))
     dataset, used = mixed(tables, list(sources), seed)
-    for entry, count in zip(described, used, strict=True):
-        entry["used"] = count
-    only_last = turns == "all" and template is None and any(entry["form"] == "messages" for entry in described)
+    entries = [
+        described(role, title(source), form, usable + len(bad), usable, count, bad)
+        for source, (form, usable, bad), count in zip(sources, found, used, strict=True)
+    ]
+    every = [bad for _, _, rejected in found for bad in rejected]
+    only_last = turns == "all" and template is None and any(entry["form"] == "messages" for entry in entries)
     note = "of conversations only the last turn is learned: the chat template does not mark assistant turns"
     return Prepared(
         dataset=dataset,
-        rejected=rejected,
-        counts=dict(Counter(bad.reason for bad in rejected).most_common()),
-        rows=sum(entry["read"] for entry in described),
+        rejected=every,
+        counts=dict(Counter(bad.reason for bad in every).most_common()),
+        rows=sum(entry["read"] for entry in entries),
         role=role,
         max_rejected_share=max_rejected_share,
         notes=(note,) if only_last else (),
-        sources=tuple(described),
+        sources=tuple(entries),
     )
 
 
@@ -198,14 +199,15 @@ def _table(rows: list[tuple[list[int], list[int]]]) -> Dataset | None:
 
 
 def _converted(
-    source: SourceSection, rows: Iterator[Row], has_template: bool
-) -> tuple[str, Iterator[Callable[[], Row]]]:
-    """The form of a source, and for each of its rows a function that converts it (or raises `BadRow`)."""
-    first = list(itertools.islice(rows, PEEKED))
+    source: SourceSection, placed: Iterator[Placed], has_template: bool
+) -> tuple[str, Iterator[tuple[Place, Callable[[], Row]]]]:
+    """The form of a source, and for each of its rows its place and what converts it (or raises `BadRow`)."""
+    peeked = list(itertools.islice(placed, PEEKED))
+    first, rows = [row for _, row in peeked], itertools.chain(peeked, placed)
     form = _told(first)
     if form is None and not all({"rejected", "output"}.isdisjoint(row) for row in first):
         form, preferred = converter(source, first, has_template)
-        return form, ((lambda row=row: _chosen(preferred(row))) for row in itertools.chain(first, rows))
+        return form, ((place, lambda row=row: _chosen(preferred(row))) for place, row in rows)
     if form is None:
         columns = ", ".join(dict.fromkeys(key for row in first for key in row)) or "(none)"
         raise UserError(f"{source.name}: nothing to learn in columns {columns}; accepted: {ACCEPTED}")
@@ -214,7 +216,7 @@ def _converted(
             f"{source.name}: format and columns are for preferences; these rows are {form}: leave them out"
         )
     convert = {"messages": _conversation, "completion": _completion, "text": _text}[form]
-    return form, ((lambda row=row: convert(row, bool(source.chat))) for row in itertools.chain(first, rows))
+    return form, ((place, lambda row=row: convert(row, bool(source.chat))) for place, row in rows)
 
 
 def _told(first: Sequence[Row]) -> str | None:

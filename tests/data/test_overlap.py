@@ -8,7 +8,6 @@ from alignment.data.overlap import judged_on, prompt_hash, refuse, row_hash, wit
 from alignment.errors import UserError
 from tests.data.building import TEMPLATE, letters, prepared, reply, said, user, write
 
-
 # Stanford Alpaca's frame, as its train.py has it
 ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"

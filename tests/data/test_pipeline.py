@@ -41,7 +41,7 @@ def test_every_kind_of_bad_row_ends_in_the_file(tmp_path):
     assert [(row["row"], row["reason"]) for row in written] == list(zip(range(2, 24, 2), BAD, strict=True))
     assert {(row["set"], row["source"]) for row in written} == {("train", name)} and all(r["detail"] for r in written)
     assert found.summary()[0].startswith("train: 20 of 31 rows; rejected: ")
-    assert found.manifest() == {"read": 31, "used": 20, "rejected": found.counts, "overlap": 0}
+    assert found.manifest() == {"read": 31, "used": 20, "rejected": found.counts, "overlap": 0, "left_out": 0}
 
 
 def test_no_bad_rows_no_file(tmp_path):
@@ -70,6 +70,37 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
         f"{name}: row 7: chosen is empty); all are in {beside}"
     )
     assert len(beside.read_text().splitlines()) == 5 and not any(run.iterdir())
+
+
+def test_every_source_has_to_be_usable(tmp_path):
+    """Together 2 of 22 are bad, less than a tenth; the source that they are from is named."""
+    fine = numbered(tmp_path, "fine", 20)
+    bad = write(tmp_path / "bad.jsonl", [GOOD | {"chosen": 1}] * 2)
+    half = write(tmp_path / "half.jsonl", [GOOD, GOOD | {"chosen": ""}])
+    ties = write(tmp_path / "ties.jsonl", [GOOD | {"label": 0.5}] * 2)
+    for name, message in (
+        (bad, "none of 2 rows is usable: mostly not_text (2 rows, "),
+        (ties, "none of 2 rows is usable: mostly tie (2 rows, "),
+        (half, "1 of 2 rows are unusable, more than data.max_rejected_share=0.1: mostly empty (1 rows, "),
+    ):
+        weighted = [fine | {"weight": 1}, {"name": name, "weight": 1}]
+        for sources in ([fine, name], weighted):
+            with pytest.raises(UserError) as stopped:
+                write_rejected(tmp_path / "run", prepared(sources, max_rejected_share=0.1))
+            assert str(stopped.value).startswith(f"data.train: {name}: {message}such as {name}: row ")
+
+
+def test_a_rejected_row_of_a_folder_is_found_in_its_file(tmp_path):
+    (tmp_path / "data").mkdir()
+    parts = [[GOOD, GOOD | {"chosen": 1}], [GOOD, GOOD, GOOD | {"chosen": "good</s></s>"}]]
+    files = [write(tmp_path / f"data/train-0000{i}-of-00002.jsonl", rows) for i, rows in enumerate(parts)]
+    found = prepared({"name": str(tmp_path), "split": "train[1:]"}, max_rejected_share=0.5)
+    file = write_rejected(tmp_path / "run", found)
+    written = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["source"], row["file"], row["row"]) for row in written] == [
+        (f"{tmp_path}:train[1:]", files[0], 2),
+        (f"{tmp_path}:train[1:]", files[1], 3),
+    ]
 
 
 def test_no_row_left_stops_the_run_whatever_the_share(tmp_path):
@@ -135,7 +166,10 @@ def test_weights_are_shares_drawn_without_repetition_by_the_seed(tmp_path):
     prompts = prepared(sources, seed=1).dataset["prompt"][:]
     assert [p[0] for p in prompts] == ["a"] * 15 + ["b"] * 5
     assert len(set(prompts)) == 20 and prompts != [f"a{i}" for i in range(15)] + [f"b{i}" for i in range(5)]
-    assert prepared(sources, seed=1).dataset["prompt"][:] == prompts
+    found = prepared(sources, seed=1)
+    assert found.summary() == ["train: 20 of 35 rows; 15 left out by the weights"]
+    assert found.manifest()["left_out"] == 15 and [s["left_out"] for s in found.sources] == [15, 0]
+    assert found.dataset["prompt"][:] == prompts
     assert prepared(sources, seed=2).dataset["prompt"][:] != prompts
 
 

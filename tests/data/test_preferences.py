@@ -56,7 +56,7 @@ def test_known_columns_travel_and_others_stay_behind():
         (GOOD | {"reward_rejected": 1, "reward_chosen": None}, "missing_field", "reward_chosen is missing"),
         (GOOD | {"chosen": str(reply("good"))}, "unknown_form", "chosen: chat messages written as text; give them as"),
         (GOOD | {"prompt": json.dumps(user("p"), indent=1)}, "unknown_form", "prompt: chat messages written as text"),
-        (CHAT | {"chosen": reply(str(reply("good")))}, "unknown_form", "chosen: chat messages written"),  # `chat: true`
+        (CHAT | {"chosen": reply(str(reply("good")))}, "unknown_form", "chosen: chat messages written"),
         (GOOD | {"rejected": "{'from': 'gpt', 'value': 'bad'}"}, "unknown_form", "rejected: chat messages written"),
         (GOOD | {"label": 1.5}, "bad_number", "label: 1.5 is not a probability"),
         (GOOD | {"label": -0.1}, "bad_number", "label"),

@@ -18,7 +18,11 @@ ROWS = [{"prompt": f"line\u2028separator {i}", "chosen": 'a "b",\nc', "rejected"
 
 
 def read(name: str | Path, role: str = "train", **keys) -> list[dict]:
-    return list(raw_rows(SourceSection(name=str(name), **keys), role))
+    return [row for _, row in raw_rows(SourceSection(name=str(name), **keys), role)]
+
+
+def places(name: str | Path, **keys) -> list[tuple[int, str | None]]:
+    return [tuple(place) for place, _ in raw_rows(SourceSection(name=str(name), **keys), "train")]
 
 
 @pytest.mark.parametrize("ending", [ending for ending in DATA_ENDINGS if ending != ".parquet"])
@@ -80,9 +84,29 @@ def test_hub_names_and_their_splits(tmp_path, monkeypatch):
     assert read("org/pairs") == ROWS
     read("org/pairs", "eval")
     read("org/pairs", split="train_prefs[:10%]")
-    assert asked == [("org/pairs", "train"), ("org/pairs", "test"), ("org/pairs", "train_prefs[:10%]")]
+    assert asked == [("org/pairs", "train"), ("org/pairs", "test"), ("org/pairs", "train_prefs")]
+    assert read("org/pairs", split="train_prefs[1:]+test[:34%]") == [ROWS[1], ROWS[2], ROWS[0]]
+    assert places("org/pairs", split="train_prefs[1:]+test[:34%]") == [(2, None), (3, None), (1, None)]
+    assert places("org/pairs", limit=2) == [(1, None), (2, None)]
+    with pytest.raises(UserError, match=r"org/pairs: split 'test\[x:\]'"):
+        read("org/pairs", split="test[x:]")
     read("org/pairs", subset="en", data_dir="harmless-base")
     assert asked[-1] == ("org/pairs", "en", "harmless-base", "train")
+
+
+def test_rows_are_numbered_as_they_are_found(tmp_path):
+    """By line, where lines are rows; else by row, of its file, whatever slice is read."""
+    (tmp_path / "a.jsonl").write_text('\n{"a": 1}\n\n{"a": 2}\n{"a": 3}\n')
+    assert places(tmp_path / "a.jsonl") == [(2, None), (4, None), (5, None)]
+    assert places(tmp_path / "a.jsonl", split="train[1:]", limit=1) == [(4, None)]
+    for ending in (".json", ".csv", ".parquet"):
+        assert places(write(tmp_path / f"rows{ending}", ROWS), split="train[-2:]") == [(2, None), (3, None)]
+    splits = write(tmp_path / "splits.json", {"train": [{"a": 1}], "test": [{"a": 2}, {"a": 3}]})
+    assert places(splits, split="train+test[1:]") == [(1, None), (2, None)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    files = [write(folder / f"train-0000{i}-of-00002.parquet", ROWS[:2]) for i in (0, 1)]
+    assert places(folder, split="train[1:]") == [(2, files[0]), (1, files[1]), (2, files[1])]
 
 
 def test_a_name_that_the_hub_does_not_give():

@@ -135,7 +135,7 @@ def pairs(tmp_path: Path, rows: list) -> Path:
         ([GOOD, GOOD | {"chosen": " cold ."}], "same_responses"),
         ([GOOD, CHAT], "unknown_form"),
         ([CHAT, CHAT | {"chosen": "kind ."}], "unknown_form"),
-        ([GOOD | {"reward_chosen": 1.0}, GOOD], "missing_field"),
+        ([GOOD | {"reward_chosen": 1.0, "reward_rejected": 0.0}, GOOD], "missing_field"),
         ([GOOD | {"reward_chosen": "high"}], "bad_number"),
     ],
 )

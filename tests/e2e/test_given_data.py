@@ -64,8 +64,9 @@ def test_a_run_says_what_became_of_every_row(train, tmp_path):
         "used": 36,
         "rejected": {"empty": 1, "different_prompts": 1},
         "overlap": 2,
+        "left_out": 0,
     }
-    assert manifest["rows"]["eval"] == {"read": 3, "used": 3, "rejected": {}, "overlap": 0}
+    assert manifest["rows"]["eval"] == {"read": 3, "used": 3, "rejected": {}, "overlap": 0, "left_out": 0}
     assert [(s["set"], s["form"], s["read"], s["used"]) for s in manifest["sources"]] == [
         ("train", "preference", 20, 19),
         ("train", "hh", 20, 19),
