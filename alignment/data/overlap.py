@@ -78,6 +78,23 @@ def judged_on(held_out: Dataset | None, prompts: Iterable[str] = (), where: str 
     )
 
 
+def refuse_two_kinds(trained: Prepared, held_out: Prepared | None) -> None:
+    """Stop if training rows are chat messages and held-out rows text, or the other way round.
+
+    Raises:
+        UserError: names a source of each.
+    """
+    if held_out is None or not len(trained.dataset) or not len(held_out.dataset):
+        return
+    text, other = (isinstance(prepared.dataset[0]["prompt"], str) for prepared in (trained, held_out))
+    if text != other:
+        kinds = ("text", "chat messages") if text else ("chat messages", "text")
+        raise UserError(
+            f"data.eval: {held_out.sources[0]['source']} has {kinds[1]}, and {trained.sources[0]['source']} of "
+            f"data.train {kinds[0]}: judge on rows of the kind that is trained on; set chat: true (or false) for one of them"
+        )
+
+
 def refuse(trained: Sequence[Any], judged: Judged, what: str = "data.train") -> None:
     """Stop if a prompt is both trained and judged on.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from alignment.data.overlap import prompt_hash, row_hash
+from alignment.data.overlap import prompt_hash, refuse_two_kinds, row_hash
 from alignment.data.pipeline import Prepared, prepare, refusal
 from alignment.errors import UserError
 
@@ -144,6 +144,8 @@ def data_report(recipe: Recipe) -> DataReport:
         for role, sources in (("train", data.train), ("eval", data.eval))
         if sources is not None
     ]
+    if len(found) == 2:
+        refuse_two_kinds(*found)
     prompts, rows = _shared(*found) if len(found) == 2 else (None, None)
     sets = [set_report(prepared, data.max_length, tokenizer) for prepared in found]
     return DataReport(str(recipe.path), data.max_length, sets, prompts, rows, data.overlap)

@@ -155,6 +155,7 @@ def _training_data(
     if state.is_main_process:
         write_rejected(run, given, *([] if held_out is None else [held_out]))
     state.wait_for_everyone()
+    overlap.refuse_two_kinds(given, held_out)
     if refusing:
         overlap.refuse(given.dataset["prompt"], judged)
     elif recipe.data.overlap == "drop":

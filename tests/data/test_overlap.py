@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from alignment.data.overlap import judged_on, prompt_hash, refuse, row_hash, without
+from alignment.data.overlap import judged_on, prompt_hash, refuse, refuse_two_kinds, row_hash, without
 from alignment.errors import UserError
 from tests.data.building import TEMPLATE, letters, prepared, reply, said, user, write
 
@@ -79,6 +79,20 @@ def test_overlap_is_refused_with_its_first_prompt(tmp_path):
         refuse(train["prompt"], judged_on(held_out, ["five"]))
     with pytest.raises(UserError, match=r"2 of 3 prompts of a\.txt .* such as 'one' of b\.txt: judge on prompts that"):
         refuse(["one", "x", "three"], judged_on(held_out, ["three", "one"], "b.txt"), "a.txt")
+
+
+def test_text_is_not_judged_on_chat(tmp_path):
+    tokenizer = letters(template=TEMPLATE)
+    chat = write(tmp_path / "chat.jsonl", [row(user("p"), reply("a"), reply("b"))])
+    text = write(tmp_path / "text.jsonl", [row("p")])
+    for train, held_out, message in (
+        (chat, text, "data.eval: .*text.jsonl has text, and .*chat.jsonl of data.train chat messages: .* chat: true"),
+        (text, chat, "data.eval: .*chat.jsonl has chat messages, and .*text.jsonl of data.train text: "),
+    ):
+        refuse_two_kinds(prepared(train, tokenizer), prepared(train, tokenizer, role="eval"))
+        refuse_two_kinds(prepared(train, tokenizer), None)
+        with pytest.raises(UserError, match=message):
+            refuse_two_kinds(prepared(train, tokenizer), prepared(held_out, tokenizer, role="eval"))
 
 
 def test_dropping_takes_the_training_rows_and_counts_them(tmp_path):

@@ -77,6 +77,14 @@ def test_a_run_says_what_became_of_every_row(train, tmp_path):
         assert said_of in printed
 
 
+def test_text_is_not_judged_on_chat(train, tmp_path):
+    held_out = write(tmp_path / "eval.jsonl", rows(["no training prompt"]))
+    text = write(tmp_path / "train.jsonl", [{"prompt": "say", "chosen": " kind .", "rejected": " cold ."}])
+    with pytest.raises(UserError, match=r"data\.eval: .*eval\.jsonl has chat messages, and .*train\.jsonl of data"):
+        train(f"data.train={text}", f"data.eval={held_out}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_soft_labels_reach_the_loss(train, tmp_path):
     """Where all pairs are ties ipo pulls both ways alike, and there is nothing to learn; with winners there is."""
     pair = [(f"{o} kind .", f"{o} cold .") for o in tiny_lm.openings()[:16]]
