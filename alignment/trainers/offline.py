@@ -396,7 +396,7 @@ def _why_not_shared(model: PreTrainedModel, peft_config: Any) -> str | None:
 
 
 def _agreement(chosen: torch.Tensor, rejected: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
-    """`[B]`: 1 where the implicit rewards order a pair as its label does, else 0; one half where the label is a tie."""
+    """`[B]`: 1 where the implicit rewards order a pair as its label does, else 0; 0.5 where the label is a tie."""
     if label is None:
         return (chosen > rejected).double()
     agrees = torch.where(label > 0.5, chosen > rejected, rejected > chosen).double()
