@@ -236,8 +236,6 @@ def _print_plan(found: Plan, rows: Prepared | None, recipe: Recipe, console: Con
     _heading(console, "Plan (formulas: docs/memory.md; nothing here is measured)")
     for line in found.text().splitlines():
         console.print(escape(line), highlight=False, soft_wrap=True)
-    if recipe.objective.name == "spo":
-        _say(console, "note", "the degraded copies of responses, which spo scores besides, are not counted")
     if rows is None or not len(rows.dataset):
         return
     mean = mean_lengths(rows, recipe.data.max_length, len(found.setting.responses))

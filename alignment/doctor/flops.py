@@ -41,21 +41,15 @@ def flops(shape: Shape, setting: Setting) -> Flops:
     A forward pass through a weight matrix costs 2 operations per weight and token (Kaplan et al. 2020, 2001.08361,
     section 2.1); backward costs the same for the input's gradient, and once more for the weights' where they are
     trained. Attention costs 4 per layer, query width and pair of positions, masked or not: with a mask the kernels
-    compute every score. The head runs on the response's columns only.
+    compute every score. The head runs on the response's columns only. Frozen models never see degraded copies.
     """
-    tokens = setting.rows * setting.width
-    body = 2.0 * shape.active * tokens
-    attention = 4.0 * shape.layers * shape.query * setting.width * tokens
-    head = 2.0 * shape.hidden * shape.vocabulary * setting.rows * setting.kept
-    adapter = 2.0 * shape.adapter * tokens
+    body, attention, head, adapter = _forward(shape, setting)
     forward = body + attention + head + adapter
     weights = 2 if setting.lora is None else 1
     backward = weights * (body + head) + 2 * (attention + adapter)
-    reference = {
-        "copy": forward - adapter,
-        "adapter_off": forward - adapter,
-        "adapter_copy": forward,
-    }.get(setting.reference, 0.0)
+    *bare, extra = _forward(shape, setting.plain)
+    passes = {"copy": sum(bare), "adapter_off": sum(bare), "adapter_copy": sum(bare) + extra}
+    reference = passes.get(setting.reference, 0.0) + passes.get(setting.previous, 0.0)
     return Flops(
         policy_forward=forward,
         policy_backward=backward,
@@ -64,4 +58,15 @@ def flops(shape: Shape, setting: Setting) -> Flops:
         attention_share=attention / forward,
         head_share=head / forward,
         passes=setting.accumulation * setting.world,
+    )
+
+
+def _forward(shape: Shape, setting: Setting) -> tuple[float, float, float, float]:
+    """Operations of a forward pass: the layers' matrices, attention, the LM head, the adapter."""
+    tokens = setting.rows * setting.width
+    return (
+        2.0 * shape.active * tokens,
+        4.0 * shape.layers * shape.query * setting.width * tokens,
+        2.0 * shape.hidden * shape.vocabulary * setting.rows * setting.kept,
+        2.0 * shape.adapter * tokens,
     )

@@ -73,15 +73,16 @@ def memory(shape: Shape, setting: Setting) -> Memory:
     same, other = OPTIMIZERS.get(setting.optimizer, OPTIMIZERS["adamw_torch"])
     master = trained * 4 / split if setting.deepspeed else 0.0
     optimizer = trained * (same * (4 if setting.deepspeed else setting.trained_bytes) + other) / split
-    reference = {
+    frozen = {
         "copy": shape.parameters * setting.weight_bytes / shards,
         "adapter_copy": shape.adapter * setting.trained_bytes / shards,
-    }.get(setting.reference, 0.0)
+    }
+    reference = frozen.get(setting.reference, 0.0) + frozen.get(setting.previous, 0.0)
     host = 0.0
     if setting.offload_optimizer:
         host, master, optimizer = master + optimizer, 0.0, 0.0
-    if setting.offload_parameters:
-        host, weights = host + weights, 0.0
+    if setting.offload_parameters:  # TRL leaves it in the reference's configuration, too
+        host, weights, reference = host + weights + reference, 0.0, 0.0
     kept = layer_activations(shape, setting)
     activations, logits = _activations(shape, setting, kept), _logits(shape, setting)
     buffers = _buffers(shape, setting, trained)
@@ -166,7 +167,7 @@ def _activations(shape: Shape, setting: Setting, kept: float) -> float:
 def _logits(shape: Shape, setting: Setting) -> float:
     """Log-softmax in float32, its gradient and the gradient of the logits, 4 bytes each; or, earlier, the policy's
     log-softmax beside the reference's logits and log-softmax."""
-    numbers = setting.rows * setting.kept * shape.vocabulary
+    numbers, plain = (s.rows * s.kept * shape.vocabulary for s in (setting, setting.plain))
     forward = 8 + (setting.compute_bytes if setting.compute_bytes < 4 else 0)
-    scored_twice = setting.reference in ("copy", "adapter_off", "adapter_copy")
-    return numbers * max(12, 4 + forward if scored_twice else forward)
+    scored_twice = {setting.reference, setting.previous} & {"copy", "adapter_off", "adapter_copy"}
+    return max(numbers * max(12, forward), 4 * numbers + forward * plain if scored_twice else 0)

@@ -59,6 +59,7 @@ class Plan:
         trained = f"{count(m.adapter)} trained (rank {s.lora.r} adapter)" if s.lora else "all trained"
         precision = "" if s.mixed_precision == "no" else f", computed in {s.mixed_precision}"
         quantised = f", linear layers in {s.quantization}" if s.quantization else ""
+        frozen = {"copy": "a second model", "adapter_off": "the adapter off", "adapter_copy": "a copy of the adapter"}
         lines = [
             f"{m.name}: {count(m.parameters)} parameters, {trained}; weights {s.dtype}{precision}{quantised}",
             f"{_devices(s.world)}, {SHARDING[s.sharding]}{_offload(s)}; {REFERENCE[s.reference]}",
@@ -66,6 +67,10 @@ class Plan:
             f"{', gradient checkpointing' * s.gradient_checkpointing}, {s.optimizer}",
             f"each pair: prompt {s.prompt} tokens, responses {' and '.join(map(str, s.responses))}",
         ]
+        if s.copies:
+            lines.append(f"each pair besides: {len(s.copies)} degraded copies, counted as long as their responses")
+        if s.previous in frozen:
+            lines.append(f"the previous iterate, besides the reference: {frozen[s.previous]}")
         if s.optimizer not in OPTIMIZERS:
             lines.append(f"optimizer {s.optimizer!r} is not known to the plan: counted as AdamW")
         if m.active != m.linear:

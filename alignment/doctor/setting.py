@@ -41,6 +41,7 @@ class Setting:
         lora: the trained adapter, or None where all weights are trained.
         reference: none is needed; an own copy; the policy with its adapter off, or with a frozen copy of the adapter
             that training started from; or log-probs read from the cache.
+        previous: the same of the previous iterate, where training starts at it beside another reference (inpo).
         optimizer: transformers' name.
         gradient_checkpointing: recompute activations, layer by layer.
         layout: of the rows (`alignment.trainers.scoring`).
@@ -48,6 +49,8 @@ class Setting:
         accumulation: passes per optimizer step.
         prompt: tokens of each prompt.
         responses: tokens of each response: chosen, rejected, and calibration where there is one.
+        copied: which of them have degraded copies (spo), counted as long as the response.
+        degrees: the response and its copies.
     """
 
     world: int = 1
@@ -59,6 +62,7 @@ class Setting:
     quantization: str | None = None
     lora: Lora | None = None
     reference: Reference = "copy"
+    previous: Reference = "none"
     optimizer: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     layout: Literal["shared_prefix", "paired"] = "shared_prefix"
@@ -66,11 +70,14 @@ class Setting:
     accumulation: int = 1
     prompt: int = 512
     responses: tuple[int, ...] = field(default=(512, 512))
+    copied: tuple[int, ...] = ()
+    degrees: int = 1
 
     def __post_init__(self) -> None:
         for name, value, valid in (
             ("sharding", self.sharding, get_args(Sharding)),
             ("reference", self.reference, get_args(Reference)),
+            ("previous", self.previous, get_args(Reference)),
             ("dtype", self.dtype, BYTES),
             ("quantization", self.quantization, (None, "nf4", "int8")),
         ):
@@ -110,18 +117,28 @@ class Setting:
         return self.mixed_precision != "no" and self.weight_bytes == 4 and self.sharding != "fsdp"
 
     @property
+    def plain(self) -> Setting:
+        """The same without copies: what frozen models score."""
+        return replace(self, copied=(), degrees=1)
+
+    @property
+    def copies(self) -> list[int]:
+        """Tokens of each degraded copy of a pair."""
+        return [self.responses[branch] for branch in self.copied] * (self.degrees - 1)
+
+    @property
     def rows(self) -> int:
         """Rows of one pass."""
-        return self.pairs * (1 if self.layout == "shared_prefix" else len(self.responses))
+        return self.pairs * (1 if self.layout == "shared_prefix" else len(self.responses) + len(self.copies))
 
     @property
     def width(self) -> int:
         """Columns of a row: `[prompt[:-1] | prompt[-1] y_1[:-1] | …]`, as `scoring.build_rows` lays it out."""
-        return max(self.prompt - 1, 0) + self.kept
+        return max(self.prompt - 1, 0) + self.kept + (sum(self.copies) if self.layout == "shared_prefix" else 0)
 
     @property
     def kept(self) -> int:
-        """Columns on which the head runs."""
+        """Columns on which the LM head runs: never those of copies in a shared row."""
         return sum(self.responses) if self.layout == "shared_prefix" else max(self.responses)
 
 
@@ -134,12 +151,14 @@ def from_recipe(recipe: Recipe, launched: Launch | None = None, world: int | Non
         world: processes; by default the file's `num_processes`, or 1.
     """
     from alignment.objectives import get_objective
+    from alignment.trainers.degree import RESPONSES
     from alignment.trainers.launching import plan_batches
 
     launch = launch_of(launched, world)
     training = recipe.training
     pairs, accumulation = plan_batches(training.global_batch_size, training.per_device_train_batch_size, launch.world)
-    objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
+    objective: Any = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
+    copying = "degree" in objective.needs
     prompt = recipe.data.max_length // 2
     width = 3 if "calibration" in objective.needs else 2
     return replace(
@@ -149,6 +168,7 @@ def from_recipe(recipe: Recipe, launched: Launch | None = None, world: int | Non
         quantization=recipe.model.quantization,
         lora=_lora(recipe),
         reference=_reference(recipe, objective),
+        previous=_previous(recipe, objective),
         optimizer=training.optim,
         gradient_checkpointing=training.gradient_checkpointing,
         layout=training.layout,
@@ -156,6 +176,8 @@ def from_recipe(recipe: Recipe, launched: Launch | None = None, world: int | Non
         accumulation=accumulation,
         prompt=prompt,
         responses=(recipe.data.max_length - prompt,) * width,
+        copied=RESPONSES[objective.responses] if copying else (),
+        degrees=objective.degrees if copying else 1,
     )
 
 
@@ -197,8 +219,18 @@ def _reference(recipe: Recipe, objective: Any) -> Reference:
         return "none"
     if recipe.reference.precompute:
         return "precomputed"
-    if recipe.reference.name_or_path is not None:
-        return "copy"
+    return "copy" if recipe.reference.name_or_path is not None else _start(recipe)
+
+
+def _previous(recipe: Recipe, objective: Any) -> Reference:
+    """The start of training, where another model is the reference and the objective reads both."""
+    if "previous" not in objective.needs or recipe.reference.name_or_path is None:
+        return "none"
+    return "precomputed" if recipe.reference.precompute else _start(recipe)
+
+
+def _start(recipe: Recipe) -> Reference:
+    """How the model that training starts from can be asked later."""
     if recipe.lora is not None:
         return "adapter_off"
     return "copy" if adapter_folder(recipe) is None else "adapter_copy"

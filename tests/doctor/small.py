@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignment.doctor import Setting
 from alignment.objectives import PairLogps, get_objective
+from alignment.trainers.degree import DegreeTrainer, attach_head, degree_columns
 from alignment.trainers.scoring import build_rows, sequence_logps
 
 SIZES = {
@@ -40,6 +42,8 @@ def build(described: LlamaConfig, setting: Setting) -> Any:
         model.gradient_checkpointing_enable()
         if setting.lora is not None:
             model.enable_input_require_grads()
+    if setting.copies:
+        attach_head(model, setting.degrees)
     return model.train()
 
 
@@ -52,7 +56,20 @@ def rows_of(setting: Setting, vocabulary: int = 512) -> dict[str, torch.Tensor]:
 
     prompts = [text(setting.prompt) for _ in range(setting.pairs)]
     responses = [[text(length) for length in setting.responses] for _ in prompts]
-    return build_rows(prompts, responses, 0, setting.layout)
+    rows = build_rows(prompts, responses, 0, setting.layout)
+    if not setting.copies:
+        return rows
+    examples = [
+        {
+            "prompt_ids": prompt,
+            "degree_ids": [
+                text(setting.responses[branch]) for branch in setting.copied for _ in range(setting.degrees)
+            ],
+            "degree_labels": [*range(setting.degrees)] * len(setting.copied),
+        }
+        for prompt in prompts
+    ]
+    return rows | degree_columns(examples, responses, setting.copied, None, 0, setting.layout)
 
 
 def step(model: Any, reference: Any, setting: Setting, rows: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -60,13 +77,27 @@ def step(model: Any, reference: Any, setting: Setting, rows: dict[str, torch.Ten
     dtype = DTYPES[setting.dtype]
     autocast = torch.autocast("cpu", torch.bfloat16) if setting.mixed_precision == "bf16" else contextlib.nullcontext()
     with autocast:
-        policy = sequence_logps(model, model.config, dtype, rows, 2)
+        policy, degrees = _policy(model, setting, rows)
         start = policy.detach()
         if reference is not None:
             with torch.no_grad():
                 start = sequence_logps(reference, model.config, dtype, rows, 2)
-    batch = PairLogps(chosen=policy[:, 0], rejected=policy[:, 1], ref_chosen=start[:, 0], ref_rejected=start[:, 1])
-    return get_objective("dpo").loss(batch).mean()
+    (chosen, rejected), (ref_chosen, ref_rejected) = policy.T, start.T
+    batch = PairLogps(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected, **degrees)
+    return get_objective("spo" if degrees else "dpo").loss(batch).mean()
+
+
+def _policy(model: Any, setting: Setting, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Log-probs of the responses; with copies, by the trainer's own method, and the degree columns."""
+    if not setting.copies:
+        return sequence_logps(model, model.config, DTYPES[setting.dtype], rows, 2), {}
+    trainer: Any = SimpleNamespace(
+        objective=get_objective("spo", degrees=setting.degrees),
+        copied=setting.copied,
+        collator=SimpleNamespace(layout=setting.layout, pad_token_id=0),
+        model=model,
+    )
+    return DegreeTrainer.score_with_degrees(trainer, model, rows, 2)
 
 
 def kept_for_backward(described: LlamaConfig, setting: Setting) -> int:

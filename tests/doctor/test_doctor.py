@@ -224,7 +224,26 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
-def test_what_the_plan_leaves_out_is_said(recipe_file):
-    for name, said in (("spo", True), ("dpo", False)):
-        _, told = examined(load_recipe(recipe_file, [f"objective.name={name}"]), with_model=False)
-        assert ("degraded copies of responses" in told) is said
+@pytest.mark.parametrize(
+    ("responses", "copied", "copies"), [("both", (0, 1), 4), ("chosen", (0,), 2), ("rejected", (1,), 2)]
+)
+def test_the_copies_of_a_recipe_are_planned(recipe_file, responses, copied, copies):
+    recipe = load_recipe(recipe_file, ["objective.name=spo", f"objective.responses={responses}"])
+    setting = from_recipe(recipe)
+    assert (setting.copied, setting.degrees, setting.width) == (copied, 3, 31 + 64 + copies * 32)
+    _, told = examined(recipe, with_model=False)
+    assert f"{copies} degraded copies" in told and "not counted" not in told
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["reference.name_or_path=other"], ("copy", "copy")),
+        (["reference.name_or_path=other", "lora.r=4"], ("copy", "adapter_off")),
+        (["reference.name_or_path=other", "reference.precompute=true"], ("precomputed", "precomputed")),
+        ([], ("copy", "none")),
+    ],
+)
+def test_inpo_with_another_reference_has_a_second_frozen_model(recipe_file, overrides, expected):
+    setting = from_recipe(load_recipe(recipe_file, ["objective.name=inpo", *overrides]))
+    assert (setting.reference, setting.previous) == expected

@@ -129,6 +129,8 @@ LONGER = {"pairs": 2, "prompt": 160, "responses": (96, 96)}
         {"reference": "copy", "dtype": "bfloat16"},
         {"reference": "copy", "mixed_precision": "bf16"},
         {"reference": "none", "lora": Lora(4)},
+        {"reference": "copy", "copied": (0, 1), "degrees": 3},
+        {"reference": "copy", "copied": (0, 1), "degrees": 3, "layout": "paired"},
     ],
     ids=str,
 )
@@ -157,6 +159,38 @@ def test_operations_are_those_that_torch_counts(layout, lora):
     not_needed = 2 * setting.rows * setting.width * (64 * (64 + 32 + 32) + 3 * 64 * 4) * (lora is not None)
     assert backward.get_total_flops() == pytest.approx(found.policy_backward - not_needed, rel=1e-3)
     assert backward.get_total_flops() == pytest.approx(found.policy_backward, rel=0.03)
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "paired"])
+@pytest.mark.parametrize("copied", [(0, 1), (1,)], ids=str)
+def test_operations_on_degraded_copies_are_those_that_torch_counts(layout, copied):
+    """The trainer's own scoring of spo's rows; the degree head's few products are within the tolerance."""
+    setting = replace(SHORT, layout=layout, copied=copied, degrees=3, reference="none")
+    config = small.config(layers=6, attention="eager")
+    model, rows = small.build(config, setting), small.rows_of(setting)
+    with FlopCounterMode(display=False) as forward:
+        loss = small.step(model, None, setting, rows)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    found = plan(config, setting).flops
+    assert forward.get_total_flops() == pytest.approx(found.policy_forward, rel=1e-3)
+    assert backward.get_total_flops() == pytest.approx(found.policy_backward, rel=1e-3)
+    plain = plan(config, replace(setting.plain, reference="copy"))
+    assert plan(config, replace(setting, reference="copy")).flops.reference == plain.flops.policy_forward
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "paired"])
+def test_a_layer_keeps_the_copies_as_well(layout):
+    setting = replace(SHORT, layout=layout, copied=(0, 1), degrees=3)
+    two, three = (small.kept_for_backward(small.config(n), setting) for n in (2, 3))
+    assert layer_activations(read_shape(small.config(3)), setting) == three - two
+
+
+def test_a_second_frozen_model_costs_as_much_again():
+    both = Setting(reference="copy", previous="copy")
+    one, two = plan(small.config(), Setting(reference="copy")), plan(small.config(), both)
+    assert two.memory.reference == 2 * one.memory.reference > 0
+    assert two.flops.reference == 2 * one.flops.reference > 0
 
 
 def test_checkpointing_computes_the_layers_again_and_not_the_head():
@@ -195,6 +229,10 @@ def test_zero_splits_two_two_and_twelve_bytes():
     offloaded = plan(MistralConfig(), replace(base, sharding="zero3", offload_optimizer=True)).memory
     assert (offloaded.optimizer, offloaded.master) == (0, 0)
     assert offloaded.host == pytest.approx(12 / 8 * n)
+    everything = replace(base, sharding="zero3", offload_optimizer=True, offload_parameters=True, reference="copy")
+    found = plan(MistralConfig(), everything).memory  # 12, and 2 for the policy's weights, and 2 for the reference's
+    assert (found.weights, found.reference) == (0, 0)
+    assert found.host == pytest.approx(16 / 8 * n)
 
 
 def test_data_parallel_keeps_everything_and_buckets_as_large_as_the_gradients():
@@ -237,6 +275,9 @@ def test_logits_are_three_float32_tensors_over_the_responses_alone():
     assert plan(small.config(), setting).memory.logits == 12 * 2 * (24 + 20) * 512
     paired = replace(setting, layout="paired")
     assert plan(small.config(), paired).memory.logits == 12 * 4 * 24 * 512
+    copies = {"copied": (0, 1), "degrees": 3}  # shared: the head skips them; paired: rows of their own, as wide
+    assert plan(small.config(), replace(setting, **copies)).memory.logits == 12 * 2 * (24 + 20) * 512
+    assert plan(small.config(), replace(paired, **copies)).memory.logits == 3 * 12 * 4 * 24 * 512
 
 
 def test_launch_files():
