@@ -89,14 +89,11 @@ def converter(source: SourceSection, first: Sequence[Row], has_template: bool) -
     Raises:
         UserError: a column of `columns` is not there, or the form cannot be told.
     """
-    found = list(dict.fromkeys(key for row in first for key in row))
-    for ours, theirs in (source.columns or {}).items():
-        for column in [theirs] if isinstance(theirs, str) else theirs:
-            if column not in found:
-                raise UserError(f"{source.name}: columns.{ours}: no column {column!r}{nearest(column, found)}")
-    renamed = [_renamed(row, source.columns) for row in first]
-    form = _told(renamed) if source.format == "auto" else source.format
+    check_columns(source, first)
+    renamed = [under_our_names(row, source.columns) for row in first]
+    form = form_of(renamed) if source.format == "auto" else source.format
     if form is None:
+        found = list(dict.fromkeys(key for row in first for key in row))
         raise UserError(
             f"{source.name}: the form of the rows cannot be told from the columns {', '.join(found) or '(none)'}; "
             f"accepted: {ACCEPTED}; map other names with columns: {{chosen: THEIRS, …}}"
@@ -112,7 +109,7 @@ def converter(source: SourceSection, first: Sequence[Row], has_template: bool) -
     }[form]
 
     def convert(row: Row) -> Row:
-        row = _renamed(row, source.columns)
+        row = under_our_names(row, source.columns)
         if zero is None and form == "alpaca" and "chosen" not in row and "0" in _votes(row):
             raise UserError(
                 f"{source.name}: a label is 0, and none of the first rows' is 2: say with zero: what 0 means: first "
@@ -128,7 +125,16 @@ def converter(source: SourceSection, first: Sequence[Row], has_template: bool) -
     return form, convert
 
 
-def _renamed(row: Row, columns: dict[str, Any] | None) -> Row:
+def check_columns(source: SourceSection, first: Sequence[Row]) -> None:
+    """Refuse `columns` that name what the source's first rows do not have."""
+    found = list(dict.fromkeys(key for row in first for key in row))
+    for ours, theirs in (source.columns or {}).items():
+        for column in [theirs] if isinstance(theirs, str) else theirs:
+            if column not in found:
+                raise UserError(f"{source.name}: columns.{ours}: no column {column!r}{nearest(column, found)}")
+
+
+def under_our_names(row: Row, columns: dict[str, Any] | None) -> Row:
     """The row under our names; a `label` of several columns becomes the list of their values."""
     if not columns:
         return row
@@ -140,8 +146,8 @@ def _renamed(row: Row, columns: dict[str, Any] | None) -> Row:
     }
 
 
-def _told(rows: Sequence[Row]) -> str | None:
-    """The form that columns and first values speak for, if one does."""
+def form_of(rows: Sequence[Row]) -> str | None:
+    """The form of preferences that columns and first values speak for, if one does."""
     keys = {key for row in rows for key in row}
 
     def most(test: Callable[[Row], bool]) -> bool:
@@ -189,7 +195,7 @@ def _as_chat(row: Row) -> Row:
     """Texts as one question and two answers (`chat: true`), `system` before them; messages stay as they are."""
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "calibration": "assistant"}
     texts = {c: [_said(role, row[c])] for c, role in roles.items() if isinstance(row.get(c), str)}
-    return row if is_messages(row.get("chosen")) else _with_system(row | texts, row.get("system"))
+    return row if is_messages(row.get("chosen")) else with_system(row | texts, row.get("system"))
 
 
 def _from_transcripts(row: Row, chat: bool) -> Row:
@@ -249,14 +255,15 @@ def questions(prompt: str) -> list[str]:
 
 def _from_sharegpt(row: Row) -> Row:
     """sharegpt: {"from", "value"} messages as {"role", "content"}; `system` goes first."""
-    found: Row = {c: _messages(c, row[c]) for c in ("chosen", "rejected", "calibration") if row.get(c) is not None}
+    found: Row = {c: chat_messages(c, row[c]) for c in ("chosen", "rejected", "calibration") if row.get(c) is not None}
     asked = row.get("conversations", row.get("prompt"))
     if asked is not None:
-        found["prompt"] = asked if isinstance(asked, str) else _messages("conversations", asked)
-    return _with_system(row | found, row.get("system"))
+        found["prompt"] = asked if isinstance(asked, str) else chat_messages("conversations", asked)
+    return with_system(row | found, row.get("system"))
 
 
-def _with_system(row: Row, system: Any) -> Row:
+def with_system(row: Row, system: Any) -> Row:
+    """The row with a system message before its prompt's."""
     if not system:
         return row
     if not isinstance(system, str):
@@ -266,7 +273,8 @@ def _with_system(row: Row, system: Any) -> Row:
     return row | {"prompt": [_said("system", system), *row["prompt"]]}
 
 
-def _messages(column: str, value: Any) -> list[dict[str, str]]:
+def chat_messages(column: str, value: Any) -> list[dict[str, str]]:
+    """ShareGPT's messages with `role` and `content`; a text is a reply."""
     if isinstance(value, str):
         return [_said("assistant", value)]
     messages = []
@@ -287,12 +295,7 @@ def _from_alpaca(row: Row, chat: bool, soft: bool, zero: str | None) -> Row:
 
     With `soft` the label is the winner's share of the votes; otherwise the majority counts as certain.
     """
-    asked = _text(row, "instruction" if "instruction" in row else "prompt")
-    if not asked.strip():
-        raise BadRow(EMPTY, "instruction is empty")
-    more = _text(row, "input") if row.get("input") is not None else ""
-    if row.get("history"):
-        raise BadRow(UNKNOWN_FORM, "history is not read; give such rows as conversations")
+    prompt = alpaca_prompt(row, chat)
     pair = _responses(row)
     for column, response in pair.items():
         if not isinstance(response, str):
@@ -305,15 +308,26 @@ def _from_alpaca(row: Row, chat: bool, soft: bool, zero: str | None) -> Row:
         if soft or share == 0.5:
             row["label"] = max(share, 1 - share)
     if not chat:
-        blank = _ALPACA.format(
-            with_input=", paired with an input that provides further context" if more.strip() else "",
-            instruction=asked,
-            input=f"### Input:\n{more}\n\n" if more.strip() else "",
-        )
-        return row | {"prompt": blank, "chosen": first, "rejected": second}
-    question = f"{asked}\n\n{more}" if more.strip() else asked
-    plain = {"prompt": [_said("user", question)], "chosen": [_said("assistant", first)]}
-    return _with_system(row | plain | {"rejected": [_said("assistant", second)]}, row.get("system"))
+        return row | {"prompt": prompt, "chosen": first, "rejected": second}
+    return row | {"prompt": prompt, "chosen": [_said("assistant", first)], "rejected": [_said("assistant", second)]}
+
+
+def alpaca_prompt(row: Row, chat: bool) -> Any:
+    """Instruction and input as one question, after `system`; as text they stand in Stanford Alpaca's frame."""
+    asked = _text(row, "instruction" if "instruction" in row else "prompt")
+    if not asked.strip():
+        raise BadRow(EMPTY, "instruction is empty")
+    more = _text(row, "input") if row.get("input") is not None else ""
+    if row.get("history"):
+        raise BadRow(UNKNOWN_FORM, "history is not read; give such rows as conversations")
+    if chat:
+        question = f"{asked}\n\n{more}" if more.strip() else asked
+        return with_system({"prompt": [_said("user", question)]}, row.get("system"))["prompt"]
+    return _ALPACA.format(
+        with_input=", paired with an input that provides further context" if more.strip() else "",
+        instruction=asked,
+        input=f"### Input:\n{more}\n\n" if more.strip() else "",
+    )
 
 
 def _responses(row: Row) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def refuse_two_kinds(trained: Prepared, held_out: Prepared | None) -> None:
         kinds = ("text", "chat messages") if text else ("chat messages", "text")
         raise UserError(
             f"data.eval: {held_out.sources[0]['source']} has {kinds[1]}, and {trained.sources[0]['source']} of "
-            f"data.train {kinds[0]}: judge on rows of the kind that is trained on; set chat: true (or false) for one of them"
+            f"data.train {kinds[0]}: judge on rows of the kind that is trained on; set chat: true (or false) for one"
         )
 
 

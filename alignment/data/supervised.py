@@ -4,6 +4,8 @@
 |---|---|
 | `messages` | every assistant turn where the chat template marks them, else the last one |
 | `prompt`, `completion` (texts or messages) | the completion |
+| `conversations` (ShareGPT), with `system` or without | as of `messages` |
+| `instruction`, `input`, `output` (Alpaca) | the output |
 | `text` | all of it |
 | any form of preferences (`forms`) | the chosen response (Preferred-FT of Rafailov et al. 2023, 2305.18290) |
 
@@ -20,7 +22,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignment.data.forms import PEEKED, converter
+from alignment.data.forms import (
+    PEEKED,
+    alpaca_prompt,
+    chat_messages,
+    check_columns,
+    converter,
+    form_of,
+    under_our_names,
+    with_system,
+)
 from alignment.data.pipeline import Prepared, Rejected, described, mixed, title
 from alignment.data.preferences import (
     BOS_EOS,
@@ -32,6 +43,7 @@ from alignment.data.preferences import (
     UNKNOWN_FORM,
     BadRow,
     is_messages,
+    refuse_written_messages,
 )
 from alignment.data.reading import Place, Placed, raw_rows
 from alignment.data.tokens import Markers, check_bos, check_response, encode, markers
@@ -45,7 +57,11 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 IGNORED = -100  # the label of a token that is not learned, torch's own
-ACCEPTED = "messages; prompt and completion; text; or preferences (prompt, chosen, rejected …)"
+ACCEPTED = (
+    "messages; prompt and completion; conversations (ShareGPT); instruction, input and output (Alpaca); text; or "
+    "preferences (prompt, chosen, rejected …); map other names with columns: {prompt: THEIRS, completion: THEIRS}"
+)
+_NAMED = {"sharegpt": "conversations", "alpaca": "instruction"}  # `format`, where rows are no preferences
 
 
 @dataclass
@@ -86,13 +102,19 @@ class _Encoder:
         return ids["prompt_ids"] + ids["completion_ids"], [IGNORED] * len(ids["prompt_ids"]) + ids["completion_ids"]
 
     def _all_turns(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        found: Any = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+        from jinja2 import TemplateError
+
+        try:
+            found: Any = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+        except TemplateError as error:
+            reason = " ".join(str(error).split())[:120]
+            raise BadRow(UNKNOWN_FORM, f"the chat template refuses it: {reason}") from None
         ids, learned = found["input_ids"], found["assistant_masks"]
         ends = sum(i in self.marks[True].ends for i, own in zip(ids, learned, strict=True) if own)
         turns = sum(m["role"] == "assistant" for m in messages)
@@ -178,7 +200,7 @@ def prepare_supervised(
         for source, (form, usable, bad), count in zip(sources, found, used, strict=True)
     ]
     every = [bad for _, _, rejected in found for bad in rejected]
-    only_last = turns == "all" and template is None and any(entry["form"] == "messages" for entry in entries)
+    only_last = turns == "all" and template is None and {"messages", "conversations"} & {e["form"] for e in entries}
     note = "of conversations only the last turn is learned: the chat template does not mark assistant turns"
     return Prepared(
         dataset=dataset,
@@ -204,28 +226,38 @@ def _converted(
     """The form of a source, and for each of its rows its place and what converts it (or raises `BadRow`)."""
     peeked = list(itertools.islice(placed, PEEKED))
     first, rows = [row for _, row in peeked], itertools.chain(peeked, placed)
-    form = _told(first)
-    if form is None and not all({"rejected", "output"}.isdisjoint(row) for row in first):
-        form, preferred = converter(source, first, has_template)
-        return form, ((place, lambda row=row: _chosen(preferred(row))) for place, row in rows)
+    check_columns(source, first)
+    form = _form(source, [under_our_names(row, source.columns) for row in first])
+    if form == "preferences":
+        name, preferred = converter(source, first, has_template)
+        return name, ((place, lambda row=row: _chosen(preferred(row))) for place, row in rows)
     if form is None:
         columns = ", ".join(dict.fromkeys(key for row in first for key in row)) or "(none)"
         raise UserError(f"{source.name}: nothing to learn in columns {columns}; accepted: {ACCEPTED}")
-    if source.columns is not None or source.format != "auto":
-        raise UserError(
-            f"{source.name}: format and columns are for preferences; these rows are {form}: leave them out"
-        )
-    convert = {"messages": _conversation, "completion": _completion, "text": _text}[form]
-    return form, ((place, lambda row=row: convert(row, bool(source.chat))) for place, row in rows)
+    if source.format != "auto" and _NAMED.get(source.format) != form:
+        raise UserError(f"{source.name}: format {source.format} is not that of these rows ({form}): leave it out")
+    chat = bool(source.chat) if form != "instruction" or source.chat is not None else has_template
+    convert = {
+        "messages": _conversation,
+        "conversations": _sharegpt,
+        "completion": _completion,
+        "instruction": _instruction,
+        "text": _text,
+    }[form]
+    return form, ((place, lambda row=row: convert(under_our_names(row, source.columns), chat)) for place, row in rows)
 
 
-def _told(first: Sequence[Row]) -> str | None:
-    keys = {key for row in first for key, value in row.items() if value is not None}
-    if "messages" in keys and "chosen" not in keys:
-        return "messages"
+def _form(source: SourceSection, first: Sequence[Row]) -> str | None:
+    """What the first rows, under our names, have to learn from."""
+    filled = [{key: value for key, value in row.items() if value is not None} for row in first]
+    keys = {key for row in filled for key in row}
     if {"prompt", "completion"} <= keys:
         return "completion"
-    return "text" if "text" in keys and "chosen" not in keys else None
+    if source.format in ("preference", "hh") or form_of(filled) is not None:
+        return "preferences"
+    if "output" in keys and {"instruction", "prompt"} & keys:
+        return "instruction"
+    return next((form for form in ("messages", "conversations", "text") if form in keys), None)
 
 
 def _chosen(row: Row) -> Row:
@@ -239,6 +271,8 @@ def _field(row: Row, column: str) -> Any:
         raise BadRow(MISSING_FIELD, f"{column} is missing")
     if not isinstance(value, str) and not is_messages(value):
         raise BadRow(NOT_TEXT, f"{column}: expected text or a list of messages, got {type(value).__name__}")
+    if isinstance(value, str):
+        refuse_written_messages(column, value)
     return value
 
 
@@ -259,6 +293,23 @@ def _completion(row: Row, chat: bool) -> Row:
     if isinstance(prompt, str) != isinstance(completion, str):
         raise BadRow(UNKNOWN_FORM, "prompt and completion mix text and chat messages")
     return {"prompt": prompt, "completion": completion}
+
+
+def _instruction(row: Row, chat: bool) -> Row:
+    output = _said("output", _field(row, "output"))
+    if not isinstance(output, str):
+        raise BadRow(NOT_TEXT, "output: expected text, got a list of messages")
+    prompt = alpaca_prompt(row, chat)
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": output}] if chat else output}
+
+
+def _sharegpt(row: Row, chat: bool) -> Row:
+    turns = row.get("conversations")
+    if not isinstance(turns, list):
+        _field(row, "conversations")
+        raise BadRow(NOT_TEXT, f"conversations: expected a list of messages, got {type(turns).__name__}")
+    messages = with_system({"prompt": chat_messages("conversations", turns)}, row.get("system"))["prompt"]
+    return _conversation({"messages": messages}, chat)
 
 
 def _text(row: Row, chat: bool) -> Row:

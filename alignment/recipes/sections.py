@@ -196,6 +196,7 @@ SOURCE_COLUMNS = (
     *("prompt", "chosen", "rejected", "calibration", "label"),
     *("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected"),
     *("conversations", "system", "instruction", "input", "output", "response1", "response2"),
+    *(SFT_COLUMNS := ("completion", "messages", "text")),
 )
 
 
@@ -300,6 +301,14 @@ class DataSection(Section):
     def _all_weights_or_none(cls, value: list[SourceSection] | None) -> list[SourceSection] | None:
         if len({source.weight is None for source in value or []}) > 1:
             raise ValueError("give every source a weight, or none")
+        return value
+
+    @field_validator("train", "eval")
+    @classmethod
+    def _of_preferences(cls, value: list[SourceSection] | None) -> list[SourceSection] | None:
+        for column in (column for source in value or [] for column in source.columns or {}):
+            if column in SFT_COLUMNS:
+                raise ValueError(f"columns.{column} is for supervised fine-tuning (scripts/sft.py)")
         return value
 
     @model_validator(mode="after")

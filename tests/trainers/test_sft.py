@@ -62,6 +62,12 @@ TURNS = [said(USER, "my dog is"), said(ASSISTANT, "warm ."), said(USER, "our cat
 TWO = CHAT + "<|start|>user\nour cat is<|end|>\n<|start|>assistant\nnice .<|end|>\n"
 
 
+SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[turn["role"]], "value": turn["content"]} for turn in TURNS]
+SYSTEM = "<|start|>system\nmy dog is<|end|>\n<|start|>assistant\nwarm .<|end|>\n"
+ASKED = "<|start|>user\nmy dog\n\nis<|end|>\n<|start|>assistant\nwarm .<|end|>\n"
+PAIR = {"response1": "warm .", "response2": "cold ."}
+
+
 @pytest.mark.parametrize(
     ("row", "whole", "own"),
     [
@@ -76,12 +82,45 @@ TWO = CHAT + "<|start|>user\nour cat is<|end|>\n<|start|>assistant\nnice .<|end|
         ({"chosen": TURNS[:2], "rejected": [TURNS[0], said(ASSISTANT, "cold .")]}, CHAT, "warm .<|end|>\n"),
         ({"messages": TURNS[:2]}, CHAT, "warm .<|end|>\n"),
         ({"messages": TURNS}, TWO, "nice .<|end|>\n"),  # the template marks nothing: the last turn
+        ({"conversations": SHAREGPT}, TWO, "nice .<|end|>\n"),
+        ({"conversations": SHAREGPT[1:2], "system": "my dog is"}, SYSTEM, "warm .<|end|>\n"),
+        ({"instruction": "my dog", "input": "is", "output": "warm ."}, ASKED, "warm .<|end|>\n"),
+        ({"instruction": "my dog is", "input": "", "output": "warm .", "text": "framed"}, CHAT, "warm .<|end|>\n"),
+        ({"prompt": "my dog is"} | PAIR | {"label": 1}, CHAT, "warm .<|end|>\n"),
+        ({"instruction": "my dog is"} | PAIR | {"preference": "A"}, CHAT, "warm .<|end|>\n"),
+        ({"instruction": "my dog is", "output": ["warm .", "cold ."]}, CHAT, "warm .<|end|>\n"),
+        (
+            {c: f"\n\nHuman: my dog is\n\nAssistant: {w} ." for c, w in (("chosen", "warm"), ("rejected", "cold"))},
+            CHAT,
+            "warm .<|end|>\n",
+        ),
+        (
+            {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "cold ."}},
+            CHAT,
+            "warm .<|end|>\n",
+        ),
     ],
-    ids=["completion", "ended already", "chosen", "chat", "chosen chat", "messages", "several turns"],
 )
 def test_only_the_completion_is_learned_and_ends_once(tmp_path, tokenizer, row, whole, own):
     found = prepared(tmp_path, tokenizer, [row])
     assert learned(tokenizer, found.dataset[0]) == (whole, own) and not found.rejected
+
+
+def test_columns_and_forms_are_those_of_fine_tuning(tmp_path, tokenizer):
+    row = {"question": "my dog is", "answer": " warm .", "prompt": "not this"}
+    columns = {"prompt": "question", "completion": "answer"}
+    found = prepared(tmp_path, tokenizer, [row], source={"columns": columns})
+    assert learned(tokenizer, found.dataset[0]) == ("my dog is warm .<|end|>", " warm .<|end|>")
+    with pytest.raises(UserError, match=r"columns\.completion: no column 'anwser'; did you mean 'answer'"):
+        prepared(tmp_path, tokenizer, [row], source={"columns": columns | {"completion": "anwser"}})
+    alpaca = {"instruction": "my dog is", "output": "warm ."}
+    framed = prepared(tmp_path, tokenizer, [alpaca], max_length=999, source={"chat": False, "format": "alpaca"})
+    whole, own = learned(tokenizer, framed.dataset[0])
+    assert own == "warm .<|end|>" and "dog is" in whole and "Response:" in whole.replace(" ", "")
+    with pytest.raises(UserError, match=r"format sharegpt is not that of these rows \(instruction\): leave it out"):
+        prepared(tmp_path, tokenizer, [alpaca], source={"format": "sharegpt"})
+    with pytest.raises(RecipeError, match=r"columns\.completion is for supervised fine-tuning"):
+        load_recipe("recipes/quickstart/dpo.yaml", ["data.sample=null", f"data.train={{name: a, columns: {columns}}}"])
 
 
 def test_plain_text_is_learned_but_for_what_nothing_predicts(tmp_path, tokenizer):
@@ -139,6 +178,7 @@ def test_long_rows_are_cut_and_prompts_that_leave_no_room_are_rejected(tmp_path,
         ({"prompt": "my dog is", "completion": " warm .<|end|> .<|end|>"}, "bos_eos"),
         ({"prompt": "my dog is", "completion": [TURNS[1]]}, "unknown_form"),
         ({"prompt": [TURNS[0]], "completion": TURNS[1:3]}, "different_prompts"),
+        ({"prompt": "my dog is", "completion": str(TURNS[1:2])}, "unknown_form"),
     ],
 )
 def test_bad_rows_are_kept_apart_by_number(tmp_path, tokenizer, row, reason):
@@ -161,9 +201,39 @@ def test_bad_conversations(tmp_path, tokenizer, row, reason):
     assert [(bad.row, bad.reason) for bad in found.rejected] == [(2, reason)]
 
 
-def test_rows_without_anything_to_learn(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="nothing to learn in columns question, answer; accepted: messages; prompt"):
-        prepared(tmp_path, tokenizer, [{"question": "a", "answer": "b"}])
+@pytest.mark.parametrize(
+    ("good", "row", "reason"),
+    [
+        ({"conversations": SHAREGPT}, {"conversations": None}, "missing_field"),
+        ({"conversations": SHAREGPT}, {"conversations": str(SHAREGPT)}, "unknown_form"),
+        ({"conversations": SHAREGPT}, {"conversations": SHAREGPT[:3]}, "missing_field"),
+        ({"conversations": SHAREGPT}, {"conversations": [{"from": "narrator", "value": "a"}]}, "unknown_form"),
+        ({"instruction": "a", "output": "b"}, {"instruction": "a", "output": " "}, "empty"),
+        ({"instruction": "a", "output": "b"}, {"instruction": " ", "output": "b"}, "empty"),
+        ({"instruction": "a", "output": "b"}, {"instruction": "a"}, "missing_field"),
+        ({"instruction": "a", "output": "b"}, {"instruction": "a", "output": TURNS[1:2]}, "not_text"),
+    ],
+)
+def test_bad_rows_of_other_forms(tmp_path, tokenizer, good, row, reason):
+    found = prepared(tmp_path, tokenizer, [good, good, row])
+    assert [(bad.row, bad.reason) for bad in found.rejected] == [(3, reason)]
+
+
+def test_a_conversation_that_the_template_refuses(tmp_path, tiny):
+    marking = load_tokenizer(tiny)
+    marking.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + MARKED
+    )
+    rows = [{"messages": TURNS}, {"messages": [{"role": "system", "content": "brief"}, *TURNS]}]
+    (bad,) = prepared(tmp_path, marking, rows).rejected
+    assert (bad.row, bad.reason) == (2, "unknown_form") and "no system" in bad.detail
+
+
+@pytest.mark.parametrize("columns", [("question", "answer"), ("chosen", "rejected"), ("instruction", "answer")])
+def test_rows_without_anything_to_learn(tmp_path, tokenizer, columns):
+    accepted = "accepted: messages; prompt and completion; conversations"
+    with pytest.raises(UserError, match=f"nothing to learn in columns {', '.join(columns)}; {accepted}"):
+        prepared(tmp_path, tokenizer, [dict(zip(columns, "ab", strict=True))])
 
 
 # --- training ---------------------------------------------------------------------------------------------------
