@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -101,6 +102,8 @@ def test_a_rejected_row_of_a_folder_is_found_in_its_file(tmp_path):
         (f"{tmp_path}:train[1:]", files[0], 2),
         (f"{tmp_path}:train[1:]", files[1], 3),
     ]
+    with pytest.raises(UserError, match=rf"such as {files[0]}: row 2: chosen"):
+        write_rejected(tmp_path / "other", dataclasses.replace(found, max_rejected_share=0.1))
 
 
 def test_no_row_left_stops_the_run_whatever_the_share(tmp_path):
