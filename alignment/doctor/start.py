@@ -5,6 +5,7 @@ Reads the first rows of each source only, and writes nothing but into a temporar
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ from datasets import Dataset
 from alignment.errors import UserError
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective
+from alignment.objectives.spo import degree_loss
 from alignment.recipes import Recipe
 from alignment.trainers.checks import losses_and_slopes
 from alignment.trainers.collation import BRANCHES
+from alignment.trainers.degree import cut_copies
 from alignment.trainers.offline import PreferenceTrainer
 from alignment.trainers.run import build_trainer, run_arguments
 from alignment.trainers.scoring import ROW_KEYS, TOLERANCE, relative_gap, repaired, sequence_logps
@@ -49,8 +52,9 @@ class StepZero:
         expected: the objective's value at the starting model, from an independent scoring of the same rows.
         logp_chosen, logp_rejected: of the responses, summed over tokens.
         per_token_chosen, per_token_rejected: the same per token.
+        degrees: of spo: which copies there are, and the degree loss of the first batch.
         warnings: what the trainer said while it was set up.
-        problem: what the trainer's step-0 check says; None where all is well.
+        problem: what the trainer's step-0 check says, or that the degree loss is wrong; None where all is well.
     """
 
     pairs: int
@@ -65,6 +69,7 @@ class StepZero:
     logp_rejected: float
     per_token_chosen: float
     per_token_rejected: float
+    degrees: tuple[str, ...]
     warnings: tuple[str, ...]
     problem: str | None
 
@@ -78,7 +83,7 @@ class StepZero:
             f"log-prob of a response: chosen {self.logp_chosen:.2f} nats, {self.per_token_chosen:.3f} a token; "
             f"rejected {self.logp_rejected:.2f}, {self.per_token_rejected:.3f} a token",
         ]
-        return [*found, *(f"said: {text}" for text in self.warnings)]
+        return [*found, *self.degrees, *(f"said: {text}" for text in self.warnings)]
 
 
 def step_zero(recipe: Recipe, data: Dataset, tokenizer: Any) -> StepZero:
@@ -133,6 +138,7 @@ def _facts(
     started = replace(batch, **{name: start[:, j] for j, name in enumerate(BRANCHES[:branches])})
     tokens = torch.stack([inputs["chosen_length"], inputs["rejected_length"]], 1).sum(0)
     each = logps * len(start) / tokens
+    degrees, wrong = _degrees(trainer, batch)
     return StepZero(
         pairs=len(start),
         layout=trainer.collator.layout,
@@ -146,9 +152,29 @@ def _facts(
         logp_rejected=float(logps[1]),
         per_token_chosen=float(each[0]),
         per_token_rejected=float(each[1]),
+        degrees=degrees,
         warnings=said,
-        problem=problem,
+        problem=problem or wrong,
     )
+
+
+def _degrees(trainer: PreferenceTrainer, batch: PairLogps) -> tuple[tuple[str, ...], str | None]:
+    """What spo finds to learn from, and what is wrong with it: the zero head knows no degree, so L_deg is log N."""
+    if batch.degree_logits is None or batch.degree_labels is None:
+        return (), None
+    rows: Any = trainer.train_dataset
+    cut = trainer.collator.max_length
+    labels = [cut_copies(row, cut, len(trainer.copied))[1] for row in rows]
+    copies, pairs = sum(n > 0 for row in labels for n in row), sum(max(row) > 0 for row in labels)
+    lines = [f"degraded copies: {copies}; {pairs} of {len(labels)} pairs have some ({pairs / len(labels):.0%})"]
+    real = (batch.degree_labels >= 0).any(1)
+    if not bool(real.any()):
+        return (*lines, "degree loss: no pair of the first batch has copies"), None
+    found = float(degree_loss(batch.degree_logits.float(), batch.degree_labels)[real].mean())
+    expected = math.log(batch.degree_logits.size(-1))
+    lines.append(f"degree loss {found:.6g}; at a zero head, log {batch.degree_logits.size(-1)} = {expected:.6g}")
+    wrong = abs(found - expected) > 1e-5
+    return tuple(lines), f"the degree loss is {found:.6g}, not {expected:.6g}: the head is not zero" if wrong else None
 
 
 def _mean_loss(objective: Objective, batch: PairLogps) -> float:

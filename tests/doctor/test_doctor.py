@@ -67,6 +67,25 @@ def test_another_reference_is_told_from_the_start(recipe_file, tiny, tmp_path):
     assert facts.reward_chosen > 0.01 and facts.problem is None  # it is asked for: no mistake
 
 
+def test_spo_starts_at_log_n_and_says_which_pairs_have_copies(recipe_file, tmp_path, monkeypatch):
+    """Rows with several key phrases have three degrees for both responses; a one-word response has no copies."""
+    long = {"chosen": " kind and gentle and warm and sweet .", "rejected": " cold and rude and mean and harsh ."}
+    rows = [{"prompt": row["prompt"], **long} for row in made_up_rows(4)]
+    rows[0] |= {"chosen": " kind .", "rejected": " rude ."}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = load_recipe(recipe_file, ["objective.name=spo"])
+    tokenizer = load_tokenizer(recipe.model.name_or_path)
+    data = given_rows(recipe, "train", tokenizer).dataset
+    facts = step_zero(recipe, data, tokenizer)
+    assert facts.problem is None
+    assert facts.degrees == (
+        "degraded copies: 12; 3 of 4 pairs have some (75%)",  # 3 pairs, 2 responses, 2 copies
+        "degree loss 1.09861; at a zero head, log 3 = 1.09861",
+    )
+    monkeypatch.setattr(torch.nn.init, "zeros_", torch.nn.init.normal_)
+    assert "the head is not zero" in str(step_zero(recipe, data, tokenizer).problem)
+
+
 def test_everything_in_order_and_nothing_left_behind(recipe, tmp_path):
     ok, told = examined(recipe)
     assert ok
