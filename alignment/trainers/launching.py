@@ -6,11 +6,13 @@ what needs doing once is done by the main process.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -177,6 +179,28 @@ def prepare_run(
         print(f"{run} held an earlier run; it is now {aside}", flush=True)
     write_json(run / "manifest.json", manifest)
     return None, aside
+
+
+@contextlib.contextmanager
+def run_directory(
+    recipe: AnyRecipe, state: PartialState, resume: bool, manifest: dict[str, Any]
+) -> Iterator[Path | None]:
+    """The run's folder, ready, as long as the block lasts; gives the checkpoint to resume from.
+
+    An earlier run in the same place is moved aside; where the block fails before training has begun, all is put back.
+    """
+    run, main = Path(recipe.training.output_dir), state.is_main_process
+    checkpoint, aside = prepare_run(recipe, run, resume, manifest) if main else (None, None)
+    state.wait_for_everyone()
+    if resume and not main:
+        checkpoint = rundir.last_checkpoint(run)
+    finished = False
+    try:
+        yield checkpoint
+        finished = True
+    finally:
+        if main and not resume and not finished:
+            rundir.undo_unless_begun(run, aside)
 
 
 def compact(trainer: Any) -> Any:

@@ -26,9 +26,8 @@ from alignment.objectives.base import Objective, reads_reference
 from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
 from alignment.trainers.collation import BRANCHES, FROZEN_COLUMNS, LengthGroupedSampler, PairCollator
 from alignment.trainers.degree import COLUMNS, DegreeTrainer
-from alignment.trainers.frozen import model_digest
 from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals
-from alignment.trainers.reference import ReferenceTrainer, checked_reference
+from alignment.trainers.reference import ReferenceTrainer
 from alignment.trainers.scoring import (
     TOLERANCE,
     Layout,
@@ -104,26 +103,11 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         self._totals = {"train": Totals(), "eval": Totals()}
         self._layout_settled = self._begun = self._gradient_seen = False
         self._start: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
-        previous_given = "prev_chosen" in train_dataset.column_names
-        if self.start_is_reference and "previous" in objective.needs and previous_given:
-            raise UserError(
-                "train data: the rows bring prev_chosen, so training starts at the previous iterate, which is not the "
-                "reference: name the reference (reference.name_or_path)"
-            )
-        judged = eval_dataset if "previous" in objective.needs else None
-        if judged is not None and previous_given != ("prev_chosen" in judged.column_names):
-            raise UserError("data: prev_chosen is in only one of train and eval; the loss would not be the same")
+        data = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
         if layout == "shared_prefix" and (reason := _why_not_shared(model, peft_config)):
             warnings.warn(f"layout shared_prefix is not possible ({reason}); using paired", stacklevel=2)
             layout = "paired"
-        # The start beside another reference: what an objective that reads the previous iterate compares with.
-        self._scores_start = "previous" in objective.needs and not self.start_is_reference and not previous_given
-        self.frozen_digests: dict[str, str] = {}
-        self._ref_config = None
-        if not self.start_is_reference and ref_model is not None and self._needs_reference:
-            self._ref_config = checked_reference(ref_model, processing_class)
-            self.frozen_digests["reference"] = model_digest(ref_model)
-        ref_model, self.start_model = self._frozen_models(model, ref_model, start_model, peft_config)
+        ref_model = self._plan_frozen(model, ref_model, start_model, peft_config, data, processing_class)
         self.collator = PairCollator(
             processing_class.pad_token_id, args.max_length, layout, self._calibrated, self.copied
         )
@@ -141,12 +125,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             peft_config=peft_config,
             **more,
         )
-        asked = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-        if self.accelerator.mixed_precision != asked:
-            raise UserError(
-                f"training: the launcher's mixed precision is {self.accelerator.mixed_precision!r}, the recipe's is "
-                f"{asked!r}: set training.bf16 or training.fp16, or launch with --mixed_precision {asked}"
-            )
+        self._refuse_other_precision()
         if self.start_model is not None:
             self.start_model = self._prepared(self.start_model)
         if self._precompute:
@@ -158,6 +137,14 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         self.add_callback(EpochOrder(self))
         if self.aux_loss_enabled:
             warnings.warn("the router's auxiliary loss is not added: only the objective is trained", stacklevel=2)
+
+    def _refuse_other_precision(self) -> None:
+        asked = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
+        if self.accelerator.mixed_precision != asked:
+            raise UserError(
+                f"training: the launcher's mixed precision is {self.accelerator.mixed_precision!r}, the recipe's is "
+                f"{asked!r}: set training.bf16 or training.fp16, or launch with --mixed_precision {asked}"
+            )
 
     # --- data ---------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, 
 from trl.trainer.utils import use_adapter
 
 from alignment.errors import UserError
+from alignment.objectives.base import Objective
 from alignment.trainers.collation import BRANCHES, truncated
 from alignment.trainers.frozen import frozen_logps, model_digest, rows_digest
 from alignment.trainers.layout import LayoutTrainer
@@ -29,6 +30,7 @@ from alignment.trainers.scoring import TOLERANCE
 class ReferenceTrainer(LayoutTrainer):
     """Frozen models and their columns; the attributes below are set by `PreferenceTrainer`."""
 
+    objective: Objective
     start_model: Any
     start_is_reference: bool
     frozen_digests: dict[str, str]
@@ -36,6 +38,28 @@ class ReferenceTrainer(LayoutTrainer):
     _precompute: bool
     _scores_start: bool
     _ref_config: Any
+
+    def _plan_frozen(
+        self, model: Any, ref_model: Any, start_model: Any, peft_config: Any, data: list[Dataset], tokenizer: Any
+    ) -> Any:
+        """Before TRL's own set-up: which models are frozen; returns the reference for TRL, or None."""
+        reads_previous = "previous" in self.objective.needs
+        given = ["prev_chosen" in rows.column_names for rows in data]
+        if reads_previous and self.start_is_reference and given[0]:
+            raise UserError(
+                "train data: the rows bring prev_chosen, so training starts at the previous iterate, which is not the "
+                "reference: name the reference (reference.name_or_path)"
+            )
+        if reads_previous and given[0] != given[-1]:
+            raise UserError("data: prev_chosen is in only one of train and eval; the loss would not be the same")
+        # The start beside another reference: what an objective that reads the previous iterate compares with.
+        self._scores_start = reads_previous and not self.start_is_reference and not given[0]
+        self.frozen_digests, self._ref_config = {}, None
+        if not self.start_is_reference and ref_model is not None and self._needs_reference:
+            self._ref_config = checked_reference(ref_model, tokenizer)
+            self.frozen_digests["reference"] = model_digest(ref_model)
+        ref_model, self.start_model = self._frozen_models(model, ref_model, start_model, peft_config)
+        return ref_model
 
     def _frozen_models(self, model: Any, ref_model: Any, start_model: Any, peft_config: Any) -> tuple[Any, Any]:
         """(reference for TRL, start beside another reference); None where the policy itself can score them: with its

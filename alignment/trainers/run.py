@@ -41,7 +41,7 @@ from alignment.trainers.launching import (
     compact,
     known,
     model_arguments,
-    prepare_run,
+    run_directory,
     save_final,
     say,
     sharding,
@@ -232,20 +232,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     state = begin(recipe)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))
     given, held_out = (given_rows(recipe, role, tokenizer) for role in ("train", "eval"))
-    main = state.is_main_process
-    checkpoint, aside = (
-        prepare_run(recipe, run, resume, _manifest(recipe, state.num_processes)) if main else (None, None)
-    )
-    state.wait_for_everyone()
-    if resume and not main:
-        checkpoint = rundir.last_checkpoint(run)
-    finished = False
-    try:
+    with run_directory(recipe, state, resume, _manifest(recipe, state.num_processes)) as checkpoint:
         _train_in(run, recipe, state, tokenizer, given, held_out, checkpoint, started)
-        finished = True
-    finally:
-        if main and not resume and not finished:
-            rundir.undo_unless_begun(run, aside)
     return run
 
 

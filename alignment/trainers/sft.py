@@ -33,7 +33,7 @@ from alignment.trainers.launching import (
     compact,
     known,
     model_arguments,
-    prepare_run,
+    run_directory,
     save_final,
     say,
     sharding,
@@ -125,18 +125,8 @@ def train(recipe: SftRecipe, resume: bool = False) -> Path:
     data, held_out = (_rows(recipe, role, tokenizer) for role in ("train", "eval"))
     assert data is not None  # the schema says so
     refuse_overlap(data.dataset, held_out.dataset if held_out else None)
-    main = state.is_main_process
-    checkpoint, aside = prepare_run(recipe, run, resume, known(recipe, state.num_processes)) if main else (None, None)
-    state.wait_for_everyone()
-    if resume and not main:
-        checkpoint = rundir.last_checkpoint(run)
-    finished = False
-    try:
+    with run_directory(recipe, state, resume, known(recipe, state.num_processes)) as checkpoint:
         _train_in(run, recipe, state, tokenizer, data, held_out, checkpoint, started)
-        finished = True
-    finally:
-        if main and not resume and not finished:
-            rundir.undo_unless_begun(run, aside)
     return run
 
 

@@ -33,7 +33,7 @@ def interrupt(run: Path, step: int) -> None:
     """
     straight = run.with_name(f"{run.name}-straight")
     run.rename(straight)
-    shutil.copytree(straight, run, ignore=shutil.ignore_patterns(*AT_THE_END))
+    shutil.copytree(straight, run, ignore=lambda folder, _: AT_THE_END if Path(folder) == straight else ())
     for checkpoint in run.glob("checkpoint-*"):
         if int(checkpoint.name.rpartition("-")[2]) > step:
             shutil.rmtree(checkpoint)
