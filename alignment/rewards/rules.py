@@ -6,12 +6,14 @@ Each is a frozen dataclass whose fields are its recipe keys, so two rewards are 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, ClassVar
 
 from alignment.errors import UserError
+from alignment.rewards.base import Prompt, Reward, check_lengths
 
 
 @lru_cache(maxsize=1)
@@ -22,13 +24,8 @@ def _vader() -> Any:
     return SentimentIntensityAnalyzer()
 
 
-def _check_lengths(prompts: list[str], responses: list[str]) -> None:
-    if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
-
-
 @dataclass(frozen=True)
-class VaderReward:
+class VaderReward(Reward):
     """VADER's compound sentiment of the response alone (Hutto & Gilbert 2014), in [-1, 1].
 
     A response without a sentiment word, and an empty one, scores 0: that is VADER's own neutral, not a failure.
@@ -36,9 +33,9 @@ class VaderReward:
 
     name: ClassVar[str] = "vader"
 
-    def score(self, prompts: list[str], responses: list[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Compound score per response; the prompt is not read."""
-        _check_lengths(prompts, responses)
+        check_lengths(prompts, responses)
         return [float(_vader().polarity_scores(response)["compound"]) for response in responses]
 
     def describe(self) -> str:
@@ -49,14 +46,14 @@ class VaderReward:
 
 
 @dataclass(frozen=True)
-class LengthReward:
+class LengthReward(Reward):
     """Length of the response in characters (Unicode code points)."""
 
     name: ClassVar[str] = "length"
 
-    def score(self, prompts: list[str], responses: list[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Characters per response; the prompt is not read."""
-        _check_lengths(prompts, responses)
+        check_lengths(prompts, responses)
         return [float(len(response)) for response in responses]
 
     def describe(self) -> str:
@@ -64,7 +61,7 @@ class LengthReward:
 
 
 @dataclass(frozen=True)
-class RegexReward:
+class RegexReward(Reward):
     """How often a regular expression occurs in the response, without overlaps.
 
     Attributes:
@@ -85,9 +82,9 @@ class RegexReward:
         except re.error as error:
             raise UserError(f"reward regex: pattern {self.pattern!r} is not a valid expression: {error}") from None
 
-    def score(self, prompts: list[str], responses: list[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Number of matches per response; the prompt is not read."""
-        _check_lengths(prompts, responses)
+        check_lengths(prompts, responses)
         pattern = re.compile(self.pattern)
         return [float(sum(1 for _ in pattern.finditer(response))) for response in responses]
 
