@@ -58,7 +58,7 @@ def settle_accelerator() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _adapter_base(folder: str) -> str | None:
+def adapter_base(folder: str) -> str | None:
     """The base model's name where `folder` holds a LoRA adapter, else None."""
     config = Path(folder) / "adapter_config.json"
     if not config.is_file():
@@ -107,7 +107,7 @@ def load_tokenizer(
     if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
         name_or_path, revision = adapter, None
     path = resolve_path(name_or_path)
-    base = _adapter_base(path)
+    base = adapter_base(path)
     if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
         path = resolve_path(base)
     tokenizer = _from_pretrained(
@@ -128,6 +128,9 @@ def load_model(
     trainable_adapter: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    kind: Any = None,
+    num_labels: int | None = None,
+    refuse_missing: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model in eval mode.
 
@@ -142,6 +145,9 @@ def load_model(
         trainable_adapter: leave the adapter's weights trainable.
         revision: git revision on the hub.
         trust_remote_code: run Python code that the model's repository ships; off unless asked.
+        kind: transformers' auto class instead of AutoModelForCausalLM (`reward_model.load_reward_model`).
+        num_labels: of a classification head.
+        refuse_missing: what to call the model where weights that are not in the file are an error.
 
     Raises:
         UserError: there is no such model, adapter, dtype or quantisation, or bitsandbytes is not installed.
@@ -153,23 +159,33 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"model.dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     path = resolve_path(name_or_path)
-    base = _adapter_base(path)
+    base = adapter_base(path)
     if base is not None:
         if adapter is not None:
             raise UserError(
                 f"model.adapter: {str(name_or_path)!r} is an adapter already; put its base in name_or_path"
             )
         path, adapter = resolve_path(base), path
-    model = _from_pretrained(
-        AutoModelForCausalLM,
+    labels = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    model, loaded = _from_pretrained(
+        kind or AutoModelForCausalLM,
         name_or_path,
         path,
+        output_loading_info=True,
         dtype=getattr(torch, dtype),
         quantization_config=_quantization(quantization, dtype),
         attn_implementation=attn_implementation,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        **labels,
     )
+    if refuse_missing is not None and loaded["missing_keys"]:
+        raise UserError(
+            f"{refuse_missing}: not a reward model: it has no {sorted(loaded['missing_keys'])[0]}, and scores from "
+            "random weights mean nothing; train one with scripts/train_reward_model.py"
+        )
+    if quantization is not None:
+        _compute_as_asked(model)
     if adapter is not None:
         model = _with_adapter(model, adapter, trainable_adapter)
     return model.eval()
@@ -196,11 +212,21 @@ def _quantization(kind: str | None, dtype: str) -> Any:
     )
 
 
+def _compute_as_asked(model: PreTrainedModel) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes' layers repack their weights at the first pass without gradients, and
+    compute in bfloat16 from then on whatever the compute dtype: policy and reference would not be the same model."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _with_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    if _adapter_base(adapter) is None:
+    if adapter_base(adapter) is None:
         raise UserError(f"model.adapter: {adapter!r} is not a folder with adapter_config.json")
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)

@@ -73,9 +73,10 @@ def test_every_objective_has_a_quick_start_recipe_and_each_recipe_its_own_run_fo
 def test_derived_recipes_stay_short_and_say_how_they_are_run():
     for path in SHIPPED:
         text = (ROOT / path).read_text()
-        assert text.startswith("# ") and re.search(rf"scripts/(train|sft)\.py {path}", text), path
+        assert text.startswith("# ") and re.search(rf"scripts/(train|sft|train_reward_model)\.py {path}", text), path
         if "extends:" in text:
-            assert len(text.splitlines()) <= 15, path
+            said = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+            assert len(said) <= 20, path  # sources of values, in comments, may take what they need
 
 
 def test_quick_start_layout_is_block_style():
@@ -89,8 +90,8 @@ def test_accelerate_configs_hold_keys_that_accelerate_knows():
 
     for path in sorted((ROOT / "recipes/accelerate").glob("*.yaml")):
         config = load_config_from_file(str(path))
-        assert config.use_cpu is (path.stem == "cpu")
-        assert (config.mixed_precision == "bf16") is path.stem.startswith("zero")
+        assert config.use_cpu is path.stem.startswith("cpu")
+        assert (config.mixed_precision == "bf16") is path.stem.startswith(("zero", "fsdp"))
 
 
 def test_explain_shows_every_value_once_with_its_origin(small):
