@@ -235,6 +235,9 @@ def test_what_does_not_fit_is_cut_or_not_a_number(tiny, other):
     assert math.isnan(full)
     assert reward([PROMPT * 4], [" kind ."]) == [None]  # as TRL calls it
     assert all(math.isnan(step) for step in reward.step_scores([PROMPT * 4], [" kind ."])[0])
+    # A prompt that is one token too long, and a response that is longer than that.
+    over = ImplicitReward(str(other), None, max_length=size - 1)
+    assert math.isnan(over.score([PROMPT], [" kind and warm and bright and good ."])[0])
     assert reward.score([], []) == []
 
 
