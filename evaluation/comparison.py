@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from alignment.errors import UserError
-from alignment.rewards import RewardFunction
-from evaluation.statistics import Interval, MeanDifference, WinRate, mean_difference, preferences, win_rate
+from alignment.rewards import PreferenceOracle, RewardFunction
+from evaluation.statistics import Array, MeanDifference, WinRate, mean_difference, preferences, win_rate_of_preferences
 
 LEVEL = 0.95
 FEW_PROMPTS = 30  # under this many, and where the bootstrap has width 0, Wilson's interval is shown beside it
@@ -45,7 +45,7 @@ class Comparison:
     rows: list[dict[str, Any]]
 
 
-def describe_judge(judge: RewardFunction) -> dict[str, Any]:
+def describe_judge(judge: RewardFunction | PreferenceOracle) -> dict[str, Any]:
     """Name, keys and description of a judge, as they stand in win_rate.json."""
     keys: dict[str, Any] = (
         dataclasses.asdict(judge) if dataclasses.is_dataclass(judge) and not isinstance(judge, type) else {}
@@ -60,29 +60,57 @@ def score_side(judge: RewardFunction, prompts: Sequence[str], side: Side) -> lis
     return [[next(flat) for _ in group] for group in side.responses]
 
 
+def ask_oracle(oracle: PreferenceOracle, prompts: Sequence[str], model: Side, baseline: Side) -> list[Array]:
+    """Per prompt, P(model's sample > baseline's sample) of every pair, [I, J]; one call of the oracle."""
+    sides = list(zip(prompts, model.responses, baseline.responses, strict=True))
+    pairs = [(prompt, a, b) for prompt, ours, theirs in sides for a in ours for b in theirs]
+    flat = iter(oracle.probability([p for p, _, _ in pairs], [a for _, a, _ in pairs], [b for _, _, b in pairs]))
+    return [np.array([[next(flat) for _ in theirs] for _ in ours], dtype=np.float64) for _, ours, theirs in sides]
+
+
 def compare(
-    prompts: Sequence[str], model: Side, baseline: Side, judge: RewardFunction, *, resamples: int, seed: int
+    prompts: Sequence[str],
+    model: Side,
+    baseline: Side,
+    judge: RewardFunction | None = None,
+    *,
+    oracle: PreferenceOracle | None = None,
+    resamples: int,
+    seed: int,
 ) -> Comparison:
     """Judge both sides and summarise.
+
+    A reward decides a pair of samples as 1, 1/2 or 0; an oracle's probability enters as it is, a pair counts as won
+    above 1/2, and there are no scores: `mean_score` and the samples' scores are null.
 
     Args:
         prompts: the n prompts; both sides have n groups of samples in this order.
         model: the system whose win rate is reported.
         baseline: what it is compared with.
-        judge: the reward that decides every pair of samples.
+        judge: the reward that decides every pair of samples; either this or `oracle`.
+        oracle: what says how probably one sample is preferred to another.
         resamples: bootstrap resamples over prompts.
         seed: seed of the resampling.
 
     Raises:
         UserError: the judge could not score a single pair.
     """
-    scores = score_side(judge, prompts, model), score_side(judge, prompts, baseline)
+    settings: dict[str, Any] = {"resamples": resamples, "seed": seed, "level": LEVEL}
+    deciding: Any = judge or oracle
+    if oracle is not None and judge is None:
+        matrices = ask_oracle(oracle, prompts, model, baseline)
+        scores: list[Any] = [[[None] * len(group) for group in side.responses] for side in (model, baseline)]
+    elif judge is not None and oracle is None:
+        scores = [score_side(judge, prompts, side) for side in (model, baseline)]
+        matrices = [preferences(a, b) for a, b in zip(*scores, strict=True)]
+    else:
+        raise ValueError("give either judge or oracle")
     try:
-        rate = win_rate(*scores, resamples=resamples, seed=seed, level=LEVEL)
-        means = mean_difference(*scores, resamples=resamples, seed=seed, level=LEVEL)
+        rate = win_rate_of_preferences(matrices, **settings)
+        means = mean_difference(*scores, **settings) if oracle is None else None
     except ValueError:
         raise UserError(
-            f"judge {judge.name}: could not score a single pair of responses (all scores are NaN)"
+            f"judge {deciding.name}: could not score a single pair of responses (all scores are NaN)"
         ) from None
     result = {
         "model": model.name,
@@ -92,12 +120,11 @@ def compare(
         "mean_characters": {"model": _mean_length(model), "baseline": _mean_length(baseline)},
         "cut_at_token_limit": {"model": _share_cut(model), "baseline": _share_cut(baseline)},
         "samples_per_prompt": {"model": _sizes(model), "baseline": _sizes(baseline)},
-        "judge": describe_judge(judge),
+        "judge": describe_judge(deciding),
         "bootstrap": {"resamples": resamples, "seed": seed, "unit": "prompt"},
     }
-    rows = [
-        _row(*item) for item in zip(prompts, _samples(model, scores[0]), _samples(baseline, scores[1]), strict=True)
-    ]
+    samples = [_samples(side, of) for side, of in zip((model, baseline), scores, strict=True)]
+    rows = [_row(*item) for item in zip(prompts, matrices, *samples, strict=True)]
     return Comparison(result, rows)
 
 
@@ -121,8 +148,10 @@ def _rate_fields(rate: WinRate) -> dict[str, Any]:
     }
 
 
-def _mean_fields(means: MeanDifference) -> dict[str, Any]:
-    difference: Interval = means.difference
+def _mean_fields(means: MeanDifference | None) -> dict[str, Any]:
+    if means is None:  # an oracle gives no scores
+        return dict.fromkeys(("model", "baseline", "difference", "difference_interval", "prompts"))
+    difference = means.difference
     return {
         "model": means.mean_a,
         "baseline": means.mean_b,
@@ -147,7 +176,7 @@ def _sizes(side: Side) -> list[int]:
     return [min(sizes), max(sizes)]
 
 
-def _samples(side: Side, scores: Sequence[Sequence[float]]) -> list[list[dict[str, Any]]]:
+def _samples(side: Side, scores: Sequence[Sequence[float | None]]) -> list[list[dict[str, Any]]]:
     """Per prompt, one object per sample."""
     finished: Sequence[Sequence[bool | None]] = side.finished or [[None] * len(group) for group in side.responses]
     return [
@@ -156,14 +185,15 @@ def _samples(side: Side, scores: Sequence[Sequence[float]]) -> list[list[dict[st
     ]
 
 
-def _row(prompt: str, model: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
-    """One prompt of samples.jsonl; `win_rate` and `score_change` are NaN (null) where nothing could be scored."""
+def _row(prompt: str, matrix: Array, model: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+    """One prompt of samples.jsonl; `win_rate` and `score_change` are NaN (null) where nothing could be scored.
+
+    `score_change` is also NaN where an oracle judged; None, its samples' score, becomes NaN in an array.
+    """
     a, b = (np.array([sample["score"] for sample in side], dtype=np.float64) for side in (model, baseline))
-    a_scored, b_scored = a[~np.isnan(a)], b[~np.isnan(b)]
-    if not (a_scored.size and b_scored.size):
-        share = change = math.nan
-    else:
-        share, change = float(preferences(a_scored, b_scored).mean()), float(a_scored.mean() - b_scored.mean())
+    a, b, decided = a[~np.isnan(a)], b[~np.isnan(b)], matrix[~np.isnan(matrix)]
+    share = float(decided.mean()) if decided.size else math.nan
+    change = float(a.mean() - b.mean()) if a.size and b.size else math.nan
     return {"prompt": prompt, "win_rate": share, "score_change": change, "model": model, "baseline": baseline}
 
 
@@ -185,8 +215,9 @@ def needs_wilson(result: dict[str, Any]) -> bool:
 def judge_sentence(result: dict[str, Any]) -> str:
     """What judged, and whether the model was trained on it."""
     description = str(result["judge"]["description"])
+    kind = "oracle" if result["mean_score"]["difference"] is None else "reward"
     judged = {
-        True: " This judge IS the reward that the model was trained on: the win rate shows that training worked, "
+        True: f" This judge IS the {kind} that the model was trained on: the win rate shows that training worked, "
         "not that people would prefer the result.",
         False: " The model was not trained on this judge.",
         None: "",
@@ -222,8 +253,7 @@ def describe(result: dict[str, Any]) -> str:
         f"  prompts won {outcomes['wins']}, tied {outcomes['ties']}, lost {outcomes['losses']}; "
         f"sample pairs won {pairs['wins']}, tied {pairs['ties']}, lost {pairs['losses']}",
         f"  ties        count one half above; dropped: {_dropped_phrase(result)}",
-        f"  mean score  {mean['model']:.4g} against {mean['baseline']:.4g}: difference {mean['difference']:+.4g} "
-        f"({percent_level} interval {mean['difference_interval'][0]:+.4g} to {mean['difference_interval'][1]:+.4g})",
+        *_mean_lines(mean, percent_level),
         f"  test        {p_phrase(result['p_value'])} (two-sided sign-flip permutation over prompts)",
         f"  length      {result['mean_characters']['model']:.0f} against {result['mean_characters']['baseline']:.0f} "
         f"characters{_cut_phrase(result)}",
@@ -240,6 +270,17 @@ def describe(result: dict[str, Any]) -> str:
         if result.get(key):
             lines.append(f"  {key.removesuffix('_note'):<11} {result[key]}")
     return "\n".join(lines)
+
+
+def _mean_lines(mean: dict[str, Any], level: str) -> list[str]:
+    """The line of mean scores; none for an oracle."""
+    if mean["difference"] is None:
+        return []
+    low, high = mean["difference_interval"]
+    return [
+        f"  mean score  {mean['model']:.4g} against {mean['baseline']:.4g}: difference {mean['difference']:+.4g} "
+        f"({level} interval {low:+.4g} to {high:+.4g})"
+    ]
 
 
 def _why(result: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.files import read_json_object
-from alignment.rewards import RewardFunction, get_reward
+from alignment.rewards import PreferenceOracle, RewardFunction, get_oracle, get_reward
 from evaluation.comparison import Comparison, Side, compare
 from evaluation.files import Prompt, locate_prompts, refuse_training_prompts
 
@@ -56,25 +56,27 @@ class Plan:
         model: the model whose win rate is reported.
         baseline: what it is compared with.
         prompts: prompts that both answer.
-        judge: decides every pair of samples.
+        judge: the reward that decides every pair of samples; either this or `oracle`.
         generation: how samples are drawn.
         samples_per_prompt: of each model.
         resamples: bootstrap resamples over prompts.
         seed: of the bootstrap and, with each model's offset, of its samples.
         chat: each prompt is what the user says in the models' chat template; else it is a text to continue.
         notes: further fields of win_rate.json.
+        oracle: says how probably one sample is preferred to another.
     """
 
     model: ModelSource
     baseline: ModelSource
     prompts: list[Prompt]
-    judge: RewardFunction
+    judge: RewardFunction | None
     generation: Generation = Generation()
     samples_per_prompt: int = 2
     resamples: int = RESAMPLES
     seed: int = 1
     chat: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
+    oracle: PreferenceOracle | None = None
 
 
 def say(text: str) -> None:
@@ -127,7 +129,8 @@ def run_plan(plan: Plan) -> Comparison:
         load_source_tokenizer(source, plan.chat)  # what is wrong with the second is said before the first is sampled
     model, baseline = sample_side(plan.model, plan), sample_side(plan.baseline, plan)
     texts = [prompt.text for prompt in plan.prompts]
-    comparison = compare(texts, model, baseline, plan.judge, resamples=plan.resamples, seed=plan.seed)
+    settings: dict[str, Any] = {"oracle": plan.oracle, "resamples": plan.resamples, "seed": plan.seed}
+    comparison = compare(texts, model, baseline, plan.judge, **settings)
     extra = {"sampling": sampling_facts(plan), "sampling_note": sampling_note(plan), **plan.notes}
     return replace(comparison, result={**comparison.result, **extra})
 
@@ -174,6 +177,7 @@ def plan_of_run(
     run_dir: Path,
     *,
     judge: RewardFunction | None = None,
+    oracle: PreferenceOracle | None = None,
     prompts: Path | None = None,
     limit: int | None = None,
     samples_per_prompt: int | None = None,
@@ -195,7 +199,7 @@ def plan_of_run(
     if not (run_dir / "final").is_dir():
         raise UserError(f"{run_dir / 'final'}: no trained model there; finish the training run first")
     evaluation, settings = section(manifest, "evaluation"), section(manifest, "generation")
-    judge, is_training_reward = _judge_of_run(run_dir, manifest, judge)
+    judge, oracle, is_training_reward = _judge_of_run(run_dir, manifest, judge, oracle)
     if seed is None:
         seed = int(evaluation.get("seed", 1))
     data_seed = settings.get("seed", 0) if section(manifest, "data").get("sample") else None
@@ -216,6 +220,7 @@ def plan_of_run(
         baseline=baseline,
         prompts=found,
         judge=judge,
+        oracle=oracle,
         generation=Generation(**{**recipe_draws, **(generation or {})}),
         samples_per_prompt=samples_per_prompt or evaluation.get("samples_per_prompt", 2),
         resamples=resamples or evaluation.get("bootstrap", RESAMPLES),
@@ -226,17 +231,24 @@ def plan_of_run(
 
 
 def _judge_of_run(
-    run_dir: Path, manifest: Mapping[str, Any], judge: RewardFunction | None
-) -> tuple[RewardFunction, bool]:
-    """The judge, and whether it is the reward that made the training data (given preferences come from elsewhere)."""
-    reward = section(manifest, "reward")
-    if not reward:
-        if judge is None:
-            raise UserError(f"{run_dir}: its recipe has no reward: section; name a judge with --reward")
-        return judge, False
-    recipe_reward = get_reward(**reward)
-    judge = judge or recipe_reward
-    return judge, judge == recipe_reward and not section(manifest, "data").get("train")
+    run_dir: Path, manifest: Mapping[str, Any], reward: RewardFunction | None, oracle: PreferenceOracle | None
+) -> tuple[RewardFunction | None, PreferenceOracle | None, bool]:
+    """The judge, a reward or an oracle, and whether it made the training data (given preferences come from elsewhere).
+
+    The recipe's judge is used unless one is given.
+    """
+    rewards, oracles = section(manifest, "reward"), section(manifest, "oracle")
+    own_reward, own_oracle = get_reward(**rewards) if rewards else None, get_oracle(**oracles) if oracles else None
+    if reward is None and oracle is None:
+        reward, oracle = own_reward, own_oracle
+    if reward is None and oracle is None:
+        raise UserError(
+            f"{run_dir}: its recipe has no oracle: and no reward: section; name a judge with --reward or --oracle"
+        )
+    if reward is not None and oracle is not None:
+        raise UserError(f"{run_dir}: its recipe has reward: and oracle: sections; name one with --reward or --oracle")
+    drawn = not section(manifest, "data").get("train")
+    return reward, oracle, drawn and (reward, oracle) == (own_reward, own_oracle)
 
 
 def _models_of_run(run_dir: Path, model: Mapping[str, Any]) -> tuple[ModelSource, ModelSource]:

@@ -3,9 +3,10 @@
     python -m evaluation.win_rate runs/dpo                                   # a trained run against its starting model
     python -m evaluation.win_rate --a new.jsonl --b old.jsonl --reward vader   # two files of outputs
     python -m evaluation.win_rate --model M --baseline B --prompts prompts.txt --reward length
+    python -m evaluation.win_rate --a new.jsonl --b old.jsonl --oracle tabular --oracle-key table=table.json
 
-A run's result goes to its win_rate.json, samples.jsonl and report.html; otherwise `--output FOLDER` keeps it. Not an
-LLM judge and not length-controlled: the judge is a rule from `alignment.rewards`.
+A run's result goes to its win_rate.json, samples.jsonl and report.html; otherwise `--output FOLDER` keeps it. Judges
+are the rewards and oracles of `alignment.rewards` (docs/rewards.md). Not length-controlled.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import typer
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import jsonable, write_json, write_json_lines
-from alignment.rewards import RewardFunction, get_reward
+from alignment.recipes.document import RecipeError, parse_value
+from alignment.rewards import PreferenceOracle, RewardFunction, get_oracle, get_reward
+from alignment.rewards.registry import Kind, judge_fields
 from evaluation.comparison import Comparison, Side, compare, describe
 from evaluation.files import locate_prompts, read_outputs, shorten
 from evaluation.plans import (
@@ -41,7 +44,13 @@ from evaluation.plans import (
 
 
 def win_rate_of_files(
-    a: Path, b: Path, judge: RewardFunction, *, resamples: int = RESAMPLES, seed: int = 1
+    a: Path,
+    b: Path,
+    judge: RewardFunction | None = None,
+    *,
+    oracle: PreferenceOracle | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 1,
 ) -> Comparison:
     """Compare two files of outputs (rows with `prompt` and `response`), joined by prompt.
 
@@ -57,7 +66,7 @@ def win_rate_of_files(
                 f"prompt{'' if len(alone) == 1 else 's'}; both files must answer the same prompts"
             )
     model, baseline = (Side(str(f), [out[p][1] for p in outputs_a]) for f, out in ((a, outputs_a), (b, outputs_b)))
-    return compare(list(outputs_a), model, baseline, judge, resamples=resamples, seed=seed)
+    return compare(list(outputs_a), model, baseline, judge, oracle=oracle, resamples=resamples, seed=seed)
 
 
 def write_into_run(run_dir: Path, comparison: Comparison) -> list[Path]:
@@ -75,23 +84,43 @@ def write_comparison(folder: Path, comparison: Comparison) -> list[Path]:
     return files
 
 
-def parse_reward_keys(pairs: list[str]) -> dict[str, str]:
-    """`["pattern=a+b"]` as a dictionary."""
-    keys = {}
+def parse_keys(kind: Kind, name: str, pairs: list[str]) -> dict[str, Any]:
+    """`["pattern=a+b"]` as a dictionary: values of keys that hold text as they are, the others read as YAML."""
+    known, keys = judge_fields(kind, name), {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise UserError(f"--reward-key {pair!r}: write KEY=VALUE, such as pattern='(?i)good'")
-        keys[key] = value
+            raise UserError(f"--{kind}-key {pair!r}: write KEY=VALUE, such as pattern='(?i)good'")
+        if key in known and known[key].type == "str":  # annotations are texts there
+            keys[key] = value
+            continue
+        keys[key], found = parse_value(value, (key,), f"--{kind}-key")
+        if found.problems:
+            raise RecipeError(found.problems)
     return keys
 
 
+def _given_judge(given: dict[str, Any]) -> dict[str, Any]:
+    """The judge that the options name, as `judge` or `oracle`; nothing where they name none."""
+    for kind in ("reward", "oracle"):
+        if f"{kind}_key" in given and kind not in given:
+            raise UserError(f"--{kind}-key without --{kind}: name the {kind} that the key belongs to")
+    if "reward" in given:
+        keys = parse_keys("reward", given["reward"], given.get("reward_key", []))
+        return {"judge": get_reward(given["reward"], **keys)}
+    if "oracle" in given:
+        keys = parse_keys("oracle", given["oracle"], given.get("oracle_key", []))
+        return {"oracle": get_oracle(given["oracle"], **keys)}
+    return {}
+
+
 _SAMPLING = {"prompts", "limit", "samples", "chat", *asdict(Generation())}
-_SHARED = {"reward", "reward_key", "seed", "bootstrap", "output", "json"}
-_FORMS = {  # what says which form is meant, what it needs, what it may have besides
+_JUDGES = {"reward", "oracle"}
+_SHARED = {*_JUDGES, "reward_key", "oracle_key", "seed", "bootstrap", "output", "json"}
+_FORMS = {  # what says which form is meant, what it needs besides a judge (a run has its own), what it may have
     "run": ({"RUN_DIR"}, {"RUN_DIR"}, _SHARED | _SAMPLING),
-    "files": ({"a", "b"}, {"a", "b", "reward"}, _SHARED),
-    "models": ({"model", "baseline"}, {"model", "baseline", "prompts", "reward"}, _SHARED | _SAMPLING | {"dtype"}),
+    "files": ({"a", "b"}, {"a", "b"}, _SHARED),
+    "models": ({"model", "baseline"}, {"model", "baseline", "prompts"}, _SHARED | _SAMPLING | {"dtype"}),
 }
 
 
@@ -109,24 +138,23 @@ def choose_form(given: set[str]) -> str:
         raise UserError(f"{_spell(needs - given)} missing: needed with {_spell(signs & given)}")
     if given - needs - allowed:
         raise UserError(f"{_spell(given - needs - allowed)} does not apply with {_spell(signs)}; remove it")
+    if given >= _JUDGES:
+        raise UserError("--oracle and --reward: one judge decides; remove one")
+    if chosen[0] != "run" and not given & _JUDGES:
+        raise UserError(f"--reward or --oracle missing: needed with {_spell(signs & given)}")
     return chosen[0]
 
 
 def compare_as_asked(form: str, given: dict[str, Any]) -> Comparison:
     """Carry out one form with the options that were given."""
-    keys = parse_reward_keys(given.get("reward_key", []))
-    if keys and "reward" not in given:
-        raise UserError("--reward-key without --reward: name the reward that the key belongs to")
-    judge = get_reward(given["reward"], **keys) if "reward" in given else None
+    judge = _given_judge(given)
     renamed = {"bootstrap": "resamples", "seed": "seed", "samples": "samples_per_prompt"}
     settings = {renamed[key]: given[key] for key in renamed if key in given}
     if form == "run":
         file = {key: given[key] for key in ("prompts", "limit", "chat") if key in given}
-        return run_plan(plan_of_run(given["RUN_DIR"], judge=judge, generation=_generation(given), **file, **settings))
-    if judge is None:
-        raise UserError("--reward missing")  # choose_form has seen to it
+        return run_plan(plan_of_run(given["RUN_DIR"], generation=_generation(given), **judge, **file, **settings))
     if form == "files":
-        return win_rate_of_files(given["a"], given["b"], judge, **settings)
+        return win_rate_of_files(given["a"], given["b"], **judge, **settings)
     dtype = given.get("dtype", "float32")
     plan = Plan(
         model=ModelSource(given["model"], {"name_or_path": given["model"], "dtype": dtype}),
@@ -134,7 +162,8 @@ def compare_as_asked(form: str, given: dict[str, Any]) -> Comparison:
             given["baseline"], {"name_or_path": given["baseline"], "dtype": dtype}, BASELINE_SEED_OFFSET
         ),
         prompts=locate_prompts(given["prompts"], given.get("limit")),
-        judge=judge,
+        judge=judge.get("judge"),
+        oracle=judge.get("oracle"),
         generation=Generation(**_generation(given)),
         chat=given.get("chat", False),
         notes={"overlap_note": "not checked: what the models were trained on is unknown here"},
@@ -206,9 +235,17 @@ def main(
         OptionalInt, typer.Option(min=1, help="Only the first so many prompts: a quick look. [all]")
     ] = None,
     chat: Chat = None,
-    reward: Annotated[str | None, typer.Option(help="Judge: vader, length or regex. [recipe's reward]")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="Judge: a reward of docs/rewards.md, such as vader. [recipe's judge]")
+    ] = None,
     reward_key: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the judge, such as pattern='(?i)good'.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the reward, such as pattern='(?i)good'.")
+    ] = None,
+    oracle: Annotated[
+        str | None, typer.Option(help="Judge: an oracle of docs/rewards.md, such as llm_judge. [recipe's judge]")
+    ] = None,
+    oracle_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the oracle, such as table=table.json.")
     ] = None,
     samples: Annotated[
         OptionalInt, typer.Option(min=1, help="Samples per prompt and model; more prompts help more than samples. [2]")
@@ -238,9 +275,10 @@ def main(
 ) -> None:
     """Win rate of a model against a baseline on the same prompts, with a 95 % interval over prompts.
 
-    Three forms: RUN_DIR; --a FILE --b FILE --reward NAME; --model A --baseline B --prompts FILE --reward NAME.
-    Settings that are not given come from the run's recipe, else from the value in brackets. Every sample of one side
-    meets every sample of the other; ties count one half, and the rate without them is stated too.
+    Three forms: RUN_DIR; --a FILE --b FILE --reward NAME; --model A --baseline B --prompts FILE --reward NAME; with
+    --oracle NAME in place of --reward NAME, too. Settings that are not given come from the run's recipe, else from the
+    value in brackets. Every sample of one side meets every sample of the other; ties count one half, and the rate
+    without them is stated too. A reward decides a pair, an oracle's probability counts as it is.
     """
     given = {key: value for key, value in locals().items() if value is not None}
     run_program({{"run_dir": "RUN_DIR", "as_json": "json"}.get(key, key): value for key, value in given.items()})

@@ -16,6 +16,7 @@ from alignment.errors import UserError
 from alignment.files import PACKAGE_SCHEME, package_file
 from alignment.recipes.document import Origin, Problem, RecipeError
 from alignment.recipes.loading import Recipe, SftRecipe, load_any
+from alignment.recipes.registries import judge_files
 from alignment.recipes.sections import ObjectiveSection, SourceSection
 from alignment.recipes.trl_keys import REPORTERS
 
@@ -57,6 +58,8 @@ def _missing_files(recipe: Recipe | SftRecipe) -> Iterator[tuple[str, str]]:
     if isinstance(recipe, Recipe):
         files["data.sample.prompts"] = recipe.data.sample.prompts if recipe.data.sample else None
         files["evaluation.prompts"] = recipe.evaluation.prompts if recipe.evaluation else None
+        files |= judge_files("reward", recipe.reward.model_dump()) if recipe.reward else {}
+        files |= judge_files("oracle", recipe.oracle.model_dump()) if recipe.oracle else {}
     for dotted, name in files.items():
         if name is not None and not Path(name).is_file():
             yield dotted, f"{name}: no such file (looked in {Path.cwd()})"

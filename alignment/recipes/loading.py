@@ -24,6 +24,7 @@ from alignment.recipes.sections import (
     ModelSection,
     ObjectiveSection,
     OpenSection,
+    OracleSection,
     ReferenceSection,
     RewardSection,
     Section,
@@ -67,6 +68,7 @@ class Recipe(_Root):
         default_factory=GenerationSection, description="How responses are drawn. Default: see its keys."
     )
     reward: RewardSection | None = Field(None, description="What scores responses. Default: none.")
+    oracle: OracleSection | None = Field(None, description="What compares two responses. Default: none.")
     training: TrainingSection = Field(description="How the optimiser runs.")
     evaluation: EvaluationSection | None = Field(None, description="Win rate after training. Default: none.")
 
@@ -94,11 +96,30 @@ class SftRecipe(_Root):
 
 
 def _unjudged(recipe: Recipe) -> Iterator[InitErrorDetails]:
-    """Samples and evaluations that nothing would judge."""
-    if recipe.data.sample is not None and recipe.reward is None:
-        yield error("needs a reward section: something has to choose between samples", "data", "sample")
-    if recipe.evaluation is not None and recipe.reward is None:
-        yield error("needs a reward section: something has to judge the responses", "evaluation")
+    """Samples and evaluations that nothing would judge, or two things at once."""
+    asking = [
+        (what, place)
+        for what, place, section in (
+            ("choose between samples", ("data", "sample"), recipe.data.sample),
+            ("judge the responses", ("evaluation",), recipe.evaluation),
+        )
+        if section is not None
+    ]
+    if recipe.reward is None and recipe.oracle is None:
+        for what, place in asking:
+            yield error(f"needs a reward or oracle section: something has to {what}", *place)
+    elif recipe.reward is not None and recipe.oracle is not None and asking:
+        named = " and ".join(".".join(place) for _, place in asking)
+        yield error(f"excludes reward: {named} can have one judge; remove one section", "oracle")
+    elif recipe.oracle is not None and recipe.data.sample is not None:
+        from alignment.objectives import get_objective
+
+        if "reward" in get_objective(recipe.objective.name, **recipe.objective.hyperparameters).needs:
+            yield error(
+                f"objective {recipe.objective.name!r} reads the rewards of the two responses, and an oracle has none: "
+                "sample with a reward section",
+                "oracle",
+            )
 
 
 def _misfits(recipe: Recipe | SftRecipe) -> Iterator[InitErrorDetails]:

@@ -1,18 +1,22 @@
-"""Checks the keys of `objective` and `reward` against their registries, and puts each complaint at its key.
+"""Checks the keys of `objective`, `reward` and `oracle` against registries, and puts each complaint at its key.
 
 The registries own names, types and ranges; nothing of that is repeated here. `alignment.objectives` imports torch, so
-both are imported only when a section of theirs is checked.
+they are imported only when a section of theirs is checked.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import InitErrorDetails
 
 from alignment.errors import UserError, nearest
 from alignment.recipes.sections import ObjectiveSection, error
+
+if TYPE_CHECKING:
+    from alignment.rewards.registry import Kind
 
 
 def objective_defaults_and_errors(data: dict[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
@@ -63,28 +67,61 @@ def objective_defaults_and_errors(data: dict[str, Any]) -> tuple[dict[str, Any],
         return ({} if problems else absent), problems
 
 
-def reward_errors(data: dict[str, Any]) -> list[InitErrorDetails]:
-    """What is wrong with a reward section: unknown name, unknown, missing or refused keys."""
-    from alignment.rewards import get_reward, list_rewards, reward_keys
+def judge_errors(kind: Kind, data: dict[str, Any]) -> list[InitErrorDetails]:
+    """What is wrong with a reward or oracle section: unknown name, unknown, missing or refused keys.
 
-    name = data.get("name")
+    Reward sections inside it (`oracle.reward`) are checked alike, with their complaints at their own keys.
+    """
+    return [error(message, *path, value=value) for path, message, value in _complaints(kind, data)]
+
+
+def judge_files(kind: Kind, data: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key in the recipe -> file, for every key of a checked reward or oracle section that names a file."""
+    from alignment.rewards.registry import judge_fields
+
+    prefix = prefix or kind
+    files = {}
+    for key, field in judge_fields(kind, data["name"]).items():
+        if field.metadata.get("file") and isinstance(data.get(key), str):
+            files[f"{prefix}.{key}"] = data[key]
+        if _is_reward_section(field, data.get(key)):
+            files |= judge_files("reward", data[key], f"{prefix}.{key}")
+    return files
+
+
+def _is_reward_section(field: Any, value: Any) -> bool:
+    """Whether a key holds a reward section; a reward's name alone has no keys."""
+    return field.metadata.get("section") == "reward" and isinstance(value, dict) and isinstance(value.get("name"), str)
+
+
+def _complaints(kind: Kind, data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """(path inside the section, message, value) of each mistake."""
+    from alignment.rewards.registry import get_oracle, get_reward, judge_fields, list_oracles, list_rewards
+
+    name, names = data.get("name"), list_rewards() if kind == "reward" else list_oracles()
     if not isinstance(name, str):
-        return []
-    if name not in list_rewards():
-        return [error(f"unknown reward {name!r}{nearest(name, list_rewards())}", "name", value=name)]
-    valid = sorted(reward_keys(name))
+        return
+    if name not in names:
+        yield ("name",), f"unknown {kind} {name!r}{nearest(name, names)}", name
+        return
+    valid = judge_fields(kind, name)
     given = {key: value for key, value in data.items() if key != "name"}
-    problems = [
-        error(f"reward {name!r} has no key {key!r}{_hint(key, valid)}", key, value=given.pop(key))
-        for key in list(given)
-        if key not in valid
+    for key in [key for key in given if key not in valid]:
+        yield (key,), f"{kind} {name!r} has no key {key!r}{_hint(key, sorted(valid))}", given.pop(key)
+    inner = [
+        ((key, *path), message, value)
+        for key, field in valid.items()
+        if _is_reward_section(field, given.get(key))
+        for path, message, value in _complaints("reward", given[key])
     ]
+    yield from inner
+    if inner:  # which making it would find again, with less to say of the place
+        return
     try:
-        get_reward(name, **given)
+        (get_reward if kind == "reward" else get_oracle)(name, **given)
     except UserError as failed:
-        key, message = _locate(str(failed), f"reward {name}", given)
-        problems.append(error(message, *([key] if key else []), value=data))
-    return problems
+        at, message = _locate(str(failed), f"{kind} {name}", given)
+        yield ((at,) if at else ()), message, data
 
 
 def _hint(key: str, valid: list[str]) -> str:
@@ -94,7 +131,7 @@ def _hint(key: str, valid: list[str]) -> str:
 def _locate(message: str, prefix: str, given: dict[str, Any]) -> tuple[str | None, str]:
     """The given key that a registry's message begins with, and the message without its prefix and that key."""
     message = message.removeprefix(f"{prefix}: ")
-    found = re.match(r"(\w+) ", message)
+    found = re.match(r"(\w+):? ", message)
     if found and found[1] in given:
         return found[1], message[found.end() :]
     return None, message

@@ -1,8 +1,8 @@
 """The sections of a recipe as pydantic models: what each key means, its type, range and default's source.
 
 Strict at every depth: no unknown keys, no text for numbers, no booleans for integers (an integer does for a number).
-`training` is in `alignment.recipes.training`; the keys of `objective` and `reward` beyond `name` come from the
-registries, which are imported only when such a section is checked.
+`training` is in `alignment.recipes.training`; the keys of `objective`, `reward` and `oracle` beyond `name` come from
+the registries, which are imported only when such a section is checked.
 """
 
 from __future__ import annotations
@@ -170,13 +170,22 @@ class LoraSection(Section):
 
 
 class SampleSection(Section):
-    """Build preferences by sampling the starting model and letting the reward choose (settings in `generation`)."""
+    """Build preferences by sampling the starting model and letting the reward or oracle choose.
+
+    How samples are drawn is in `generation`. A reward ranks a prompt's samples by score, an oracle by mean probability
+    of winning against the prompt's other samples.
+    """
 
     prompts: Text = Field(description="Text file, one prompt a line; lines that begin with # are skipped.")
     limit: int | None = option(None, "Use only the first so many prompts.", "all", ge=1)
     samples_per_prompt: int = option(4, "Responses drawn per prompt.", "alignment: cost against contrast", ge=2)
     pairs_per_prompt: int = option(1, "Pairs kept per prompt, best with worst first.", "best against worst", ge=1)
-    min_gap: float = option(0.0, "Drop pairs whose reward gap is at most this.", "drop ties only", ge=0)
+    min_gap: float = option(
+        0.0, "Drop pairs whose gap is at most this: of rewards, or of win probabilities.", "drop ties only", ge=0
+    )
+    label_noise: float = option(
+        0.0, "Flip chosen and rejected with this probability, seeded by generation.seed.", "none", ge=0, le=1
+    )
 
     @model_validator(mode="after")
     def _enough_samples(self) -> SampleSection:
@@ -332,7 +341,7 @@ class GenerationSection(Section):
 
 
 class EvaluationSection(Section):
-    """Win rate of the trained model against its starting point, judged by `reward`."""
+    """Win rate of the trained model against its starting point, judged by `reward` or `oracle`."""
 
     prompts: Text = Field(
         description="Text file of prompts that training does not see; format as data.sample.prompts."
@@ -351,7 +360,7 @@ class EvaluationSection(Section):
 class RewardSection(OpenSection):
     """What scores responses: `name` and that reward's own keys (`.options`)."""
 
-    name: Text = Field(description="vader, length or regex.")
+    name: Text = Field(description="A reward of docs/rewards.md, such as vader, length or regex.")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -360,9 +369,26 @@ class RewardSection(OpenSection):
 
     @classmethod
     def open_keys(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
-        from alignment.recipes.registries import reward_errors
+        from alignment.recipes.registries import judge_errors
 
-        return {}, reward_errors(data)
+        return {}, judge_errors("reward", data)
+
+
+class OracleSection(OpenSection):
+    """What compares two responses: `name` and that oracle's own keys (`.options`)."""
+
+    name: Text = Field(description="An oracle of docs/rewards.md, such as bradley_terry or llm_judge.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The oracle's own keys, for `alignment.rewards.get_oracle(name, **options)`."""
+        return dict(self.model_extra or {})
+
+    @classmethod
+    def open_keys(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
+        from alignment.recipes.registries import judge_errors
+
+        return {}, judge_errors("oracle", data)
 
 
 class ObjectiveSection(OpenSection):

@@ -1,35 +1,71 @@
-"""The one place that maps a recipe's `reward.name` to a class. A new reward is one dataclass and one entry here."""
+"""The one place that maps `reward.name` and `oracle.name` of a recipe to a class. One dataclass and one entry each.
+
+A class is a frozen dataclass whose fields are its recipe keys; it loads weights and reads files at the first question,
+so that making one checks a recipe in no time. Its module is imported when its name is used. Metadata of a field tells
+the checks of recipes what they cannot see: `{"file": True}`, a text there is a local file; `{"section": "reward"}`, a
+mapping there is a reward section.
+"""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from importlib import import_module
+from typing import Any, Literal
 
 from alignment.errors import UserError, nearest
-from alignment.rewards.base import RewardFunction
-from alignment.rewards.rules import LengthReward, RegexReward, VaderReward
+from alignment.rewards.base import PreferenceOracle, RewardFunction
 
-_REWARDS: dict[str, Any] = {cls.name: cls for cls in (VaderReward, LengthReward, RegexReward)}
+Kind = Literal["reward", "oracle"]
+
+_CLASSES: dict[Kind, dict[str, str]] = {
+    "reward": {
+        "ensemble": "alignment.rewards.scored:EnsembleReward",
+        "exact_match": "alignment.rewards.rules:ExactMatchReward",
+        "implicit": "alignment.rewards.implicit:ImplicitReward",
+        "length": "alignment.rewards.rules:LengthReward",
+        "model": "alignment.rewards.scored:ModelReward",
+        "recorded": "alignment.rewards.recorded:RecordedReward",
+        "regex": "alignment.rewards.rules:RegexReward",
+        "vader": "alignment.rewards.rules:VaderReward",
+    },
+    "oracle": {
+        "bradley_terry": "alignment.rewards.oracles:RewardOracle",
+        "general": "alignment.rewards.general:GeneralOracle",
+        "llm_judge": "alignment.rewards.judge:LLMJudge",
+        "recorded": "alignment.rewards.recorded:RecordedOracle",
+        "tabular": "alignment.rewards.oracles:TabularOracle",
+    },
+}
 
 
 def list_rewards() -> list[str]:
     """Names of all rewards, sorted."""
-    return sorted(_REWARDS)
+    return sorted(_CLASSES["reward"])
 
 
-def _reward_class(name: str) -> Any:
-    if name not in _REWARDS:
-        raise UserError(f"unknown reward {name!r}{nearest(str(name), _REWARDS)}")
-    return _REWARDS[name]
+def list_oracles() -> list[str]:
+    """Names of all oracles, sorted."""
+    return sorted(_CLASSES["oracle"])
+
+
+def judge_fields(kind: Kind, name: str) -> dict[str, Field[Any]]:
+    """The keys of a reward or oracle besides `name`, as fields of its dataclass.
+
+    Raises:
+        UserError: there is no such reward or oracle.
+    """
+    return {field.name: field for field in fields(_judge_class(kind, name)) if field.init}
 
 
 def reward_keys(name: str) -> set[str]:
-    """The keys that reward `name` takes besides `name`.
+    """The keys that reward `name` takes besides `name`; UserError if there is no such reward."""
+    return set(judge_fields("reward", name))
 
-    Raises:
-        UserError: there is no such reward.
-    """
-    return {field.name for field in fields(_reward_class(name))}
+
+def oracle_keys(name: str) -> set[str]:
+    """The keys that oracle `name` takes besides `name`; UserError if there is no such oracle."""
+    return set(judge_fields("oracle", name))
 
 
 def get_reward(name: str, **keys: Any) -> RewardFunction:
@@ -42,13 +78,30 @@ def get_reward(name: str, **keys: Any) -> RewardFunction:
     Raises:
         UserError: unknown name, unknown or missing key, or a key's value that the reward refuses.
     """
-    cls = _reward_class(name)
-    known = reward_keys(name)
+    made: RewardFunction = _make("reward", name, keys)
+    return made
+
+
+def get_oracle(name: str, **keys: Any) -> PreferenceOracle:
+    """Make an oracle by name; arguments and errors as of `get_reward`."""
+    made: PreferenceOracle = _make("oracle", name, keys)
+    return made
+
+
+def _judge_class(kind: Kind, name: str) -> Any:
+    if name not in _CLASSES[kind]:
+        raise UserError(f"unknown {kind} {name!r}{nearest(str(name), _CLASSES[kind])}")
+    module, _, cls = _CLASSES[kind][name].partition(":")
+    return getattr(import_module(module), cls)
+
+
+def _make(kind: Kind, name: str, keys: Mapping[str, Any]) -> Any:
+    known = judge_fields(kind, name)
     for key in keys:
         if key not in known:
             hint = nearest(key, known) if known else "; it takes no keys"
-            raise UserError(f"reward {name}: unknown key {key!r}{hint}")
-    for field in fields(cls):
-        if field.name not in keys and field.default is MISSING:
-            raise UserError(f"reward {name}: key {field.name!r} is missing; add it")
-    return cls(**keys)
+            raise UserError(f"{kind} {name}: unknown key {key!r}{hint}")
+    for key, field in known.items():
+        if key not in keys and field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"{kind} {name}: key {key!r} is missing; add it")
+    return _judge_class(kind, name)(**keys)

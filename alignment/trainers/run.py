@@ -23,7 +23,7 @@ from trl import DPOConfig
 from alignment.data import overlap
 from alignment.data.pipeline import Prepared, fingerprint, prepare, prepare_rows, write_rejected
 from alignment.data.preferences import read_prompts, read_rows
-from alignment.data.sampled import best_against_worst
+from alignment.data.sampled import best_against_worst, with_label_noise
 from alignment.errors import UserError
 from alignment.files import write_json, write_json_lines
 from alignment.models import load_model, load_tokenizer
@@ -32,7 +32,7 @@ from alignment.models.sampling import prompt_ids, sample
 from alignment.objectives import get_objective
 from alignment.objectives.base import Objective, reads_reference
 from alignment.recipes import Recipe
-from alignment.rewards import get_reward
+from alignment.rewards import get_oracle, get_reward
 from alignment.trainers import hub, rundir
 from alignment.trainers.frozen import weights_digest
 from alignment.trainers.launching import (
@@ -55,10 +55,13 @@ SAMPLES_FORMAT = "1"  # part of the cache key: raise it when the same settings g
 
 def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Rows built from the starting model's own samples; kept in the cache under everything that decides them."""
-    settings, generation, reward = recipe.data.sample, recipe.generation, recipe.reward
-    assert settings is not None and reward is not None  # the schema says so
+    settings, generation = recipe.data.sample, recipe.generation
+    assert settings is not None  # the schema says so
     prompts = read_prompts(settings.prompts, settings.limit)
-    judge = get_reward(reward.name, **reward.options)
+    reward = None if recipe.reward is None else get_reward(recipe.reward.name, **recipe.reward.options)
+    oracle = None if recipe.oracle is None else get_oracle(recipe.oracle.name, **recipe.oracle.options)
+    judge = reward or oracle
+    assert judge is not None  # the schema says so, and that there is one
     model: Any = load_model(**model_arguments(recipe))
     encoded = [prompt_ids(tokenizer, p) for p in prompts]
     key = {
@@ -89,10 +92,13 @@ def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> l
         prompts,
         encoded,
         draws,
-        judge.score,
+        reward.score if reward else None,
+        probability=oracle.probability if oracle else None,
         pairs_per_prompt=settings.pairs_per_prompt,
         min_gap=settings.min_gap,
     )
+    if settings.label_noise:
+        rows, counts["flipped"] = with_label_noise(rows, settings.label_noise, generation.seed)
     print("  " + ", ".join(f"{count} {name}" for name, count in counts.items()), flush=True)
     write_json_lines(cached, rows)
     return rows

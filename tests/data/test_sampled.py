@@ -1,4 +1,4 @@
-"""Pairs from samples: every assignment of small scores, against a definition written out here."""
+"""Pairs from samples: every assignment of small scores, oracles worked out by hand, label noise."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import itertools
 import math
 
 import pytest
+from scipy.stats import binomtest
 
 from alignment.data.preferences import canonical
-from alignment.data.sampled import best_against_worst
+from alignment.data.sampled import best_against_worst, win_probabilities, with_label_noise
 from alignment.errors import UserError
+from alignment.models import load_tokenizer
 from alignment.models.sampling import Sample
+from alignment.recipes import load_recipe
+from alignment.trainers.run import sampled_preferences
+from tests import tiny_lm
 
 
 def drawn(texts) -> list[Sample]:
@@ -108,3 +113,173 @@ def test_the_judge_sees_each_prompt_with_its_own_responses():
     rows, _ = best_against_worst(["p", "q"], [[1], [2]], [drawn("ab"), drawn("cd")], score)
     assert seen == [("p", "a"), ("p", "b"), ("q", "c"), ("q", "d")]
     assert [(r["prompt"], r["chosen"], r["rejected"]) for r in rows] == [("p", "a", "b"), ("q", "c", "d")]
+
+
+# Samples that an oracle judges
+
+
+def by_table(table: dict[tuple[str, str], float]):
+    """P(a > b) of the table; whichever order is absent is 1 - the other."""
+
+    def probability(prompts, first, second):
+        return [
+            0.5 if a == b else table[a, b] if (a, b) in table else 1 - table[b, a]
+            for a, b in zip(first, second, strict=True)
+        ]
+
+    return probability
+
+
+def judged(texts, table, **settings):
+    settings |= {"probability": by_table(table)}
+    rows, counts = best_against_worst(["p"], [[1, 2]], [drawn(texts)], **settings)
+    return [(row["chosen"], row["rejected"]) for row in rows], counts
+
+
+def test_an_oracle_ranks_by_mean_probability_of_winning():
+    """Means by hand: a (.9 + .4) / 2 = .65, b (.1 + .7) / 2 = .4, c (.6 + .3) / 2 = .45: c beats a, yet a is best."""
+    table = {("a", "b"): 0.9, ("a", "c"): 0.4, ("b", "c"): 0.7}
+    for order in itertools.permutations("abc"):
+        assert judged(order, table) == ([("a", "b")], {"samples": 3, "unscored": 0, "ties": 0, "pairs": 1})
+    assert judged("abc", table, min_gap=0.24)[0] == [("a", "b")]
+    with pytest.raises(UserError, match="no pair is left"):
+        judged("abc", table, min_gap=0.26)
+
+
+def test_repeated_samples_weigh_as_often_as_they_were_drawn():
+    """aab: a has (.5 + .8) / 2 = .65, b .2."""
+    assert win_probabilities(["p"], ["aab"], by_table({("a", "b"): 0.8})) == [[0.65, 0.65, 0.2]]
+
+
+@pytest.mark.parametrize("p", [1.0, 0.7, 0.9, 1 / 3])
+@pytest.mark.parametrize("texts", ["abc", "aabbcc", "abcabcabc"])
+def test_a_cycle_has_no_best(p, texts):
+    """Rock, paper, scissors: all win equally often, whatever rounding says."""
+    table = {("a", "b"): p, ("b", "c"): p, ("c", "a"): p}
+    with pytest.raises(UserError, match="no pair is left"):
+        judged(texts, table)
+
+
+def test_what_an_oracle_cannot_judge_is_left_out_and_counted():
+    nan = math.nan
+    # a - x unknown: a is (.8) by b alone; x has no comparison at all, even though its repetition ties with it.
+    table = {("a", "b"): 0.8, ("a", "x"): nan, ("b", "x"): nan}
+    assert judged("abxx", table) == ([("a", "b")], {"samples": 4, "unscored": 2, "ties": 0, "pairs": 1})
+
+
+def test_an_oracle_s_rows_have_no_rewards_and_each_pair_is_asked_once():
+    asked = []
+
+    def probability(prompts, first, second):
+        asked.extend(zip(prompts, first, second, strict=True))
+        return [float(a < b) for a, b in zip(first, second, strict=True)]
+
+    rows, _ = best_against_worst(["p", "q"], [[1], [2]], [drawn("abc"), drawn("dc")], probability=probability)
+    assert [set(pair[1:]) for pair in asked] == [{"a", "b"}, {"a", "c"}, {"b", "c"}, {"d", "c"}]
+    assert [pair[0] for pair in asked] == ["p", "p", "p", "q"]
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("a", "c"), ("c", "d")]
+    assert all("reward_chosen" not in row and canonical(row) == row for row in rows)
+
+
+@pytest.mark.parametrize("given", [{}, {"score": by_text({}), "probability": by_table({})}])
+def test_one_judge_decides(given):
+    with pytest.raises(ValueError, match="either score or probability"):
+        best_against_worst(["p"], [[1]], [drawn("ab")], **given)
+
+
+# Label noise
+
+
+def row(number: int, **more) -> dict:
+    sides = {"chosen": f"good {number}", "rejected": f"bad {number}", "chosen_ids": [1, number], "rejected_ids": [2]}
+    return {"prompt": f"p{number}", "calibration": "c", "prompt_ids": [9], **sides, **more}
+
+
+def test_a_flipped_row_is_the_same_row_with_its_sides_exchanged():
+    rows = [row(0, reward_chosen=2.0, reward_rejected=-1.0), row(1)]
+    flipped, count = with_label_noise(rows, 1.0, 0)
+    assert count == 2 and flipped == [
+        {
+            "prompt": "p0",
+            "calibration": "c",
+            "prompt_ids": [9],
+            "chosen": "bad 0",
+            "rejected": "good 0",
+            "chosen_ids": [2],
+            "rejected_ids": [1, 0],
+            "reward_chosen": -1.0,
+            "reward_rejected": 2.0,
+        },
+        {
+            "prompt": "p1",
+            "calibration": "c",
+            "prompt_ids": [9],
+            "chosen": "bad 1",
+            "rejected": "good 1",
+            "chosen_ids": [2],
+            "rejected_ids": [1, 1],
+        },
+    ]
+    assert rows == [row(0, reward_chosen=2.0, reward_rejected=-1.0), row(1)]  # nothing given was changed
+
+
+def test_noise_counts_what_it_flips_and_repeats_exactly():
+    rows = [row(i) for i in range(400)]
+    noisy, count = with_label_noise(rows, 0.25, 7)
+    changed = [a != b for a, b in zip(rows, noisy, strict=True)]
+    assert count == sum(changed) and binomtest(count, 400, 0.25).pvalue > 1e-4
+    assert with_label_noise(rows, 0.25, 7) == (noisy, count)
+    assert with_label_noise(rows[:100], 0.25, 7)[0] == noisy[:100]
+    assert with_label_noise(rows, 0.25, 8)[0] != noisy
+    assert with_label_noise(rows, 0.0, 7) == (rows, 0)
+
+
+RECIPE = """\
+objective: {{name: dpo}}
+model: {{name_or_path: {model}}}
+data:
+  sample: {{prompts: {prompts}, samples_per_prompt: 3}}
+generation: {{max_new_tokens: 6}}
+reward: {{name: length}}
+training: {{global_batch_size: 4, learning_rate: 1e-4}}
+"""
+
+
+@pytest.fixture
+def sampled(tiny, tmp_path, monkeypatch, capsys):
+    """Rows that a recipe with the given overrides builds from the tiny model, and what it prints."""
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("\n".join(tiny_lm.openings()[:40]))
+    (tmp_path / "r.yaml").write_text(RECIPE.format(model=tiny, prompts=tmp_path / "prompts.txt"))
+    tokenizer = load_tokenizer(tiny)
+
+    def build(*overrides: str) -> tuple[list[dict], str]:
+        rows = sampled_preferences(load_recipe(tmp_path / "r.yaml", overrides), tokenizer)
+        return rows, capsys.readouterr().out
+
+    return build
+
+
+def test_noisy_samples_are_the_clean_ones_with_some_flipped(sampled):
+    clean, said = sampled()
+    assert "flipped" not in said
+    noisy, said = sampled("data.sample.label_noise=0.25")
+    assert len(clean) == len(noisy) > 20
+    exchanged = [with_label_noise([r], 1.0, 0)[0][0] for r in clean]
+    flips = [a != b for a, b in zip(clean, noisy, strict=True)]
+    assert noisy == [b if flip else a for a, b, flip in zip(clean, exchanged, flips, strict=True)]
+    assert 0 < sum(flips) < len(flips) and f"{sum(flips)} flipped" in said
+    assert all((r["reward_chosen"] > r["reward_rejected"]) != flip for r, flip in zip(noisy, flips, strict=True))
+    again, said = sampled("data.sample.label_noise=0.25")
+    assert again == noisy and "in the cache" in said
+    assert sampled()[0] == clean and sampled("data.sample.label_noise=1")[0] == exchanged
+
+
+def test_an_oracle_of_the_reward_chooses_by_wins_and_keeps_no_rewards(sampled):
+    """Hard Bradley–Terry on length: most wins is longest, fewest is shortest; the same pairs as length itself."""
+    by_reward, _ = sampled()
+    by_wins, said = sampled("reward=null", "oracle={name: bradley_terry, reward: {name: length}, hard: true}")
+    assert f"{len(by_wins)} pairs" in said and len(by_wins) == len(by_reward)
+    for one, other in zip(by_reward, by_wins, strict=True):
+        assert (len(other["chosen"]), len(other["rejected"])) == (one["reward_chosen"], one["reward_rejected"])
+        assert "reward_chosen" not in other and "reward_rejected" not in other

@@ -109,8 +109,8 @@ LM_HEAD = (
         # rules that tie keys together
         ("train: pairs.jsonl", "max_length: 9", "r.yaml:6: data: no preferences: give either train (a file or hub name) or sample (draw from the model)"),
         ("train: pairs.jsonl", "train: x\n  sample:\n    prompts: p.txt", "r.yaml:7: data.train: excludes data.sample; set the one that you do not want to null"),
-        ("train: pairs.jsonl", "sample:\n    prompts: p.txt", "r.yaml:7: data.sample: needs a reward section: something has to choose between samples"),
-        ("data:", "evaluation:\n  prompts: p.txt\ndata:", "r.yaml:6: evaluation: needs a reward section: something has to judge the responses"),
+        ("train: pairs.jsonl", "sample:\n    prompts: p.txt", "r.yaml:7: data.sample: needs a reward or oracle section: something has to choose between samples"),
+        ("data:", "evaluation:\n  prompts: p.txt\ndata:", "r.yaml:6: evaluation: needs a reward or oracle section: something has to judge the responses"),
         ("5e-7", "5e-7\n  eval_strategy: steps", "r.yaml:11: training.eval_strategy: 'steps' needs data.eval"),
         ("5e-7", "5e-7\n  eval_on_start: true", "r.yaml:11: training.eval_on_start: true needs data.eval"),
         ("5e-7", "5e-7\n  load_best_model_at_end: true", "r.yaml:11: training.load_best_model_at_end: true needs data.eval"),

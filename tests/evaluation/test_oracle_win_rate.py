@@ -1,0 +1,190 @@
+"""Win rates that an oracle decides: numbers worked out by hand, end to end, from files and from a run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from alignment.errors import UserError
+from alignment.rewards import get_oracle, get_reward
+from evaluation.comparison import Side, compare, describe
+from evaluation.plans import plan_of_run
+from evaluation.win_rate import app, choose_form, parse_keys, run_program, win_rate_of_files
+from tests.evaluation.test_win_rate import make_run, responses, run, write_rows
+
+TABLE = {
+    "responses": ["rock", "paper", "scissors"],
+    "matrix": [[0.5, 0.1, 0.8], [0.9, 0.5, 0.3], [0.2, 0.7, 0.5]],
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """one: rock .8 and paper .3 against scissors; two: rock .5 against rock, .1 against paper; three: nobody knows."""
+    a = [*responses("one", "rock", "paper"), *responses("two", "rock"), *responses("three", "well")]
+    b = [*responses("one", "scissors"), *responses("two", "rock", "paper"), *responses("three", "rock")]
+    (tmp_path / "table.json").write_text(json.dumps(TABLE))
+    return write_rows(tmp_path / "a.jsonl", a), write_rows(tmp_path / "b.jsonl", b), tmp_path / "table.json"
+
+
+def test_files_end_to_end_with_a_table(files, tmp_path):
+    """Scores .55 and .3, rate .425. Won .8, tied .5, lost .3 and .1; without ties (1/2) / (1/2 + 1/2 + 1/2) = 1/3."""
+    a, b, table = files
+    out = tmp_path / "out"
+    asked = ("--oracle", "tabular", "--oracle-key", f"table={table}")
+    done = run("--a", a, "--b", b, *asked, "--json", "--output", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result == json.loads((out / "win_rate.json").read_text())
+    assert result["win_rate"] == pytest.approx(0.425)
+    assert result["win_rate_ties_dropped"] == pytest.approx(1 / 3)
+    assert result["pair_outcomes"] == {"wins": 1, "ties": 1, "losses": 2}
+    assert result["prompt_outcomes"] == {"wins": 1, "ties": 0, "losses": 1}
+    assert (result["pairs"], result["pairs_excluded"], result["prompts"], result["prompts_excluded"]) == (4, 1, 2, 1)
+    assert set(result["mean_score"].values()) == {None}
+    assert (result["judge"]["name"], result["judge"]["table"]) == ("tabular", str(table))
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["one", "two", "three"]
+    assert [row["win_rate"] for row in rows] == [pytest.approx(0.55), pytest.approx(0.3), None]
+    assert {row["score_change"] for row in rows} == {None}
+    assert rows[0]["model"] == [{"response": r, "score": None, "finished": None} for r in ("rock", "paper")]
+    text = run("--a", a, "--b", b, *asked).stdout
+    assert text.startswith("Win rate  42.5 %") and "mean score" not in text
+    assert "not scored  1 sample pairs and 1 whole prompts left out" in text
+
+
+def test_the_two_sides_win_rates_sum_to_one(files):
+    a, b, table = files
+    oracle = get_oracle("tabular", table=str(table))
+    forth, back = (win_rate_of_files(x, y, oracle=oracle).result for x, y in ((a, b), (b, a)))
+    assert forth["win_rate"] + back["win_rate"] == pytest.approx(1, abs=1e-12)
+    assert win_rate_of_files(a, a, oracle=oracle).result["win_rate"] == pytest.approx(0.5, abs=1e-12)
+
+
+def test_three_systems_beat_each_other_in_a_circle():
+    oracle = get_oracle("tabular", table=TABLE)
+    sides = {name: Side(name, [[name]]) for name in TABLE["responses"]}
+    for loser, winner in (("rock", "paper"), ("paper", "scissors"), ("scissors", "rock")):
+        result = compare(["p"], sides[winner], sides[loser], oracle=oracle, resamples=100, seed=0).result
+        assert result["win_rate"] > 0.5
+
+
+def test_hard_bradley_terry_of_a_reward_gives_the_reward_s_own_win_rate(tmp_path):
+    a = write_rows(tmp_path / "a.jsonl", [*responses("one", "xxx", "x"), *responses("two", "xx")])
+    b = write_rows(tmp_path / "b.jsonl", [*responses("one", "xx"), *responses("two", "xx", "xxxx")])
+    hard = win_rate_of_files(a, b, oracle=get_oracle("bradley_terry", reward="length", hard=True)).result
+    own = win_rate_of_files(a, b, get_reward("length")).result
+    different = {key for key in own if own[key] != hard[key]}
+    assert different == {"mean_score", "judge"}
+
+
+def test_nothing_that_could_be_judged_is_one_line():
+    oracle = get_oracle("tabular", table=TABLE)
+    with pytest.raises(UserError, match="judge tabular: could not score a single pair"):
+        compare(["p"], Side("m", [["well"]]), Side("b", [["rock"]]), oracle=oracle, resamples=100, seed=0)
+
+
+@pytest.mark.parametrize("given", [{}, {"judge": get_reward("length"), "oracle": get_oracle("tabular", table=TABLE)}])
+def test_one_judge_decides(given):
+    with pytest.raises(ValueError, match="either judge or oracle"):
+        compare(["p"], Side("m", [["a"]]), Side("b", [["b"]]), **given, resamples=100, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a", "b"}, "--reward or --oracle missing: needed with --a, --b"),
+        ({"model", "baseline", "prompts"}, "--reward or --oracle missing: needed with --baseline, --model"),
+        ({"a", "b", "reward", "oracle"}, "--oracle and --reward: one judge decides; remove one"),
+        ({"RUN_DIR", "reward", "oracle"}, "--oracle and --reward: one judge decides; remove one"),
+    ],
+)
+def test_a_judge_is_named_once(given, message):
+    with pytest.raises(UserError) as caught:
+        choose_form(given)
+    assert str(caught.value) == message
+    assert choose_form({"RUN_DIR"}) == choose_form({"RUN_DIR", "oracle"}) == "run"
+
+
+def test_keys_on_the_command_line_have_their_types():
+    """What holds text stays as it is (`5`, `[ab]`), everything else is YAML."""
+    assert parse_keys("reward", "regex", ["pattern=[ab]=5"]) == {"pattern": "[ab]=5"}
+    assert parse_keys("reward", "exact_match", ["answers=5", "strip=false"]) == {"answers": "5", "strip": False}
+    given = ["reward={name: regex, pattern: good}", "temperature=1e-1", "hard=false"]
+    assert parse_keys("oracle", "bradley_terry", given) == {
+        "reward": {"name": "regex", "pattern": "good"},
+        "temperature": 0.1,
+        "hard": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--oracle-key", "table=t"], "--oracle-key without --oracle: name the oracle that the key belongs to"),
+        (["--oracle", "tabluar"], "unknown oracle 'tabluar'; did you mean 'tabular'?"),
+        (["--oracle", "tabular", "--oracle-key", "table"], "--oracle-key 'table': write KEY=VALUE"),
+        (["--oracle", "bradley_terry", "--oracle-key", "reward={"], "--oracle-key: reward: "),
+        (["--oracle", "tabular"], "oracle tabular: key 'table' is missing; add it"),
+        (["--oracle", "tabular", "--oracle-key", "table=nowhere.json"], "nowhere.json: no such file"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(files, words, message):
+    a, b, _ = files
+    asked = words if "--oracle" in words else ["--reward", "length", *words]
+    done = run("--a", a, "--b", b, *asked)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_a_run_s_oracle_judges_it(tiny, tmp_path, capsys):
+    """Hard Bradley–Terry on length, from the recipe; the same again by hand from the samples."""
+    section = {"name": "bradley_terry", "reward": {"name": "length"}, "hard": True}
+    run_dir = make_run(tmp_path / "run", tiny, ["my dog", "the river"], reward=None, oracle=section)
+    (run_dir / "final").symlink_to(tiny)
+    out = tmp_path / "out"
+    run_program({"RUN_DIR": run_dir, "output": out})
+    result = json.loads((out / "win_rate.json").read_text())
+    assert result["judge"]["name"] == "bradley_terry" and result["judge_is_training_reward"] is True
+    assert "judge IS the oracle that the model was trained on" in capsys.readouterr().out
+    shares = []
+    for line in (out / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        ours, theirs = ([len(sample["response"]) for sample in row[side]] for side in ("model", "baseline"))
+        shares.append(sum((a > b) + (a == b) / 2 for a in ours for b in theirs) / (len(ours) * len(theirs)))
+    assert result["win_rate"] == pytest.approx(sum(shares) / 2)
+
+
+def test_the_judge_that_is_named_comes_before_the_recipe_s(tmp_path):
+    section = {"name": "bradley_terry", "reward": {"name": "length"}}
+    own = make_run(tmp_path / "own", tmp_path / "start", ["new"], reward=None, oracle=section)
+    given = make_run(
+        tmp_path / "given", tmp_path / "start", ["new"], oracle=section, data={"train": "x", "sample": None}
+    )
+    for folder in (own, given):
+        (folder / "final").mkdir()
+    plan = plan_of_run(own)
+    assert (plan.judge, plan.oracle) == (None, get_oracle(**section))
+    plan = plan_of_run(own, oracle=get_oracle("bradley_terry", reward={"name": "length"}, temperature=2))
+    assert plan.notes["judge_is_training_reward"] is False
+    plan = plan_of_run(own, judge=get_reward("length"))
+    assert plan.oracle is None and plan.notes["judge_is_training_reward"] is False
+    with pytest.raises(UserError, match="has reward: and oracle: sections; name one with --reward or --oracle"):
+        plan_of_run(given)
+    assert plan_of_run(given, oracle=get_oracle(**section)).notes["judge_is_training_reward"] is False
+
+
+def test_options_reach_the_program(tmp_path, monkeypatch):
+    seen: dict = {}
+    monkeypatch.setattr("evaluation.win_rate.run_program", seen.update)
+    words = [str(tmp_path), "--oracle", "tabular", "--oracle-key", "table=t.json"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert seen == {"RUN_DIR": tmp_path, "oracle": "tabular", "oracle_key": ["table=t.json"]}
+
+
+def test_the_readable_block_says_who_judged(files):
+    a, b, table = files
+    text = describe(win_rate_of_files(a, b, oracle=get_oracle("tabular", table=str(table))).result)
+    assert f"judge       table of preferences among 3 responses in {table}, SHA-256 " in text
