@@ -5,16 +5,18 @@
         training.learning_rate=5e-7
     accelerate launch scripts/train.py recipes/quickstart/dpo.yaml --resume
 
-`scripts/sft.py` starts `main_sft`. Not a library: see `alignment.trainers.run` and `alignment.trainers.sft`.
+`scripts/sft.py` starts `main_sft`, `scripts/train_reward_model.py` `main_reward_model`. Not a library: see
+`alignment.trainers.run`, `sft` and `reward_run`.
 """
 
 import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from alignment.errors import UserError, run_or_exit
-from alignment.recipes import Recipe, RecipeError, SftRecipe, load_recipe, load_sft_recipe
+from alignment.recipes import AnyRecipe, RecipeError, load_recipe, load_reward_model_recipe, load_sft_recipe
 from alignment.recipes.inspection import what_is_missing
 
 SFT_HELP = """Supervised fine-tuning from a recipe with an `sft` section, the step before preference training.
@@ -22,6 +24,14 @@ SFT_HELP = """Supervised fine-tuning from a recipe with an `sft` section, the st
     accelerate launch scripts/sft.py recipes/quickstart/sft.yaml
     accelerate launch scripts/sft.py recipes/quickstart/sft.yaml training.learning_rate=1e-5
     accelerate launch scripts/sft.py recipes/quickstart/sft.yaml --resume
+"""
+
+
+REWARD_MODEL_HELP = """Train a reward model, or an ensemble, from a recipe with a `reward_model` section.
+
+    accelerate launch scripts/train_reward_model.py recipes/quickstart/reward_model.yaml
+    accelerate launch scripts/train_reward_model.py recipes/quickstart/reward_model.yaml reward_model.members=5
+    accelerate launch scripts/train_reward_model.py recipes/quickstart/reward_model.yaml --resume
 """
 
 
@@ -35,7 +45,12 @@ def main_sft(argv: Sequence[str] | None = None) -> None:
     _launch(argv, load_sft_recipe, "alignment.trainers.sft", SFT_HELP)
 
 
-def _launch(argv: Sequence[str] | None, load: Callable[..., Recipe | SftRecipe], trainer: str, text: str) -> None:
+def main_reward_model(argv: Sequence[str] | None = None) -> None:
+    """`main` for recipes of reward models."""
+    _launch(argv, load_reward_model_recipe, "alignment.trainers.reward_run", REWARD_MODEL_HELP)
+
+
+def _launch(argv: Sequence[str] | None, load: Callable[..., AnyRecipe], trainer: str, text: str) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     resume = "--resume" in words
     words = [w for w in words if w != "--resume"]
@@ -54,11 +69,21 @@ def _launch(argv: Sequence[str] | None, load: Callable[..., Recipe | SftRecipe],
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # what DeepSpeed calls
     from accelerate import PartialState
 
-    from evaluation.report import write_report
-
     run = importlib.import_module(trainer).train(recipe, resume=resume)
     if PartialState().is_main_process:
-        print(f"report: {write_report(run)}")
+        _report(run)
+
+
+def _report(run: Path) -> None:
+    """Pages of a finished run: of every member where it is an ensemble's; held-out accuracy where it was measured."""
+    from evaluation.held_out import write_held_out
+    from evaluation.report import write_report
+
+    members = sorted(run.glob("member-*"))
+    for each in members or [run]:
+        print(f"report: {write_report(each)}")
+    for line in write_held_out(run):
+        print(line)
 
 
 if __name__ == "__main__":

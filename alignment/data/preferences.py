@@ -18,7 +18,7 @@ from alignment.errors import UserError
 from alignment.files import iterate_json_lines, read_text
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-NUMBER_COLUMNS = ("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected", "label")
+NUMBER_COLUMNS = ("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected", "margin", "label")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 OPTIONAL_COLUMNS = (*ID_COLUMNS, *NUMBER_COLUMNS, "calibration", "calibration_ids")
 

@@ -5,6 +5,7 @@ Not a registry and not a cache of hub files (transformers has one). Errors that 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,3 +234,14 @@ def _with_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes of another base
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.adapter: cannot load {adapter!r} on this model ({reason})") from error
+
+
+def fingerprint(model: Any) -> str:
+    """The first 12 digits of SHA-256 over a model's weights, names and dtypes (not sharded)."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]

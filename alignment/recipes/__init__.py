@@ -7,15 +7,27 @@ Builds nothing from a recipe: models, data and trainers are made by those who re
 """
 
 from alignment.recipes.document import Origin, Problem, RecipeError
-from alignment.recipes.loading import Recipe, SftRecipe, load_any, load_recipe, load_sft_recipe
+from alignment.recipes.loading import (
+    AnyRecipe,
+    Recipe,
+    RewardModelRecipe,
+    SftRecipe,
+    load_any,
+    load_recipe,
+    load_reward_model_recipe,
+    load_sft_recipe,
+)
 
 __all__ = [
+    "AnyRecipe",
     "Origin",
     "Problem",
     "Recipe",
     "RecipeError",
+    "RewardModelRecipe",
     "SftRecipe",
     "load_any",
     "load_recipe",
+    "load_reward_model_recipe",
     "load_sft_recipe",
 ]

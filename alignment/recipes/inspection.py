@@ -15,7 +15,7 @@ from typing import Any
 from alignment.errors import UserError
 from alignment.files import PACKAGE_SCHEME, package_file
 from alignment.recipes.document import Origin, Problem, RecipeError
-from alignment.recipes.loading import Recipe, SftRecipe, load_any
+from alignment.recipes.loading import AnyRecipe, Recipe, load_any
 from alignment.recipes.registries import judge_files
 from alignment.recipes.sections import ObjectiveSection, SourceSection
 from alignment.recipes.trl_keys import REPORTERS
@@ -43,7 +43,7 @@ def check(path: str | Path, overrides: Sequence[str] = ()) -> list[Problem]:
     return what_is_missing(recipe)
 
 
-def what_is_missing(recipe: Recipe | SftRecipe) -> list[Problem]:
+def what_is_missing(recipe: AnyRecipe) -> list[Problem]:
     """One problem per local file or Python package that the recipe needs and that is not there."""
     problems = []
     for dotted, message in (*_missing_files(recipe), *_missing_packages(recipe)):
@@ -52,7 +52,7 @@ def what_is_missing(recipe: Recipe | SftRecipe) -> list[Problem]:
     return sorted(problems)
 
 
-def _missing_files(recipe: Recipe | SftRecipe) -> Iterator[tuple[str, str]]:
+def _missing_files(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
     data = recipe.data
     files = {}
     if isinstance(recipe, Recipe):
@@ -83,7 +83,7 @@ def _missing_files(recipe: Recipe | SftRecipe) -> Iterator[tuple[str, str]]:
             yield "reference.adapter", f"{reference.adapter}: no such folder"
 
 
-def _missing_packages(recipe: Recipe | SftRecipe) -> Iterator[tuple[str, str]]:
+def _missing_packages(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
     reporters = recipe.training.report_to
     named = [
         ("training.report_to", name, REPORTERS) for name in ([reporters] if isinstance(reporters, str) else reporters)
@@ -109,7 +109,7 @@ def _missing_model(name: str) -> Iterator[str]:
         yield f"{name}: no such folder"
 
 
-def explain(recipe: Recipe | SftRecipe) -> str:
+def explain(recipe: AnyRecipe) -> str:
     """Every value of the recipe, one line each: key, value, and the file and line or the default's source."""
     rows = [
         (dotted, _yaml(value), str(recipe.origin(dotted) or f"default: {default_source(recipe, dotted)}"))
@@ -120,7 +120,7 @@ def explain(recipe: Recipe | SftRecipe) -> str:
     return "\n".join(f"{key:<{key_width}}  {value:<{value_width}}  {origin}" for key, value, origin in rows)
 
 
-def diff(first: Recipe | SftRecipe, second: Recipe | SftRecipe) -> str:
+def diff(first: AnyRecipe, second: AnyRecipe) -> str:
     """The resolved values in which two recipes differ, with the origin of each; empty if there are none."""
     before, after = dict(flatten(first.resolved())), dict(flatten(second.resolved()))
     lines = []
@@ -131,7 +131,7 @@ def diff(first: Recipe | SftRecipe, second: Recipe | SftRecipe) -> str:
     return "\n".join(lines)
 
 
-def _side(recipe: Recipe | SftRecipe, dotted: str, value: Any) -> str:
+def _side(recipe: AnyRecipe, dotted: str, value: Any) -> str:
     return "absent" if value is _MISSING else f"{_yaml(value)} ({recipe.origin(dotted) or 'default'})"
 
 
@@ -144,7 +144,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def default_source(recipe: Recipe | SftRecipe, dotted: str) -> str:
+def default_source(recipe: AnyRecipe, dotted: str) -> str:
     """Where a default comes from: the schema's word for it, or the objective's card."""
     section, _, key = dotted.partition(".")
     if section == "objective" and isinstance(recipe, Recipe) and key not in type(recipe.objective).model_fields:

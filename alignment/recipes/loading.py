@@ -1,6 +1,6 @@
 """`load_recipe`: a file and the command line's overrides in, a checked `Recipe` or a `RecipeError` out.
 
-`load_sft_recipe` does the same for recipes of supervised fine-tuning (`SftRecipe`), `load_any` takes either.
+`load_sft_recipe` and `load_reward_model_recipe` do the same for the other kinds, `load_any` takes any.
 No weights, no data and no accelerator are touched.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
@@ -16,6 +16,7 @@ from pydantic_core import InitErrorDetails
 from alignment.errors import nearest
 from alignment.recipes.document import Document, KeyPath, Origin, Problem, RecipeError
 from alignment.recipes.merge import COMMAND_LINE, apply_overrides, read_with_bases
+from alignment.recipes.reward_model import RewardDataSection, RewardModelSection, RewardTrainingSection
 from alignment.recipes.sections import (
     DataSection,
     EvaluationSection,
@@ -32,6 +33,8 @@ from alignment.recipes.sections import (
 )
 from alignment.recipes.supervised import SftDataSection, SftSection, SftTrainingSection
 from alignment.recipes.training import TrainingSection
+
+Kind = TypeVar("Kind", bound="_Root")
 
 
 class _Root(Section):
@@ -95,6 +98,28 @@ class SftRecipe(_Root):
         return self
 
 
+class RewardModelRecipe(_Root):
+    """A checked recipe of a reward model, or of an ensemble of them. Attributes are the sections."""
+
+    reward_model: RewardModelSection = Field(description="What is fitted to the preferences, and how many times.")
+    model: ModelSection = Field(description="The trunk that training starts from.")
+    lora: LoraSection | None = Field(None, description="Train adapters only. Default: all weights are trained.")
+    data: RewardDataSection = Field(description="The preferences.")
+    training: RewardTrainingSection = Field(description="How the optimiser runs.")
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> RewardModelRecipe:
+        problems = list(_misfits(self))
+        if self.reward_model.freeze_trunk and self.lora is not None:
+            problems.append(error("excludes lora: an adapter is part of the trunk", "reward_model", "freeze_trunk"))
+        if problems:
+            raise ValidationError.from_exception_data("recipe", problems)
+        return self
+
+
+AnyRecipe = Recipe | SftRecipe | RewardModelRecipe
+
+
 def _unjudged(recipe: Recipe) -> Iterator[InitErrorDetails]:
     """Samples and evaluations that nothing would judge, or two things at once."""
     asking = [
@@ -122,7 +147,7 @@ def _unjudged(recipe: Recipe) -> Iterator[InitErrorDetails]:
             )
 
 
-def _misfits(recipe: Recipe | SftRecipe) -> Iterator[InitErrorDetails]:
+def _misfits(recipe: AnyRecipe) -> Iterator[InitErrorDetails]:
     """Rules that tie the shared sections together, each at the key that breaks it."""
     data, training = recipe.data, recipe.training
     if recipe.lora is not None and recipe.model.adapter is not None:
@@ -153,26 +178,41 @@ def _idle_reference(recipe: Recipe) -> Iterator[InitErrorDetails]:
         yield error(f"objective {recipe.objective.name!r} reads no reference; leave it out", "reference", given[0])
 
 
+_PROGRAMS = {
+    "sft": ("is supervised fine-tuning", "scripts/sft.py"),
+    "reward_model": ("is a reward model", "scripts/train_reward_model.py"),
+    "objective": ("is preference training", "scripts/train.py"),
+}
+_KINDS: dict[str, type[AnyRecipe]] = {"sft": SftRecipe, "reward_model": RewardModelRecipe}
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe of preference training; see `load_any`."""
-    recipe = load_any(path, overrides)
-    if isinstance(recipe, Recipe):
-        return recipe
-    place = recipe.origin("sft") or Origin(str(path))
-    raise RecipeError([Problem(place, ("sft",), f"is supervised fine-tuning: run python scripts/sft.py {path}")])
+    return _of_kind(Recipe, path, overrides)
 
 
 def load_sft_recipe(path: str | Path, overrides: Sequence[str] = ()) -> SftRecipe:
     """Read and check a recipe of supervised fine-tuning; see `load_any`."""
+    return _of_kind(SftRecipe, path, overrides)
+
+
+def load_reward_model_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RewardModelRecipe:
+    """Read and check a recipe of a reward model; see `load_any`."""
+    return _of_kind(RewardModelRecipe, path, overrides)
+
+
+def _of_kind(kind: type[Kind], path: str | Path, overrides: Sequence[str]) -> Kind:
     recipe = load_any(path, overrides)
-    if isinstance(recipe, SftRecipe):
+    if isinstance(recipe, kind):
         return recipe
-    message = "is preference training: run scripts/train.py, or give the recipe an sft section in its place"
-    raise RecipeError([Problem(recipe.origin("objective") or Origin(str(path)), ("objective",), message)])
+    section = next((name for name, other in _KINDS.items() if isinstance(recipe, other)), "objective")
+    what, program = _PROGRAMS[section]
+    place = recipe.origin(section) or Origin(str(path))
+    raise RecipeError([Problem(place, (section,), f"{what}: run python {program} {path}")])
 
 
-def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | SftRecipe:
-    """Read and check a recipe; one with an `sft` section is one of supervised fine-tuning.
+def load_any(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """Read and check a recipe: with a section `sft`, of supervised fine-tuning; with `reward_model`, of that.
 
     Args:
         path: the YAML file; its `extends` is followed.
@@ -185,7 +225,7 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | SftRec
     """
     document = apply_overrides(read_with_bases(Path(path)), overrides)
     _fill_in(document)
-    kind: type[Recipe] | type[SftRecipe] = SftRecipe if "sft" in document.values else Recipe
+    kind = next((found for section, found in _KINDS.items() if section in document.values), Recipe)
     try:
         recipe = kind.model_validate(document.values)
     except ValidationError as failed:
@@ -201,8 +241,9 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | SftRec
 def _fill_in(document: Document) -> None:
     """Defaults that depend on what is written: the run's name, evaluation of data.eval; `objective.file` absolute."""
     training, data = document.values.get("training"), document.values.get("data")
-    if document.values.get("sft", ...) is None:  # `sft:` alone is a section of defaults
-        document.values["sft"] = {}
+    for section in _KINDS:
+        if document.values.get(section, ...) is None:  # `sft:` alone is a section of defaults
+            document.values[section] = {}
     if isinstance(training, dict):
         defaults = {"output_dir": f"runs/{Path(document.source).stem}"}
         if isinstance(data, dict) and data.get("eval") is not None:

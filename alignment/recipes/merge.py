@@ -15,7 +15,7 @@ from alignment.errors import UserError, nearest
 from alignment.recipes.document import Document, KeyPath, Origin, Problem, RecipeError, parse_document, parse_value
 
 COMMAND_LINE = "command line"
-NAMED_SECTIONS = ("objective", "reward")
+NAMED_SECTIONS = ("objective", "reward", "oracle")
 
 
 def read_recipe_file(path: Path, asked_by: Problem | None = None) -> Document:

@@ -203,7 +203,7 @@ DATA_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 # What `columns` of a source may rename: the columns of all forms (`alignment.data.forms`).
 SOURCE_COLUMNS = (
     *("prompt", "chosen", "rejected", "calibration", "label"),
-    *("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected"),
+    *("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected", "margin"),
     *("conversations", "system", "instruction", "input", "output", "response1", "response2"),
     *(SFT_COLUMNS := ("completion", "messages", "text")),
 )
@@ -287,13 +287,12 @@ def _named_split(text: str) -> dict[str, str]:
 Sources = Annotated[list[SourceSection], BeforeValidator(_sources)]
 
 
-class DataSection(Section):
-    """Where preferences come from: `train` (given) or `sample` (drawn from the model)."""
+class PreferenceRows(Section):
+    """Preferences that are given, and what is refused of them."""
 
     train: Sources | None = option(
         None, "Preferences: FILE, hub NAME or NAME:SPLIT, a mapping (see SourceSection), or a list of these.", "none"
     )
-    sample: SampleSection | None = option(None, "Draw the preferences from the starting model.", "none")
     eval: Sources | None = option(None, "Held-out preferences, like train.", "none")
     max_length: int = option(1024, "Prompt and response together, in tokens; longer is cut.", "TRL 1.16", ge=2)
     max_rejected_share: float = option(
@@ -319,6 +318,12 @@ class DataSection(Section):
             if column in SFT_COLUMNS:
                 raise ValueError(f"columns.{column} is for supervised fine-tuning (scripts/sft.py)")
         return value
+
+
+class DataSection(PreferenceRows):
+    """Where preferences come from: `train` (given) or `sample` (drawn from the model)."""
+
+    sample: SampleSection | None = option(None, "Draw the preferences from the starting model.", "none")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:

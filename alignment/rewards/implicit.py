@@ -17,7 +17,6 @@ prompt fills `max_length`.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from bisect import bisect_right
@@ -180,7 +179,9 @@ class ImplicitReward(Reward):
 
     def describe(self) -> str:
         """Loads the weights: their fingerprints say which version judges."""
-        policy, reference = (None if m is None else _fingerprint(m) for m in self._models[1:])
+        from alignment.models.loading import fingerprint
+
+        policy, reference = (None if m is None else fingerprint(m) for m in self._models[1:])
         against = f" / {self.reference} ({reference})" if self.reference else ", no reference"
         over = "" if self.how == "sum" else f", least step, steps begin at {self.step_marker!r}"
         asked = "" if self.chat is None else f", chat {self.chat}"
@@ -323,14 +324,3 @@ def _number(value: Any) -> bool:
 
 def _refuse(key: str, value: Any, wanted: str) -> NoReturn:
     raise UserError(f"reward implicit: {key} must be {wanted}, not {value!r}")
-
-
-def _fingerprint(model: Any) -> str:
-    """The first 12 digits of SHA-256 over a model's weights, names and dtypes."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather, is_peft_model, reduce
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -61,19 +61,23 @@ def weights_digest(model: torch.nn.Module, only_frozen: bool = False) -> str:
         if not isinstance(value, torch.Tensor):  # bitsandbytes keeps text beside its tensors
             digest.update(f"{name} {value}".encode())
             continue
-        with _gathered(sharded.get(name)):
+        with gathered_parameter(sharded.get(name)):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _gathered(parameter: Any) -> contextlib.AbstractContextManager[Any]:
-    """The whole of a parameter that ZeRO-3 has split over the processes; all of them must come here together."""
+def gathered_parameter(parameter: Any, writing: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """The whole of a parameter that ZeRO-3 has split over the processes; all of them must come here together.
+
+    With `writing`, what the main process has written is what all have afterwards.
+    """
     if parameter is None:
         return contextlib.nullcontext()
     import deepspeed
 
-    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+    rank = 0 if writing else None
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], rank)
     return gathered
 
 
@@ -116,7 +120,7 @@ def cache_file(parts: dict[str, Any]) -> Path:
 
 
 def frozen_logps(
-    accelerator: Accelerator,
+    accelerator: Accelerator | PartialState,
     score: Score,
     lengths: Sequence[int],
     per_device: int,
@@ -127,7 +131,7 @@ def frozen_logps(
     """The table of all rows, from the cache or computed by all processes together.
 
     Args:
-        accelerator: of the trainer.
+        accelerator: of the trainer, or the processes' state before there is one.
         score: log-probs of given rows on this process; every process makes the same number of calls.
         lengths: tokens of each of the n rows, to batch like with like.
         per_device: rows per call.
@@ -145,7 +149,7 @@ def frozen_logps(
     if table is not None and len(table) == len(lengths):
         rows = sorted({round(i * (len(lengths) - 1) / max(CHECKED_ROWS - 1, 1)) for i in range(CHECKED_ROWS)})
         gap = relative_gap(score(rows).cpu(), table[rows])
-        off = accelerator.reduce(torch.tensor(float(gap > tolerance), device=accelerator.device), reduction="sum")
+        off = reduce(torch.tensor(float(gap > tolerance), device=accelerator.device), reduction="sum")
         if float(off) == 0:
             return table, True
         _say(accelerator, f"warning: {file}: kept {label} log-probs differ from this model's; computing them again")
@@ -157,7 +161,7 @@ def frozen_logps(
 
 
 def _computed(
-    accelerator: Accelerator, score: Score, lengths: Sequence[int], per_device: int, label: str
+    accelerator: Accelerator | PartialState, score: Score, lengths: Sequence[int], per_device: int, label: str
 ) -> torch.Tensor:
     """Longest first: memory runs out at once or never. A last part that does not divide is filled by repeats."""
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -168,7 +172,7 @@ def _computed(
         part = order[start : start + per_device * world]
         share = -(-len(part) // world)
         filled = part + part[:1] * (share * world - len(part))
-        scored = accelerator.gather(score(filled[rank * share : (rank + 1) * share]))
+        scored = gather(score(filled[rank * share : (rank + 1) * share]))
         found.append(scored[: len(part)].float().cpu())
     table = torch.empty_like(torch.cat(found))
     table[order] = torch.cat(found)
@@ -198,6 +202,6 @@ def _write(file: Path, table: torch.Tensor, parts: dict[str, Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _say(accelerator: Accelerator, text: str) -> None:
+def _say(accelerator: Accelerator | PartialState, text: str) -> None:
     if accelerator.is_main_process:
         print(text, file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,12 +25,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from alignment.errors import UserError
 from alignment.files import write_json
 from alignment.models.loading import settle_accelerator
-from alignment.recipes import Recipe, SftRecipe
+from alignment.recipes import AnyRecipe
 from alignment.trainers import hub, rundir
 
 WAIT_HOURS = 24
 
-AnyRecipe = Recipe | SftRecipe
 Config = TypeVar("Config", bound=TrainingArguments)
 
 
@@ -212,8 +211,11 @@ def compact(trainer: Any) -> Any:
     return trainer
 
 
-def save_final(trainer: Any, run: Path, state: PartialState) -> None:
-    """`final/`: a plain transformers folder (or adapter folder) with its tokenizer, by rename."""
+def save_final(trainer: Any, run: Path, state: PartialState, extra: Callable[[Path], None] | None = None) -> None:
+    """`final/`: a plain transformers folder (or adapter folder) with its tokenizer, by rename.
+
+    `extra` writes further files into the folder before it appears.
+    """
     beside = run / ".final"
     trainer.save_model(str(beside))
     state.wait_for_everyone()
@@ -223,6 +225,8 @@ def save_final(trainer: Any, run: Path, state: PartialState) -> None:
         )  # TRL's frozen copy of the adapter that training started from
         trainer.create_model_card(model_name=run.name)  # into the run, as with every checkpoint
         shutil.copy(run / "README.md", beside / "README.md")
+        if extra is not None:
+            extra(beside)
         final, before = run / "final", run / ".final-before"
         if final.exists():  # only when a finished run is resumed
             final.rename(before)

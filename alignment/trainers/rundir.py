@@ -24,7 +24,7 @@ from transformers.trainer_utils import SaveStrategy
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, jsonable, read_json_object, write_json, write_json_lines
 from alignment.models.gguf import file_digest
-from alignment.recipes import Recipe, SftRecipe
+from alignment.recipes import AnyRecipe, Recipe
 
 CHECKPOINT_FILES = "files.json"
 PACKAGES = ("alignment", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "tokenizers")
@@ -91,7 +91,7 @@ def objective_digest(recipe: Recipe) -> str | None:
     return None if recipe.objective.file is None else file_digest(Path(recipe.objective.file))
 
 
-def refuse_other_recipe(run: Path, recipe: Recipe | SftRecipe) -> None:
+def refuse_other_recipe(run: Path, recipe: AnyRecipe) -> None:
     """Resuming under another recipe would be neither run; keys that change no result may differ.
 
     Raises:

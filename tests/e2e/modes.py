@@ -20,7 +20,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from alignment.recipes import load_recipe
+from alignment.recipes import Recipe, RewardModelRecipe, load_any
+from alignment.trainers.reward_run import train as train_reward_model
 from alignment.trainers.run import train
 
 AT_THE_END = ("final", "README.md")  # what training writes when it is done
@@ -43,13 +44,17 @@ def carry_out(plan: list[dict[str, Any]]) -> None:
     """Train everything that the plan names, in its order."""
     for job in plan:
         began = time.perf_counter()
-        recipe = load_recipe(job["recipe"], job["overrides"])
+        recipe = load_any(job["recipe"], job["overrides"])
         run = Path(recipe.training.output_dir)
         if "resume" in job:
             if PartialState().is_main_process:
                 interrupt(run, job["resume"])
             PartialState().wait_for_everyone()
-        train(recipe, resume="resume" in job)
+        if isinstance(recipe, RewardModelRecipe):
+            train_reward_model(recipe, resume="resume" in job)
+        else:
+            assert isinstance(recipe, Recipe)
+            train(recipe, resume="resume" in job)
         if PartialState().is_main_process:
             print(f"{run.name}: {time.perf_counter() - began:.1f} s", flush=True)
 

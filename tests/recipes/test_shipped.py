@@ -20,7 +20,8 @@ OBJECTIVES = {card.name for card in list_objectives()}
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*/*.yaml"))
 LAUNCH = [name for name in FILES if name.startswith("recipes/accelerate/")]
 # Supervised fine-tuning has a schema and tests of its own.
-RECIPES = [name for name in FILES if name not in LAUNCH and Path(name).stem != "sft"]
+OTHER_KINDS = ("sft", "reward_model")  # no objective
+RECIPES = [name for name in FILES if name not in LAUNCH and Path(name).stem not in OTHER_KINDS]
 REAL = [name for name in RECIPES if not name.startswith("recipes/quickstart/")]
 PAGES = ["docs/launching.md"]
 PROGRAMS = ("accelerate", "alignment", "python", "torchrun")

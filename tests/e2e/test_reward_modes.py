@@ -1,0 +1,123 @@
+"""Reward models, launched four ways: one process, two, ZeRO-2 and ZeRO-3 are the same training, and each resumes
+exactly; ensembles member by member. As test_modes.py, whose files and launches it uses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignment.files import write_json_lines
+from tests.e2e.conftest import finished, launched
+from tests.e2e.modes import carry_out
+from tests.e2e.test_modes import KILLED_AT, LAUNCHES, OF_THE_SPLIT, STEPS, no_compiler, pairs, straight, training_lines
+
+RECIPE = "recipes/quickstart/reward_model.yaml"
+FULL = ("reward_model.members=1", "reward_model.mode=independent", "reward_model.bootstrap=false")
+TRAINED = ("reward_model.freeze_trunk=false",)
+CASES: dict[str, tuple[str, ...]] = {
+    "full": (*FULL, *TRAINED, "reward_model.center=0.01", "reward_model.label_smoothing=0.1"),
+    "lora": (*FULL, *TRAINED, "lora.r=4"),
+    "heads": ("reward_model.members=3", *TRAINED),
+    "general": (*FULL, *TRAINED, "reward_model.loss=general", "reward_model.planes=2"),
+    "frozen": ("reward_model.members=3",),
+}
+MODES = ["one", *LAUNCHES]
+POSSIBLE = [(mode, case) for mode in MODES for case in CASES if (mode, case) != ("zero3", "frozen")]
+
+
+def job(tiny: Path, folder: Path, mode: str, case: str, **more: Any) -> dict[str, Any]:
+    given = [
+        f"model.name_or_path={tiny}",
+        f"data.train={folder / 'rows.jsonl'}",
+        f"data.eval={folder / 'held_out.jsonl'}",
+        "training.eval_strategy=no",
+        "training.cpu_threads=1",
+        "training.use_cpu=true",
+        "training.global_batch_size=4",
+        f"training.max_steps={STEPS}",
+        "training.save_strategy=steps",
+        f"training.save_steps={KILLED_AT}",
+        "training.learning_rate=1e-3",
+        "training.warmup_steps=2",
+        "training.logging_steps=1",
+        f"training.output_dir={folder / mode / case}",
+        *CASES[case],
+    ]
+    return {"recipe": RECIPE, "overrides": given, **more}
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory):
+    """`trained(mode)`: the folder of that mode's runs; each plan is carried out once."""
+    folder = tmp_path_factory.mktemp("reward-modes")
+    write_json_lines(folder / "rows.jsonl", pairs())
+    write_json_lines(folder / "held_out.jsonl", pairs(7, 12))
+    done: set[str] = set()
+
+    def get(mode: str) -> Path:
+        if mode in done:
+            return folder / mode
+        done.add(mode)
+        plan = []
+        for case in (case for m, case in POSSIBLE if m == mode):
+            plan += [job(tiny, folder, mode, case), job(tiny, folder, mode, case, resume=KILLED_AT)]
+        if mode == "one":
+            carry_out(plan)
+            return folder / mode
+        where = no_compiler(folder / mode) | {"ALIGNMENT_CACHE": str(folder / mode / "cache")}
+        (folder / mode / "plan.json").write_text(json.dumps(plan))
+        process = launched(
+            root, list(LAUNCHES[mode]), str(folder / mode / "plan.json"), [], program="tests/e2e/modes.py", **where
+        )
+        finished(process, timeout=60 + 15 * len(plan))
+        return folder / mode
+
+    return get
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    final = run / "final"
+    adapter = final / "adapter_model.safetensors"
+    return load_file(adapter if adapter.is_file() else final / "model.safetensors")
+
+
+@pytest.mark.parametrize(("mode", "case"), POSSIBLE)
+def test_a_resumed_run_is_one_that_never_stopped(trained, mode, case):
+    run, uninterrupted = trained(mode) / case, straight(trained(mode), case)
+    assert [row["step"] for row in training_lines(uninterrupted)] == list(range(1, STEPS + 1))
+    assert training_lines(run) == training_lines(uninterrupted)
+    one, two = weights(run), weights(uninterrupted)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert any("score" in name for name in one)
+    assert (run / "held_out.jsonl").read_text() == (uninterrupted / "held_out.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("mode", "case"), [pair for pair in POSSIBLE if pair[0] != "one"])
+def test_every_launch_is_the_same_training(trained, mode, case):
+    found, expected = (training_lines(straight(trained(m), case), *OF_THE_SPLIT) for m in (mode, "one"))
+    assert [sorted(row) for row in found] == [sorted(row) for row in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
+    assert len({row["loss"] for row in expected}) > STEPS // 2  # it did train
+
+
+@pytest.mark.parametrize(("mode", "case"), [pair for pair in POSSIBLE if pair[0] != "one"])
+def test_held_out_scores_and_constants_are_those_of_one_process(trained, mode, case):
+    """Five rows do not fill two processes' batches: none is left out, none counted twice."""
+    tables, facts = [], []
+    for m in (mode, "one"):
+        run = straight(trained(m), case)
+        tables.append([json.loads(line) for line in (run / "held_out.jsonl").read_text().splitlines()])
+        facts.append(json.loads((run / "final" / "reward_model.json").read_text()))
+    assert len(tables[0]) == 5 and [r["prompt"] for r in tables[0]] == [r["prompt"] for r in tables[1]]
+    for one, other in zip(*tables, strict=True):
+        for side in ("chosen", "rejected"):
+            assert one[side] == pytest.approx(other[side], rel=1e-3, abs=1e-3)
+    for name in () if case == "general" else ("mean", "std"):
+        assert facts[0][name] == pytest.approx(facts[1][name], rel=1e-3, abs=1e-3)
+    assert (facts[0]["mean"] is None) == (case == "general")
