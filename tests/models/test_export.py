@@ -248,9 +248,9 @@ def test_a_quantised_base_is_written_out_as_it_was_rounded(tiny, tmp_path):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
     )
     quantised = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=four_bits)
-    for module in quantised.modules():  # where the CPU could, bitsandbytes would compute in bfloat16 all the same
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    for layer in quantised.modules():  # where the CPU could, bitsandbytes would compute in bfloat16 all the same
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
     trained = logits(PeftModel.from_pretrained(quantised, run / "final"))
     torch.testing.assert_close(logits(plain(tmp_path / "out")), trained, atol=1e-4, rtol=1e-4)
     unquantised = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), run / "final"))
