@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from alignment.errors import UserError
 from alignment.files import PACKAGE_SCHEME, read_json_object, write_text
 from alignment.models.loading import DTYPES, load_model, load_tokenizer, resolve_path
+from alignment.models.reward_model import FACTS, load_reward_model, read_facts
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 EXACT = 1e-4
 ROUNDED = {"float32": EXACT, "bfloat16": 1e-1, "float16": 2e-2}
 PROMPTS = ("The", "Once upon a time there was", "def add(a, b):\n    return", "1 2 3 4 5 6 7 8 9 10 11 12")
-SHOWN = ("objective", "sft", "model", "lora", "data", "training")  # of the recipe, in the model card
+METHODS = {"sft": ", trained by supervised fine-tuning", "reward_model": ", trained as a reward model"}
+SHOWN = ("objective", "sft", "reward_model", "model", "lora", "data", "training")  # of the recipe, in the model card
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Source:
     def is_adapter(self) -> bool:
         """Whether the weights are an adapter's."""
         return (self.folder / "adapter_config.json").is_file()
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether its outputs are scores: a model of scripts/train_reward_model.py."""
+        return (self.folder / FACTS).is_file()
 
     @property
     def model_section(self) -> dict[str, Any]:
@@ -156,7 +163,9 @@ def _write(source: Source, folder: Path, trained: str, saved: str) -> list[str]:
     _refuse_beyond(_gap(in_memory, before), max(ROUNDED[saved], ROUNDED[trained]), f"rounding to {saved}")
     _save(model, tokenizer, folder)
     del model
-    reloaded = load_model(folder, dtype=saved, **source.options)
+    if source.is_reward_model:
+        shutil.copy(source.folder / FACTS, folder / FACTS)
+    reloaded = (load_reward_model if source.is_reward_model else load_model)(folder, dtype=saved, **source.options)
     after = _logits(reloaded, prompts)
     _refuse_beyond(_gap(after, in_memory), EXACT, "saving and loading again")
     largest = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
@@ -179,7 +188,8 @@ def _refuse_beyond(gap: float, limit: float, step: str) -> None:
 def _trained_model(source: Source, dtype: str) -> Any:
     """The model as it was trained: full weights, or the adapter beside its base."""
     if not source.is_adapter:
-        return load_model(source.folder, dtype=dtype, **source.options)
+        load = load_reward_model if source.is_reward_model else load_model
+        return load(source.folder, dtype=dtype, **source.options)
     return _on_base(source.folder, source.base, dtype, source.model_section)
 
 
@@ -195,6 +205,8 @@ def _on_base(adapter: Path, base: str, dtype: str, section: dict[str, Any], *, w
     if not (Path(path) / "adapter_config.json").is_file():
         options: dict[str, Any] = {key: section[key] for key in ("revision", "trust_remote_code") if section.get(key)}
         options["quantization"] = section.get("quantization")
+        if (facts := read_facts(adapter)) is not None:
+            return _scores_on_base(path, adapter, facts.outputs, dtype, written_out, options)
         if not (written_out and options["quantization"]):
             return load_model(path, dtype=dtype, adapter=str(adapter), **options)
         whole: Any = load_model(path, dtype=dtype, **options)
@@ -204,6 +216,19 @@ def _on_base(adapter: Path, base: str, dtype: str, section: dict[str, Any], *, w
     _refuse_beyond(gap, EXACT, f"merging {path}")
     _cast(below, getattr(torch, dtype))
     return PeftModel.from_pretrained(below, str(adapter)).eval()
+
+
+def _scores_on_base(
+    path: str, adapter: Path, outputs: int, dtype: str, written_out: bool, options: dict[str, Any]
+) -> Any:
+    """A reward model's adapter, which brings the head, on its trunk."""
+    import torch
+    from peft import PeftModel
+
+    trunk = load_reward_model(path, outputs=outputs, fresh_head=True, dtype=dtype, **options)
+    if written_out and options["quantization"]:
+        trunk = trunk.dequantize(getattr(torch, dtype))
+    return PeftModel.from_pretrained(trunk, str(adapter)).eval()
 
 
 def _named_base(adapter: Path) -> str:
@@ -301,9 +326,9 @@ Written by `alignment export` (alignment {version}), which compared its logits w
 transformers and nothing else:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 """
@@ -318,20 +343,24 @@ def model_card(source: Source, name: str, dtype: str) -> str:
     recipe = _public({section: source.recipe[section] for section in SHOWN if source.recipe.get(section)})
     recipe.get("training", {}).pop("output_dir", None)
     written = source.model_section.get("name_or_path") or (source.is_adapter and source.base) or None
-    method = recipe.get("objective", {}).get("name") or ("sft" if "sft" in recipe else None)
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    method = recipe.get("objective", {}).get("name") or next((name for name in METHODS if name in recipe), None)
+    scores = source.is_reward_model
+    head: dict[str, Any] = {"library_name": "transformers"}
+    head["pipeline_tag"] = "text-classification" if scores else "text-generation"
     head["tags"] = ["alignment", *([method] if method else [])]
     what = f"A LoRA adapter merged into {written and _public_name(written)}" if source.is_adapter else "A full model"
     if method:
-        what += (
-            ", trained by supervised fine-tuning" if method == "sft" else f", trained with the objective `{method}`"
-        )
+        what += METHODS.get(method, f", trained with the objective `{method}`")
     if written and not source.is_adapter:
         what += f"; training started from {_public_name(written)}"
     if written and _public_name(written) == written and not written.startswith(PACKAGE_SCHEME):
         head["base_model"] = written
     text = CARD.format(
-        head=yaml.safe_dump(head, sort_keys=False), name=name, what=f"{what}. {dtype} weights.", version=__version__
+        head=yaml.safe_dump(head, sort_keys=False),
+        name=name,
+        what=f"{what}. {dtype} weights.",
+        version=__version__,
+        auto="AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM",
     )
     if recipe:
         text += f"\n## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```\n"

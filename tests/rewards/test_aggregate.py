@@ -81,7 +81,7 @@ def test_normalising_undoes_a_members_offset_and_scale():
 def test_constants_are_stored_ones_never_the_batchs():
     whole = aggregate(SCORES, "uwo", normalise="member", mean=[1.0] * 5, std=[2.0] * 5)
     part = aggregate(SCORES[:, :3], "uwo", normalise="member", mean=[1.0] * 5, std=[2.0] * 5)
-    np.testing.assert_array_equal(whole[:3], part)
+    np.testing.assert_allclose(whole[:3], part, atol=1e-12)
     zero = aggregate(SCORES, "mean", normalise="member", mean=[0.0] * 5, std=[0.0] * 5)
     assert np.isfinite(zero).all()
 
@@ -150,7 +150,5 @@ def test_calibration_by_hand():
     assert expected_calibration_error([0.05] * 4, [0, 0, 0, 1]) == pytest.approx(0.2)
     assert expected_calibration_error([1.0, 0.0], [1, 0]) == 0
     rows = reliability([0.05, 0.06, 1.0], [0, 1, 1])
-    assert rows == [
-        {"pairs": 2, "probability": pytest.approx(0.055), "won": 0.5},
-        {"pairs": 1, "probability": 1, "won": 1},
-    ]
+    assert rows[0] == {"pairs": 2, "probability": pytest.approx(0.055), "won": 0.5}
+    assert rows[1:] == [{"pairs": 1, "probability": 1, "won": 1}]
