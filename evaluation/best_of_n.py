@@ -4,7 +4,8 @@
     python evaluation/best_of_n.py curves --pool pools/sft --gold regex --gold-key pattern=good --proxy runs/ensemble
 
 The first half is the estimator, pure functions on arrays; the second is the program. Samples and scores on disk are
-`evaluation.pools`; the ensemble's aggregate is `alignment.rewards.aggregate`. docs/best_of_n.md explains the numbers.
+`evaluation.pools`, tables and plots are `evaluation.best_of_n_page`, the ensemble's aggregate is
+`alignment.rewards.aggregate`. docs/best_of_n.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as `python evaluation/best_of_n.py`: this folder must not shadow the standard
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # library's `statistics`
 
+import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 
+from alignment.errors import UserError, run_or_exit
+from alignment.files import jsonable
 from evaluation.statistics import bootstrap_means, percentile_interval
 
 Array = NDArray[np.float64]
@@ -211,8 +216,9 @@ def overoptimization_curves(
 
     def combined(how: str, chosen: slice) -> Array:
         """Proxy and gold per prompt, `[Q, 2, len(ns)]`, where the chosen members' aggregate picks."""
-        constants = {"mean": None if mean is None else mean[chosen], "std": None if std is None else std[chosen]}
-        proxy = aggregate(flat[chosen], how=how, lam=lam, normalise=normalise, **constants).reshape(gold.shape)
+        means, stds = (None if given is None else given[chosen] for given in (mean, std))
+        found = aggregate(flat[chosen], how=how, lam=lam, normalise=normalise, mean=means, std=stds)
+        proxy = found.reshape(gold.shape)
         _check(proxy, gold, ns)
         return _expected_best(proxy, gold, ns)
 
@@ -221,3 +227,161 @@ def overoptimization_curves(
     per_prompt = {how: combined(how, whole) for how in ("mean", "wco", "uwo")}
     per_prompt["single"] = np.mean([combined("mean", slice(i, i + 1)) for i in range(len(flat))], axis=0)
     return {name: _rows(per_prompt[name], ns, left_out, resamples, seed) for name in METHODS}
+
+
+# The program.
+
+
+def default_ns(pool: int) -> list[int]:
+    """Powers of two up to half the pool: above, the subsets overlap so much that a prompt counts about once."""
+    return [1, *(2**power for power in range(1, pool.bit_length()) if 2**power <= pool // 2)]
+
+
+def parse_ns(text: str) -> list[int]:
+    """`"1,2,64"` as numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--ns {text!r}: write whole numbers with commas between them, such as 1,2,4,8") from None
+
+
+def evaluate(
+    pool_folder: Path,
+    gold: Any,
+    proxy: str,
+    *,
+    ns: Sequence[int] | None = None,
+    lam: float = 0.5,
+    normalise: str = "member",
+    resamples: int = RESAMPLES,
+    seed: int = 1,
+) -> dict[str, Any]:
+    """Score a pool with gold and with every member of a proxy ensemble, and estimate the four curves.
+
+    Args:
+        pool_folder: a complete pool.
+        gold: a reward.
+        proxy: path of an ensemble's run or of a reward model.
+        ns: None: `default_ns`.
+        lam, normalise, resamples, seed: as of `overoptimization_curves`.
+
+    Returns:
+        What best_of_n.json holds: settings, descriptions, `curves`.
+
+    Raises:
+        UserError: pool, reward model, constants or n that do not fit.
+    """
+    from alignment.rewards.scored import EnsembleReward
+    from evaluation.pools import identity_of, open_pool, stored_scores
+
+    pool = open_pool(pool_folder)
+    ensemble = EnsembleReward(path=proxy, how="mean", normalise="none")  # how it is aggregated comes later
+    mean, std = ensemble.constants() if normalise == "member" else (None, None)  # before hours of scoring
+    gold_identity, proxy_identity = identity_of(gold), identity_of(ensemble)
+    gold_scores = stored_scores(pool, gold_identity, gold.score, "gold")[0]
+    members = stored_scores(pool, proxy_identity, ensemble.member_scores, "proxy")
+    settings: dict[str, Any] = {"lam": lam, "normalise": normalise, "resamples": resamples, "seed": seed}
+    try:
+        curves = overoptimization_curves(
+            members, gold_scores, ns or default_ns(pool.n), mean=mean, std=std, **settings
+        )
+    except ValueError as error:
+        raise UserError(f"{pool_folder}: {error}") from None
+    return {
+        "pool": {"folder": str(pool_folder), **pool.manifest},
+        "gold": gold_identity,
+        "proxy": {"path": proxy, "members": len(members), "mean": mean, "std": std},
+        **settings,
+        "unscored": {"gold": int(np.isnan(gold_scores).sum()), "members": np.isnan(members).sum(axis=(1, 2)).tolist()},
+        "curves": curves,
+    }
+
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Best-of-n sampling from a pool: does a proxy reward over-optimise? docs/best_of_n.md",
+    no_args_is_help=True,
+)
+PoolFolder = Annotated[Path, typer.Option(help="Folder of the pool.")]
+
+
+@app.command("sample")
+def sample_command(
+    model: Annotated[str, typer.Argument(help="Policy: hub id, folder or adapter.")],
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line.")],
+    pool: PoolFolder,
+    n: Annotated[int, typer.Option(min=1, help="Samples per prompt; twice the largest n of interest or more.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts. [all]")] = None,
+    chat: Annotated[bool, typer.Option(help="Prompts go through the chat template as what a user says.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response; time grows with it.")] = 24,
+    temperature: Annotated[float, typer.Option(help="1 samples the model as trained.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0 is off.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses drawn at once; part of what a seed means.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of all samples.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Weights: float32, bfloat16, float16.")] = "float32",
+    shard: Annotated[
+        int | None, typer.Option(min=1, help="Prompts per file: what is lost when killed. [4,096 samples' worth]")
+    ] = None,
+) -> None:
+    """Draw n samples of every prompt into a folder. Run it again to go on after an interruption."""
+    from evaluation.files import locate_prompts
+    from evaluation.plans import Generation, ModelSource
+    from evaluation.pools import sample_pool
+
+    made = sample_pool(
+        ModelSource(model, {"name_or_path": model, "dtype": dtype}),
+        [prompt.text for prompt in locate_prompts(prompts, limit)],
+        pool,
+        n,
+        generation=Generation(max_new_tokens, temperature, top_p, top_k, batch_size),
+        seed=seed,
+        chat=chat,
+        prompts_per_shard=shard,
+    )
+    print(f"{pool}: {made.prompts} prompts, {made.n} samples each, in {len(made.shards)} shards")
+
+
+@app.command("curves")
+def curves_command(
+    pool: PoolFolder,
+    gold: Annotated[str, typer.Option(help="What is really wanted: a reward of docs/rewards.md.")],
+    proxy: Annotated[str, typer.Option(help="An ensemble's run folder, or a reward model's.")],
+    gold_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the gold reward, such as path=gold-model.")
+    ] = None,
+    ns: Annotated[str | None, typer.Option(help="Such as 1,2,4,8. [powers of two up to half the pool]")] = None,
+    lam: Annotated[float, typer.Option(min=0, help="Weight of the variance in uwo; 0 is the mean.")] = 0.5,
+    normalise: Annotated[
+        str, typer.Option(help="member: standardise members by their stored constants; none: as they are.")
+    ] = "member",
+    bootstrap: Annotated[int, typer.Option(min=100, help="Resamples of prompts.")] = RESAMPLES,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Folder of best_of_n.json, .md, .html. [POOL/curves]")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print best_of_n.json's content instead of the text.")
+    ] = False,
+) -> None:
+    """Gold and proxy score of the best of n against KL: single reward model, mean, worst case, uncertainty-weighted.
+
+    Scores are kept in the pool's folder, so that another look costs no scoring.
+    """
+    from alignment.rewards import get_reward
+    from evaluation.best_of_n_page import describe, write_result
+    from evaluation.plans import say
+    from evaluation.win_rate import parse_keys
+
+    if normalise not in ("member", "none"):
+        raise UserError(f"--normalise {normalise!r}: member or none")
+    reward = get_reward(gold, **parse_keys("reward", gold, gold_key or []))
+    wanted = None if ns is None else parse_ns(ns)
+    result = evaluate(pool, reward, proxy, ns=wanted, lam=lam, normalise=normalise, resamples=bootstrap, seed=seed)
+    written = write_result(output or pool / "curves", result)
+    print(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) if as_json else describe(result))
+    say("written: " + ", ".join(map(str, written)))
+
+
+if __name__ == "__main__":
+    run_or_exit(app)
