@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from alignment.errors import UserError
 from alignment.rewards.base import Prompt, check_lengths
-from alignment.rewards.scored import _final, _Loaded, _loaded, check_keys, outputs, token_rows
+from alignment.rewards.scored import Loaded, check_keys, load, outputs, token_rows
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class GeneralOracle:
     def __post_init__(self) -> None:
         check_keys(self, "oracle")
 
-    def _load(self) -> _Loaded:
-        loaded = _loaded(_final(self.path), self.dtype, self.revision, self.trust_remote_code)
+    def _load(self) -> Loaded:
+        loaded = load(self.path, self.dtype, self.revision, self.trust_remote_code)
         if loaded.facts.kind != "general":
             raise UserError(f"oracle general: {self.path} is a reward model; use oracle bradley_terry on reward model")
         return loaded
@@ -67,7 +67,7 @@ class GeneralOracle:
         gate = torch.tensor(self._gates(loaded, prompts))
         return [float(s) for s in general_score(unit(v[:, :size]), unit(w[:, :size]), gate)]
 
-    def _gates(self, loaded: _Loaded, prompts: Sequence[Prompt]) -> list[list[float]]:
+    def _gates(self, loaded: Loaded, prompts: Sequence[Prompt]) -> list[list[float]]:
         """softmax of the last third of the outputs at each prompt's end, as in training."""
         import torch
 
@@ -97,7 +97,7 @@ def _sigmoid(x: float) -> float:
     return 1 - small if x > 0 else small
 
 
-def prompt_row(loaded: _Loaded, prompt: Prompt) -> list[int]:
+def prompt_row(loaded: Loaded, prompt: Prompt) -> list[int]:
     """Token ids of a prompt alone, with the generation prompt where it is a chat."""
     from alignment.models.sampling import prompt_ids
     from alignment.rewards.base import prompt_text

@@ -21,7 +21,7 @@ from alignment.rewards.base import Prompt, Reward, check_lengths
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Loaded:
     """A model ready to score."""
 
     model: Any
@@ -37,8 +37,15 @@ class _Loaded:
         return fingerprint(self.model)
 
 
+def load(path: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> Loaded:
+    """The model of `path`, which may be a run's folder; kept in memory until its file changes."""
+    folder = Path(path) / "final" if (Path(path) / "final").is_dir() else Path(path)
+    written = max((file.stat().st_mtime_ns for file in folder.glob("*.safetensors")), default=0)
+    return _loaded(str(folder) if folder.is_dir() else path, dtype, revision, trust_remote_code, written)
+
+
 @lru_cache(maxsize=16)
-def _loaded(path: str, dtype: str, revision: str | None, trust_remote_code: bool) -> _Loaded:
+def _loaded(path: str, dtype: str, revision: str | None, trust_remote_code: bool, written: int) -> Loaded:
     import torch
 
     from alignment.models import load_tokenizer
@@ -54,10 +61,10 @@ def _loaded(path: str, dtype: str, revision: str | None, trust_remote_code: bool
         pad = settle_padding(model, tokenizer)
     if torch.cuda.is_available():
         model.cuda()
-    return _Loaded(model, tokenizer, facts, int(pad))
+    return Loaded(model, tokenizer, facts, int(pad))
 
 
-def token_rows(loaded: _Loaded, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int] | None]:
+def token_rows(loaded: Loaded, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int] | None]:
     """Token ids of prompt and response as training encodes them; None where they cannot be encoded.
 
     A text prompt of a model that was trained on chats is what the user says.
@@ -78,7 +85,7 @@ def token_rows(loaded: _Loaded, prompts: Sequence[Prompt], responses: Sequence[s
     return found
 
 
-def _as_chat(prompt: Prompt, loaded: _Loaded) -> bool:
+def _as_chat(prompt: Prompt, loaded: Loaded) -> bool:
     return not isinstance(prompt, str) if loaded.facts.chat is None else bool(loaded.facts.chat)
 
 
@@ -91,7 +98,7 @@ def _row(prompt: Prompt, response: str, chat: bool) -> dict[str, Any]:
     return {"prompt": messages, "chosen": [{"role": "assistant", "content": response}]}
 
 
-def outputs(loaded: _Loaded, rows: Sequence[list[int] | None], batch_size: int) -> list[list[float]]:
+def outputs(loaded: Loaded, rows: Sequence[list[int] | None], batch_size: int) -> list[list[float]]:
     """The head's outputs of each row; NaN where there is none."""
     from alignment.models.reward_model import score_rows
 
@@ -130,17 +137,21 @@ class ModelReward(Reward):
     def __post_init__(self) -> None:
         check_keys(self)
 
-    def _load(self) -> _Loaded:
-        return _loaded(_final(self.path), self.dtype, self.revision, self.trust_remote_code)
+    def _load(self) -> Loaded:
+        return load(self.path, self.dtype, self.revision, self.trust_remote_code)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """One score per pair; NaN where the chat template refuses a conversation."""
         check_lengths(prompts, responses)
         loaded = self._load()
-        if loaded.facts.kind != "scalar" or loaded.model.config.num_labels != 1:
-            what = "compares responses (oracle: general)" if loaded.facts.kind != "scalar" else "has several labels"
+        if loaded.facts.kind != "scalar":
             raise UserError(
-                f"reward model: {self.path} {what}; a reward model has one (reward: ensemble reads several)"
+                f"reward model: {self.path} compares responses instead of scoring them; it is oracle general"
+            )
+        if (labels := int(loaded.model.config.num_labels)) != 1:
+            raise UserError(
+                f"reward model: {self.path} has {labels} labels, and a reward has one; an ensemble with a head per "
+                "member is reward ensemble"
             )
         scores = [row[0] for row in outputs(loaded, token_rows(loaded, prompts, responses), self.batch_size)]
         if not self.standardise:
@@ -191,12 +202,12 @@ class EnsembleReward(Reward):
 
     def _paths(self) -> list[str]:
         if self.members:
-            return [_final(member) for member in self.members]
+            return list(self.members)
         found = sorted(Path(str(self.path)).glob("member-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-        return [_final(str(member)) for member in found] or [_final(str(self.path))]
+        return [str(member) for member in found] or [str(self.path)]
 
-    def _load(self) -> list[_Loaded]:
-        models = [_loaded(path, self.dtype, None, self.trust_remote_code) for path in self._paths()]
+    def _load(self) -> list[Loaded]:
+        models = [load(path, self.dtype, None, self.trust_remote_code) for path in self._paths()]
         for path, loaded in zip(self._paths(), models, strict=True):
             if loaded.facts.kind != "scalar":
                 raise UserError(f"reward ensemble: {path} compares responses and has no scores to aggregate")
@@ -260,12 +271,7 @@ _WORDS = {
 }
 
 
-def _final(path: str) -> str:
-    """The weights' folder: `final` of a run."""
-    return str(Path(path) / "final") if (Path(path) / "final").is_dir() else path
-
-
-def _constants(loaded: _Loaded, path: str) -> tuple[list[float], list[float]]:
+def _constants(loaded: Loaded, path: str) -> tuple[list[float], list[float]]:
     if loaded.facts.mean is None or loaded.facts.std is None:
         raise UserError(
             f"{path}: has no stored mean and std (reward_model.json) to standardise by; train it with "
