@@ -159,7 +159,7 @@ def test_kl_is_a_bound_for_a_discrete_policy():
 
 
 def test_unscored_samples_and_prompts_are_left_out_and_counted():
-    proxy = [[1, NAN, 3, 0], [1, 2, 3, 4], [NAN, NAN, 1, 2]]
+    proxy = [[1, NAN, -3, 0], [1, 2, 3, 4], [NAN, NAN, 1, 2]]  # what has no gold is the worst here
     gold = [[5, 99, NAN, 7], [0, 1, 2, 3], [1, 2, NAN, NAN]]
     first, second = best_of_n_curve(proxy, gold, [1, 2])
     assert first["gold"] == pytest.approx((6 + 1.5) / 2)  # {5, 7} and 0 … 3; nothing of the third prompt
@@ -208,6 +208,9 @@ def test_change_from_the_best_n_is_paired():
     assert one["gold_from_best"] == one["gold_from_best_low"] == one["gold_from_best_high"] == 0
     assert [ten[f"gold_from_best{end}"] for end in ("", "_low", "_high")] == pytest.approx([-4.5] * 3)
     assert ten["gold_high"] - ten["gold_low"] > 100
+    one, ten = best_of_n_curve(proxy, -gold, [1, 10], resamples=500)  # now ten is best
+    assert [one[f"gold_from_best{end}"] for end in ("", "_low", "_high")] == pytest.approx([-4.5] * 3)
+    assert ten["gold_from_best"] == 0
 
 
 def test_ensemble_by_hand():
