@@ -261,6 +261,47 @@ def data_report(
         raise typer.Exit(1)
 
 
+Treatment = Annotated[str, typer.Option(help="flip, soft, margin, smooth, drop or keep.")]
+
+
+@data_app.command("strength")
+def data_strength(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Argument(help="A new .jsonl file.", metavar="OUT.jsonl")],
+    overrides: Overrides = None,
+    lowest: Treatment = "flip",
+    low: Treatment = "soft",
+    middle: Treatment = "keep",
+    high: Treatment = "smooth",
+    smoothing: Annotated[float, typer.Option("--smoothing", help="Of the treatment smooth.")] = 0.1,
+    members: Annotated[int, typer.Option("--members", min=1, help="Heads that judge each row.")] = 10,
+    folds: Annotated[int, typer.Option("--folds", min=2, help="Heads learn on all folds but the one they judge.")] = 5,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of folds and bootstraps.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per forward pass.")] = 8,
+) -> None:
+    """Judge data.train by models that have not seen it, and write the rows with the doubtful ones mended.
+
+    Linear heads on features of the recipe's model rank the rows: the lowest 20 % are flipped where they are judged the
+    other way round, the next 20 % get soft labels, the highest 10 % smoothed ones, unless you say otherwise.
+    """
+    from alignment.data.strength import Bands
+    from alignment.recipes import RecipeError, SftRecipe, load_any
+    from alignment.recipes.inspection import what_is_missing
+
+    loaded = load_any(recipe, overrides or ())
+    if isinstance(loaded, SftRecipe):
+        raise UserError(f"{recipe}: supervised fine-tuning has no preferences")
+    if problems := what_is_missing(loaded):
+        raise RecipeError(problems)
+    from alignment.rewards.data_quality import mend
+
+    bands = Bands(lowest, low, middle, high, smoothing=smoothing)
+    found = mend(loaded, out, bands, members=members, folds=folds, seed=seed, batch_size=batch_size)
+    for line in found.lines():
+        typer.echo(line)
+    typer.echo(f"rows: {out}")
+
+
 @objectives_app.callback(invoke_without_command=True)
 def list_all(context: typer.Context) -> None:
     """List objectives, show their cards, run their proofs.
