@@ -1,0 +1,338 @@
+"""A language model as a judge, behind any OpenAI-compatible HTTP endpoint. docs/judging.md shows it at work.
+
+    oracle:
+      name: llm_judge
+      base_url: http://127.0.0.1:8000/v1
+      model: Qwen/Qwen2.5-7B-Instruct
+
+Here is what is asked and how an answer is read; sending, retrying and keeping answers is in `judge_client`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from alignment.errors import UserError
+from alignment.files import read_text
+from alignment.rewards.base import Prompt, prompt_text
+from alignment.rewards.judge_client import ChatClient, Reply
+from alignment.rewards.oracles import symmetric
+
+LABELS = ("A", "B")  # of the response shown first, and second
+PLACES = ("prompt", "first", "second")
+TEMPLATE = """\
+Below are an instruction and two responses to it. Decide which response is better.
+
+A response is better if it does what the instruction asks, is true, clear and harmless. Neither the order in which \
+the responses are shown nor their length is a reason.
+
+# Instruction
+
+{prompt}
+
+# Response A
+
+{first}
+
+# Response B
+
+{second}
+
+# Verdict
+
+Answer with one letter and nothing else: A if response A is better, B if response B is better.
+"""
+OURS = ("model", "messages", "temperature", "max_tokens", "logprobs", "top_logprobs", "seed", "stream", "n")
+_PLACE = re.compile(r"\{(prompt|first|second)\}")
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_BOXED = re.compile(r"\[\[([AB])\]\]")
+_PLAIN = re.compile(
+    r"[\W_]*(?:(?i:the )?(?i:better )?(?i:answer|response|verdict)(?i: is)?[\W_]*)?"  # "**Response", "The answer is:"
+    r"([AB])(?:[.:)\]*\n]|[\W_]*\Z)"
+)
+
+
+@dataclass
+class Tally:
+    """What became of the questions of one judge, over all its calls. A pair is two questions, one per order."""
+
+    pairs: int = 0
+    called: int = 0  # questions that the endpoint answered
+    cached: int = 0  # questions that the disk answered
+    from_logprobs: int = 0  # answers read from log-probs, not from text
+    invalid: int = 0  # answers without a verdict, counted as ties
+    valid_pairs: int = 0  # pairs with two valid answers: what the next two are about
+    consistent: int = 0  # of these, pairs in which both orders prefer the same text, or none
+    first: float = 0.0  # sum over both orders of these of P(the text shown first)
+    example: str = ""  # the first invalid answer
+
+    @property
+    def consistency(self) -> float:
+        """Share of pairs in which the order did not change the verdict, in [0, 1]; NaN without a valid pair."""
+        return self.consistent / self.valid_pairs if self.valid_pairs else math.nan
+
+    @property
+    def first_preference(self) -> float:
+        """Mean P(the text shown first); 1/2 of a judge without position bias, NaN without a valid pair."""
+        return self.first / (2 * self.valid_pairs) if self.valid_pairs else math.nan
+
+    def line(self) -> str:
+        """All of it in one line."""
+        example = f", the first: {self.example}" if self.invalid else ""
+        return (
+            f"{self.pairs} pairs in both orders: {self.called} answers asked for, {self.cached} from the cache, "
+            f"{self.from_logprobs} read from log-probs, {self.invalid} invalid (counted as ties{example}); "
+            f"orders agree on {self.consistency:.1%}, the first place is preferred with {self.first_preference:.1%}"
+        )
+
+
+@dataclass(frozen=True)
+class LLMJudge:
+    """A chat model that is shown two responses, in both orders, and names the better one.
+
+    P(a > b) is the mean of what the two orders say, so a preference for the first or second place cancels exactly. One
+    order says 1, 0, or, with log-probs, P(first) between them (AlpacaEval's `logprob_parser`). An answer without a
+    verdict says 1/2; it is counted, and reported on standard error with the rest of `tally`.
+
+    Attributes:
+        model: the endpoint's name of the model.
+        base_url: http:// or https://, up to before `/chat/completions`.
+        template: text file with `{prompt}`, `{first}` and `{second}` that asks for A or B. Default: `TEMPLATE`.
+        temperature: of sampling the answer; above 0 one sample is drawn per order.
+        max_tokens: of the answer. A model that thinks first needs room for it.
+        logprobs: true: P(first) from the log-probs of A and B where the answer begins; false: from the text; auto:
+            from log-probs where the endpoint gives them and A or B is among them, else from the text.
+        seed: sent along where it is given.
+        extra: further keys of the request's body, such as `{chat_template_kwargs: {enable_thinking: false}}`.
+        timeout: seconds without a byte until a try counts as failed.
+        retries: further tries, after 0.5, 1, 2 … seconds or what the endpoint asks for (Retry-After).
+        concurrency: requests at a time.
+        cache: folder of the answers. Default: `llm_judge` in the project's cache.
+        api_key_env: NAME of the environment variable that holds the key; the key itself is never written.
+
+    Raises:
+        UserError: a key of the wrong type or range; at the first question, a template, endpoint or answer that
+            cannot be used.
+    """
+
+    model: str
+    base_url: str
+    template: str | None = field(default=None, metadata={"file": True})
+    temperature: float = 0.0
+    max_tokens: int = 16
+    logprobs: bool | Literal["auto"] = "auto"
+    seed: int | None = None
+    extra: Mapping[str, Any] | None = None
+    timeout: float = field(default=60.0, compare=False)
+    retries: int = field(default=5, compare=False)
+    concurrency: int = field(default=8, compare=False)
+    cache: str | None = field(default=None, compare=False)
+    api_key_env: str | None = field(default=None, compare=False)
+    name: ClassVar[str] = "llm_judge"
+
+    def __post_init__(self) -> None:
+        for key, wanted, good in _checks(self):
+            if not good:
+                given = (
+                    "" if key in ("base_url", "api_key_env") else f", not {getattr(self, key)!r}"
+                )  # may be a secret
+                raise UserError(f"oracle llm_judge: {key} must be {wanted}{given}")
+        for key in self.extra or {}:
+            if key in OURS:
+                raise UserError(f"oracle llm_judge: extra must not hold {key!r}; the judge sets that itself")
+
+    @cached_property
+    def tally(self) -> Tally:
+        """What became of the questions so far."""
+        return Tally()
+
+    @cached_property
+    def _question(self) -> str:
+        if self.template is None:
+            return TEMPLATE
+        text = read_text(Path(self.template))
+        for place in PLACES:
+            if f"{{{place}}}" not in text:
+                raise UserError(f"{self.template}: a judge's template needs {{{place}}}; put it where that text goes")
+        return text
+
+    @cached_property
+    def _client(self) -> ChatClient:
+        from alignment.models.gguf import cache_root
+
+        return ChatClient(
+            base_url=self.base_url.rstrip("/"),
+            cache=Path(self.cache).expanduser() if self.cache else cache_root() / self.name,
+            **{key: getattr(self, key) for key in ("api_key_env", "timeout", "retries", "concurrency")},
+        )
+
+    def probability(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        """See `PreferenceOracle.probability`; two different texts are two questions, none asked twice."""
+        return symmetric(self._ask)(prompts, first, second)
+
+    def _ask(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        """P(the text shown first) of each question; the second half repeats the first in the opposite order."""
+        asked = [self._request(prompt_text(p), a, b) for p, a, b in zip(prompts, first, second, strict=True)]
+        replies = self._client.ask(asked)
+        said = [self._verdict(reply) for reply in replies]
+        half = len(said) // 2
+        self.tally.pairs += half
+        for p, q in zip(said[:half], said[half:], strict=True):
+            if p is not None and q is not None:
+                self.tally.valid_pairs += 1
+                self.tally.first += p + q
+                self.tally.consistent += (p > 0.5) == (q < 0.5) and (p < 0.5) == (q > 0.5)
+        print(f"{self.name} {self.model}: {self.tally.line()}", file=sys.stderr, flush=True)
+        return [0.5 if p is None else p for p in said]
+
+    def _request(self, prompt: str, first: str, second: str) -> dict[str, Any]:
+        texts = {"prompt": prompt, "first": first, "second": second}
+        content = _PLACE.sub(lambda found: texts[found[1]], self._question)  # once: texts may hold {second}
+        request = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "logprobs": self.logprobs,
+            **(self.extra or {}),
+        }
+        return request if self.seed is None else {**request, "seed": self.seed}
+
+    def _verdict(self, reply: Reply) -> float | None:
+        """P(the text shown first), or None of an answer without a verdict; counted."""
+        self.tally.cached += reply.cached
+        self.tally.called += not reply.cached
+        choice: Mapping[str, Any] = reply.answer["choices"][0] if "choices" in reply.answer else {}
+        tokens = (choice.get("logprobs") or {}).get("content")
+        if self.logprobs is True and choice and not tokens:
+            raise UserError(
+                f"oracle llm_judge: base_url {self.base_url}: no log-probs came from model {self.model!r}; "
+                "set logprobs: auto or false"
+            )
+        text = str((choice.get("message") or {}).get("content") or "")
+        found = first_from_logprobs(tokens, text) if tokens and self.logprobs else None
+        self.tally.from_logprobs += found is not None
+        if found is None and self.logprobs is not True:
+            found = first_from_text(text)
+        if found is None:
+            if not self.tally.invalid:
+                self.tally.example = repr((text if choice else str(reply.answer["error"]))[:80])
+            self.tally.invalid += 1
+        return found
+
+    def describe(self) -> str:
+        deciding = {f.name: getattr(self, f.name) for f in fields(self) if f.compare and f.name not in ("template",)}
+        digest = hashlib.sha256(self._question.encode()).hexdigest()[:12]
+        settings = json.dumps({**deciding, "base_url": self.base_url.rstrip("/")}, sort_keys=True)
+        return f"language model as judge, both orders, template with SHA-256 {digest}, {settings}"
+
+
+def first_from_logprobs(tokens: Sequence[Mapping[str, Any]], text: str) -> float | None:
+    """P(A), normalised over A and B, where the answer begins; as AlpacaEval's `logprob_parser` (cd543a149).
+
+    p = exp(lp[A] - logsumexp(lp[A], lp[B])), where a label that is not among the alternatives has -inf. Unlike there,
+    white space around a token does not count (" A" and "A" add up), and tokens of nothing else do not begin an answer.
+
+    Args:
+        tokens: `choices[0].logprobs.content` of a chat completion, log-probs in nats.
+        text: the answer. Where it does not begin with the first of `tokens`, these are of thoughts before it.
+
+    Returns:
+        In [0, 1]; None where neither label is among the alternatives, or the tokens are not those of the answer.
+    """
+    begin = next((token for token in tokens if str(token.get("token", "")).strip()), None)
+    if begin is None or not text.lstrip().startswith(str(begin["token"]).strip()):
+        return None
+    given = {str(t.get("token")): t.get("logprob") for t in (*(begin.get("top_logprobs") or ()), begin)}
+    known = {name: float(lp) for name, lp in given.items() if isinstance(lp, int | float) and lp > -math.inf}
+    a, b = ([lp for name, lp in known.items() if name.strip() == label] for label in LABELS)
+    if not a and not b:
+        return None
+    top = max([*a, *b])  # so that nothing underflows
+    weight_a, weight_b = (sum(math.exp(lp - top) for lp in side) for side in (a, b))
+    return weight_a / (weight_a + weight_b)
+
+
+def first_from_text(text: str) -> float | None:
+    """1.0 for A, 0.0 for B, None where the text does not clearly say one.
+
+    Clear is `[[A]]` anywhere, with no `[[B]]`; or a text that begins with the letter, perhaps after "The answer is",
+    and does not name the other one. What a model thinks aloud first (`<think>…</think>`) is not read.
+    """
+    text = _THOUGHT.sub("", text)
+    boxed = set(_BOXED.findall(text))
+    if len(boxed) == 1:
+        return float(boxed == {LABELS[0]})
+    plain = _PLAIN.match(text)
+    if boxed or plain is None or re.search(rf"\b{LABELS[plain[1] == LABELS[0]]}\b", text):
+        return None
+    return float(plain[1] == LABELS[0])
+
+
+def _checks(judge: LLMJudge) -> list[tuple[str, str, bool]]:
+    """(key, what it must be, whether it is that)."""
+
+    def number(value: Any, kind: Any, least: float) -> bool:
+        return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value < math.inf)
+
+    floats = (int, float)
+    return [
+        ("model", "the endpoint's name of the model", _is_text(judge.model)),
+        ("base_url", "http://HOST… or https://HOST… without user, ? or #", _is_endpoint(judge.base_url)),
+        (
+            "template",
+            "a text file",
+            judge.template is None or _is_text(judge.template),
+        ),
+        ("temperature", "a number, 0 or above", number(judge.temperature, floats, 0)),
+        ("max_tokens", "an integer above 0", number(judge.max_tokens, int, 1)),
+        ("logprobs", "true, false or auto", isinstance(judge.logprobs, bool) or judge.logprobs == "auto"),
+        ("seed", "an integer", judge.seed is None or number(judge.seed, int, -math.inf)),
+        ("extra", "a mapping that JSON can hold", judge.extra is None or _is_json_object(judge.extra)),
+        ("timeout", "a number of seconds above 0", number(judge.timeout, floats, 0) and judge.timeout > 0),
+        ("retries", "an integer, 0 or above", number(judge.retries, int, 0)),
+        ("concurrency", "an integer above 0", number(judge.concurrency, int, 1)),
+        ("cache", "a folder", judge.cache is None or _is_text(judge.cache)),
+        (
+            "api_key_env",
+            "the NAME, in capitals, of an environment variable, never the key",
+            _is_variable(judge.api_key_env),
+        ),
+    ]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_endpoint(url: Any) -> bool:
+    if not isinstance(url, str):
+        return False
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises for one that is no number
+    except ValueError:
+        return False
+    plain = not (parts.username or parts.password or parts.query or parts.fragment or re.search(r"\s", url))
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
+
+
+def _is_json_object(value: Any) -> bool:
+    try:
+        return isinstance(value, Mapping) and isinstance(json.dumps(dict(value), allow_nan=False), str)
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_variable(name: Any) -> bool:
+    return name is None or (isinstance(name, str) and re.fullmatch(r"[A-Z_][A-Z0-9_]*", name) is not None)
