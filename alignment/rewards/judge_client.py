@@ -114,7 +114,7 @@ class ChatClient:
             http = stack.enter_context(httpx2.Client(headers=headers, timeout=self.timeout, limits=limits))
             pool = stack.enter_context(ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge"))
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)  # requests in flight end, and are kept
-            stack.callback(stop.set)  # whatever went wrong: nobody waits for a retry any more
+            stack.callback(stop.set)  # Ctrl-C, too: nobody waits for a retry any more
             futures = {pool.submit(self._one, http, key, f, request, stop): f for f, request in missing.items()}
             for done in tqdm(as_completed(futures), total=len(futures), desc="  judge", delay=2):
                 answer = done.result()
