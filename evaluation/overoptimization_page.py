@@ -1,0 +1,100 @@
+"""The over-optimisation experiment's result as Markdown and as a page with its figure. Numbers: `overoptimization`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment.files import write_json, write_text
+
+COLOURS = {"single": "#d9631e", "mean": "#8a8f98", "wco": "#1f6fd6", "uwo": "#3b8f5a"}
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """Settings and the table."""
+    asked, pairs = result["experiment"], result["pairs"]
+    lines = [
+        "# Over-optimisation of proxy rewards, best of n",
+        "",
+        f"- policy: `{asked['policy']['name_or_path']}`; gold: {result['gold']}",
+        f"- proxies: {asked['reward_model']}, trained on {pairs['pairs']} gold-labelled pairs of the policy's answers "
+        f"({pairs['ties']} ties dropped)",
+        f"- pool: N = {asked['n']} answers to prompts of {asked['pool']['file']} (first {asked['pool']['limit']})",
+        f"- uwo with lambda {asked['lam']:g}; members standardised by their stored constants",
+        f"- {result['summary'][0]['seeds']} seeds; in brackets 95 % t intervals over seeds",
+        "",
+        "| noise | method | gold at n = 1 | best n | gold there | largest n | gold there | lost | over single |",
+        "|---" * 9 + "|",
+    ]
+    for row in result["summary"]:
+        cells = [f"{row['noise']:g}", row["method"], f"{row['gold_at_1']:.3f}", row["best_n"], _cell(row["best_gold"])]
+        cells += [row["largest_n"], _cell(row["last_gold"]), _cell(row["lost"]), _cell(row["over_single"])]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "Rank correlations within a prompt's pool, mean over prompts:", ""]
+    lines += ["| noise | seed | single with gold | mean with gold | two members |", "|---" * 5 + "|"]
+    for run in result["runs"]:
+        numbers = [run[key] for key in ("single_with_gold", "mean_with_gold", "members_with_each_other")]
+        lines.append(f"| {run['noise']:g} | {run['seed']} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Mapping[str, Any]) -> str:
+    if value["low"] is None:
+        return f"{value['mean']:.3f}"
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def draw(result: Mapping[str, Any]) -> str:
+    """A column per noise; gold above, proxy (standardised) below; lines are means over seeds, bands their extremes."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    noises = list(dict.fromkeys(run["noise"] for run in result["runs"]))
+    figure = Figure(figsize=(5 * len(noises), 7), layout="constrained")
+    FigureCanvasSVG(figure)
+    grid = figure.subplots(2, len(noises), squeeze=False, sharex=True)
+    for column, noise in enumerate(noises):
+        of = [run["curves"] for run in result["runs"] if run["noise"] == noise]
+        for place, key in enumerate(("gold", "proxy")):
+            axes = grid[place][column]
+            for name, colour in COLOURS.items():
+                kl = [row["kl"] for row in of[0][name]]
+                values = np.array([[row[key] for row in curves[name]] for curves in of])
+                axes.plot(kl, values.mean(0), color=colour, marker="o", markersize=3, label=name)
+                axes.fill_between(kl, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            axes.set_ylabel(f"{key} score of the chosen answer")
+            axes.spines[["top", "right"]].set_visible(False)
+        grid[0][column].set_title(f"{100 * noise:g} % of labels flipped")
+        grid[1][column].set_xlabel("KL(best of n ‖ policy), nats: ln n − (n−1)/n")
+    grid[0][0].legend(frameon=False)
+    image = io.StringIO()
+    figure.savefig(image, format="svg", metadata={"Date": None})
+    return image.getvalue()[image.getvalue().index("<svg") :]
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Over-optimisation</title><style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
+svg { width: 100%; height: auto; } pre { overflow-x: auto; }
+</style></head><body>
+<h1>Over-optimisation of proxy rewards</h1>
+{{ plot | safe }}
+<p>Over-optimisation: the proxy (below) goes on rising while gold (above) falls. Bands: smallest and largest seed.</p>
+<pre>{{ text }}</pre>
+</body></html>
+"""
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """overoptimization.html and .md, then .json, which is what says that the result is complete."""
+    from jinja2 import Environment, StrictUndefined
+
+    text = describe(result)
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_PAGE)
+    write_text(folder / "overoptimization.html", page.render(plot=draw(result), text=text))
+    write_text(folder / "overoptimization.md", text)
+    write_json(folder / "overoptimization.json", result)
