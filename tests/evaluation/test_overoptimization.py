@@ -1,4 +1,4 @@
-"""The over-optimisation experiment in small, on the tiny model: every stage, going on, refusals, the summary by hand."""
+"""The over-optimisation experiment in small, on the tiny model: every stage, going on, refusals, the summary."""
 
 from __future__ import annotations
 
