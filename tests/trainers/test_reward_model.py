@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
@@ -178,6 +179,17 @@ def test_head_i_of_a_trunk_is_member_i_of_an_ensemble(given, tiny):
     both = load_reward_model(heads / "final").score.weight
     # The loss is the mean over heads: at twice the learning rate each head moves as one alone.
     torch.testing.assert_close(both[1:2], load_reward_model(alone / "final").score.weight, atol=1e-6, rtol=1e-5)
+
+
+def test_heads_on_one_trunk_cost_one_model(tiny):
+    """At most 1.3 times the operations of one head, counted on the tiny model, where heads weigh most."""
+    work = []
+    for outputs in (1, 5):
+        model = load_reward_model(tiny, outputs=outputs, fresh_head=True)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=torch.arange(64).reshape(2, 32) + 5)
+        work.append(counter.get_total_flops())
+    assert work[0] < work[1] < 1.3 * work[0]
 
 
 def test_members_are_resumed_one_by_one(given, tmp_path):
