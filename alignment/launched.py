@@ -70,6 +70,8 @@ def _launch(argv: Sequence[str] | None, load: Callable[..., AnyRecipe], trainer:
     from accelerate import PartialState
 
     run = importlib.import_module(trainer).train(recipe, resume=resume)
+    # Left to the interpreter's end, gloo's threads now and then abort a process that has done all its work.
+    PartialState().destroy_process_group()
     if PartialState().is_main_process:
         _report(run)
 

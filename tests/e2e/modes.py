@@ -63,3 +63,4 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)
     gc.freeze()  # libraries collect garbage between trainings: not among all that was imported, a second each time
     carry_out(json.loads(Path(sys.argv[1]).read_text()))
+    PartialState().destroy_process_group()  # as alignment.launched
