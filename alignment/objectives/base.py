@@ -17,6 +17,8 @@ from torch import Tensor
 
 from alignment.objectives.batch import POLICY_COLUMNS, MissingColumn, PairLogps
 
+BatchKind = Literal["pairs", "samples", "groups"]
+Judge = Literal["none", "reward", "oracle", "verifier"]
 SATURATED_SHARE = 0.01  # a pair is saturated when its push is below this share of the push at margin 0
 
 
@@ -37,7 +39,8 @@ class Card:
     """What a reader should know before using an objective; the CLI, the recipe schema and the docs come from it.
 
     Attributes:
-        needs: keys of `batch.NEEDS` that the default settings read; `also_needs` says in words what others add.
+        needs: keys of `batch.NEEDS` (on-policy: of `samples.NEEDS_OF[batch]`) that the default settings read;
+            `also_needs` says in words what others add.
         start: where the implicit rewards are all 0: "reference" (policy == reference), "previous" (policy == previous
             iterate == reference) or "none".
         optimum: the known minimiser of the population loss, or None if none is known.
@@ -45,6 +48,10 @@ class Card:
         verified: which parts were checked against what, and which are from memory.
         settings: keyword arguments that the conformance suite runs beside the defaults.
         selected: what picked this variant of the objective, such as "base='ipo'"; empty where there is only one.
+        judge: what must judge samples while an on-policy objective trains: a scalar reward, a pairwise oracle, a
+            verifier (right or wrong) or nothing; offline data is judged already, "none".
+        batch: what the loss reads, filled in by `register` from the base class: "pairs" is `PairLogps` (offline),
+            "samples" is `SamplePairs` and "groups" is `GroupLogps` (both on-policy).
         hyperparameters: filled in by `register` from the class's fields; never written by hand.
     """
 
@@ -65,6 +72,8 @@ class Card:
     collisions: tuple[str, ...] = ()
     settings: tuple[dict[str, Any], ...] = ()
     selected: str = ""
+    judge: Judge = "none"
+    batch: BatchKind = "pairs"
     hyperparameters: tuple[HyperParameter, ...] = ()
 
 
@@ -93,6 +102,8 @@ def describe_range(annotation: Any, bounds: dict[str, float | None]) -> str:
     choices = literal_choices(annotation)
     if choices:
         return " | ".join(repr(choice) for choice in choices)
+    if annotation is bool:
+        return "true | false"
     low = bounds["gt"] if bounds.get("gt") is not None else bounds.get("ge")
     high = bounds["lt"] if bounds.get("lt") is not None else bounds.get("le")
     open_low, open_high = bounds.get("gt") is not None, bounds.get("lt") is not None
@@ -120,13 +131,15 @@ def number_type(annotation: Any) -> type[int] | type[float] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Base of every offline pair objective. Write `pair_loss`, and `pair_rewards` if the default does not fit.
+    """Base of every objective; an offline one writes `pair_loss`, and `pair_rewards` if the default does not fit.
 
-    A subclass declares hyper-parameters as fields with `hyper(...)`, a class attribute `card`, and is decorated with
-    `@register`. Hyper-parameters are checked on construction.
+    On-policy objectives build on `on_policy.SampleObjective` and `on_policy.GroupObjective` instead. A subclass
+    declares hyper-parameters as fields with `hyper(...)`, a class attribute `card`, and is decorated with `@register`.
+    Hyper-parameters are checked on construction.
     """
 
     card: ClassVar[Card]
+    batch_kind: ClassVar[BatchKind] = "pairs"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -142,9 +155,11 @@ class Objective:
             return None
         kind, choices = number_type(annotation), literal_choices(annotation)
         allowed = describe_range(annotation, bounds)
-        wanted = f"one of {allowed}" if choices else f"a number {allowed}"
+        wanted = f"one of {allowed}" if choices or annotation is bool else f"a number {allowed}"
         message = f"{self.card.name}: {name} must be {wanted}, got {value!r}"
         if choices and value not in choices:
+            raise ValueError(message)
+        if annotation is bool and not isinstance(value, bool):
             raise ValueError(message)
         if kind is None:
             return value
@@ -185,6 +200,11 @@ class Objective:
     def needs(self) -> tuple[str, ...]:
         """Keys of `batch.NEEDS` that these settings read; the trainer fills exactly these."""
         return self.card.needs
+
+    @property
+    def judge(self) -> Judge:
+        """What must judge samples with these settings, as `Card.judge`."""
+        return self.card.judge
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`PairLogps`: the numbers an offline objective may read, one tensor per column.
+"""`PairLogps`: the numbers an offline objective may read, one tensor per column. (`samples.py`: on-policy ones.)
 
 Not a data loader and not a forward pass: whoever scored the responses fills the columns (sums over completion tokens,
 in nats). An objective reads an optional column with `batch.column(name)`, so that a missing one is an error that says
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -46,15 +47,48 @@ def _mirrored(name: str) -> str:
 
 
 class MissingColumn(ValueError):
-    """An optional column that an objective asked for is not in the batch."""
+    """An optional column that an objective asked for is not in the batch; `why` says what it is."""
 
-    def __init__(self, column: str):
-        need = next((need for need, columns in NEEDS.items() if column in columns), None)
-        super().__init__(f"the batch lacks {column!r}" + (f" ({WHY[need]})" if need else ""))
+    def __init__(self, column: str, why: str = ""):
+        super().__init__(f"the batch lacks {column!r}" + (f" ({why})" if why else ""))
+
+
+class Columns:
+    """What every batch can do; a subclass is a frozen dataclass of tensors, the optional ones None where absent."""
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns that are present, by name."""
+        own: Any = self  # a dataclass in every subclass
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(own))
+        return {name: value for name, value in pairs if value is not None}
+
+    def column(self, name: str) -> Tensor:
+        """The column `name`; raises `MissingColumn` (a ValueError) if the batch lacks it."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise MissingColumn(name, self.why(name))
+        return value
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A batch with `function` applied to every column: `batch.map(lambda column: column[index])`."""
+        return type(self)(**{name: function(value) for name, value in self.columns().items()})
+
+    @classmethod
+    def why(cls, column: str) -> str:
+        """What the column is, for the message that it is missing."""
+        return ""
+
+    def _refuse(self, wrong: Tensor, values: Tensor, rule: str) -> None:
+        """ValueError with the first wrong value and its row; a look at the values, so one synchronisation on a GPU."""
+        if bool(wrong.any()):
+            first = wrong.nonzero()[0]
+            raise ValueError(
+                f"{type(self).__name__}: {rule}, got {values[tuple(first)].item():g} in row {int(first[0])}"
+            )
 
 
 @dataclass(frozen=True)
-class PairLogps:
+class PairLogps(Columns):
     """Sequence log-probabilities of B preference pairs; shape `[B]` each unless said, in nats.
 
     A log-probability is the sum over the completion's tokens, end token included once. Half-precision columns become
@@ -131,26 +165,10 @@ class PairLogps:
             wrong = (labels < -1) | (labels >= degrees)
             self._refuse(wrong, labels, f"degree_labels must be -1 (no such copy) or 0 to {degrees - 1}")
 
-    def _refuse(self, wrong: Tensor, values: Tensor, rule: str) -> None:
-        if bool(wrong.any()):
-            first = wrong.nonzero()[0]
-            raise ValueError(f"PairLogps: {rule}, got {values[tuple(first)].item():g} in row {int(first[0])}")
-
-    def columns(self) -> dict[str, Tensor]:
-        """The columns that are present, by name."""
-        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in pairs if value is not None}
-
-    def column(self, name: str) -> Tensor:
-        """The column `name`; raises `MissingColumn` (a ValueError) if the batch lacks it."""
-        value = getattr(self, name)
-        if value is None:
-            raise MissingColumn(name)
-        return value
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> PairLogps:
-        """A batch with `function` applied to every column: `batch.map(lambda column: column[index])`."""
-        return PairLogps(**{name: function(value) for name, value in self.columns().items()})
+    @classmethod
+    def why(cls, column: str) -> str:
+        """What the column is, for the message that it is missing."""
+        return next((WHY[need] for need, columns in NEEDS.items() if column in columns), "")
 
     def swapped(self) -> PairLogps:
         """The same pairs labelled the other way round: every column of one response becomes the other's.

@@ -25,7 +25,7 @@ from alignment.objectives.base import (
     literal_choices,
     number_type,
 )
-from alignment.objectives.batch import NEEDS
+from alignment.objectives.samples import NEEDS_OF
 
 _REGISTRY: dict[str, type[Objective]] = {}
 T = TypeVar("T", bound=type[Objective])
@@ -42,12 +42,14 @@ def prepare(cls: T) -> T:
             raise TypeError(f"{cls.__name__}.{field.name}: declare hyper-parameters with hyper(meaning, default=...)")
         annotation, meta = hints[field.name], field.metadata
         kind = "choice" if literal_choices(annotation) else getattr(number_type(annotation), "__name__", "any")
+        kind = "bool" if annotation is bool else kind
         allowed = meta.get("allowed") or describe_range(annotation, meta["bounds"])
         rows.append(HyperParameter(field.name, kind, field.default, allowed, meta["meaning"], meta["source"]))
-    unknown = set(cls.card.needs) - set(NEEDS)
+    known = NEEDS_OF[cls.batch_kind]
+    unknown = set(cls.card.needs) - set(known)
     if unknown:
-        raise ValueError(f"{cls.__name__}.card.needs: unknown {sorted(unknown)}; valid: {', '.join(NEEDS)}")
-    cls.card = dataclasses.replace(cls.card, hyperparameters=tuple(rows))
+        raise ValueError(f"{cls.__name__}.card.needs: unknown {sorted(unknown)}; valid: {', '.join(known)}")
+    cls.card = dataclasses.replace(cls.card, batch=cls.batch_kind, hyperparameters=tuple(rows))
     return cls
 
 

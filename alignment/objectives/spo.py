@@ -105,7 +105,8 @@ class SPO(Objective):
         if cls.aligned_class is not None:
             return cls
         base = hyperparameters.get("base", cls.base)
-        valid = [card.name for card in list_objectives() if not issubclass(objective_class(card.name), SPO)]
+        pairs = [card.name for card in list_objectives() if card.batch == "pairs"]
+        valid = [name for name in pairs if not issubclass(objective_class(name), SPO)]
         if base not in valid:
             hint = "" if base == cls.card.name else nearest(str(base), valid)
             raise ValueError(f"{cls.card.name}: base must be another objective, got {base!r}{hint}")

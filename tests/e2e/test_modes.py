@@ -41,7 +41,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "vpo": ("objective.calibration=given",),
     "inpo": (),
 }
-OTHERS = sorted({card.name for card in list_objectives()} & {path.stem for path in QUICKSTART.glob("*.yaml")})
+OFFLINE = {card.name for card in list_objectives() if card.batch == "pairs"}
+OTHERS = sorted(OFFLINE & {path.stem for path in QUICKSTART.glob("*.yaml")})
 OTHERS = [name for name in OTHERS if name not in FAMILIES]
 ADAPTERS = {"full": (), "lora": ("lora.r=4",)}
 STEPS, KILLED_AT = 6, 3

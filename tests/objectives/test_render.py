@@ -21,12 +21,12 @@ def test_the_readme_s_table_is_current() -> None:
 
 
 def test_write_docs_changes_only_the_marked_block(tmp_path) -> None:
-    (tmp_path / "README.md").write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nrest\n")
+    (tmp_path / "README.md").write_text(f"# Title\n\n{BEGIN}\nstale row\n{END}\n\nrest\n")
     assert sorted(path.name for path in write_docs(tmp_path)) == ["README.md", "objectives.md"]
     assert write_docs(tmp_path) == []
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Title\n\n") and text.endswith("\n\nrest\n")
-    assert table_markdown() in text and "old" not in text
+    assert table_markdown() in text and "stale row" not in text
 
 
 def test_a_readme_without_markers_is_refused() -> None:

@@ -276,7 +276,7 @@ def spo_without_weight(cls: Make) -> None:
     batch = _pairs()
     soft = with_columns(batch, label=torch.linspace(0, 1, len(batch.chosen), dtype=DOUBLE))
     for card in list_objectives():
-        for keywords in ({}, *card.settings) if card.name != "spo" else ():
+        for keywords in ({}, *card.settings) if card.name != "spo" and card.batch == "pairs" else ():
             base = get_objective(card.name, **keywords)
             given = {f"base_{name}" if name in SPO_OWN else name: value for name, value in keywords.items()}
             objective = cls(base=card.name, gamma=0.0, **given)
