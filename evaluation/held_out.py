@@ -58,7 +58,12 @@ def summarise(tables: list[list[dict[str, Any]]], facts: list[dict[str, Any]]) -
     keys = [[(row["prompt"], row["label"]) for row in rows] for rows in tables]
     if any(other != keys[0] for other in keys):
         raise UserError(f"{HELD_OUT}: members were held out on different pairs; train them from one recipe")
-    sides = [np.concatenate([np.array([row[s] for row in rows]).T for rows in tables]) for s in ("chosen", "rejected")]
+    sides = [
+        np.concatenate([np.array([row[s] for row in rows], dtype=np.float64).T for rows in tables])  # null: NaN
+        for s in ("chosen", "rejected")
+    ]
+    if not np.isfinite(sides).all():
+        raise UserError(f"{HELD_OUT}: holds scores that are not finite numbers; train the model again")
     prompts, label = [prompt for prompt, _ in keys[0]], np.array([label for _, label in keys[0]])
     general = facts[0]["kind"] == "general"
     scale = facts[0]["temperature"] if general else 1.0
@@ -71,7 +76,10 @@ def summarise(tables: list[list[dict[str, Any]]], facts: list[dict[str, Any]]) -
     }
     if len(margins) > 1:
         found["ensemble"] = {"mean margin": _one(margins.mean(0), label, prompts)}
-        constants = [np.array([value for f in facts for value in f[name] or [np.nan]]) for name in ("mean", "std")]
+        constants = [
+            np.array([value for f in facts for value in f[name] or [np.nan]], dtype=np.float64)
+            for name in ("mean", "std")
+        ]
         if not general and np.isfinite(np.concatenate(constants)).all():
             for how in ("mean", "wco", "uwo"):
                 chosen, rejected = (

@@ -111,11 +111,17 @@ def load_reward_model(
     return model
 
 
-def settle_padding(model: Any, tokenizer: Any, wanted: str | None = None) -> int:
+def settle_padding(
+    model: Any,
+    tokenizer: Any,
+    wanted: str | None = None,
+    remedy: str = "name an unused one in reward_model.pad_token",
+) -> int:
     """A pad id that cannot be a response's last token; in the model's configuration and the tokenizer.
 
     transformers reads the score at the last token that is not padding: padding with EOS would read it one token early,
-    without a word. The tokenizer's own pad token is taken, or its unk token where padding is EOS.
+    without a word. The tokenizer's own pad token is taken, or its unk token where padding is EOS. `remedy` is what the
+    user can do where there is none.
 
     Raises:
         UserError: there is none besides EOS, or `wanted` is not in the vocabulary.
@@ -127,7 +133,7 @@ def settle_padding(model: Any, tokenizer: Any, wanted: str | None = None) -> int
         what = f"{wanted!r} is EOS or not in the vocabulary" if wanted is not None else "the tokenizer has none"
         raise UserError(
             f"model: a pad token besides EOS is needed, since the score is read at the last token that is not "
-            f"padding: {what}; name an unused one in reward_model.pad_token"
+            f"padding: {what}; {remedy}"
         )
     tokenizer.pad_token = token
     pad = int(tokenizer.pad_token_id)

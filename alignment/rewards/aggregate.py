@@ -42,9 +42,11 @@ def aggregate(
     Raises:
         ValueError: an unknown `how` or `normalise`, lam < 0, constants missing or of another length, no members.
     """
+    import numpy as np
     import torch
 
-    tensor = scores if isinstance(scores, torch.Tensor) else torch.as_tensor(scores)
+    # Contiguous: torch takes no view with negative strides. A list becomes float64, not torch's float32.
+    tensor = scores if isinstance(scores, torch.Tensor) else torch.as_tensor(np.ascontiguousarray(scores))
     if tensor.dim() != 2 or tensor.size(0) < 1:
         raise ValueError(f"scores: expected [members, responses], got shape {tuple(tensor.shape)}")
     if how not in ("mean", "wco", "uwo"):

@@ -49,7 +49,10 @@ def mend(
     tokenizer = load_tokenizer(name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     rows = prepare(recipe.data.train, tokenizer, max_length=limit, role="train", seed=recipe.training.seed).dataset
     model = load_reward_model(outputs=1, fresh_head=True, **recipe.model.model_dump())
-    pad = settle_padding(model, tokenizer)
+    if isinstance(recipe, RewardModelRecipe):
+        pad = settle_padding(model, tokenizer, recipe.reward_model.pad_token)
+    else:  # whose recipe has no key for it
+        pad = settle_padding(model, tokenizer, remedy="give a reward-model recipe with reward_model.pad_token")
     chosen, rejected = (
         trunk_features(
             model, [[*row["prompt_ids"], *row[f"{side}_ids"]][:limit] for row in rows], pad, batch_size, f"  {side}"

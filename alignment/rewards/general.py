@@ -39,13 +39,13 @@ class GeneralOracle:
         check_keys(self, "oracle")
 
     def _load(self) -> Loaded:
-        loaded = load(self.path, self.dtype, self.revision, self.trust_remote_code)
+        loaded = load(self.path, self.dtype, self.revision, self.trust_remote_code, "oracle.path")
         if loaded.facts.kind != "general":
             raise UserError(f"oracle general: {self.path} is a reward model; use oracle bradley_terry on reward model")
         return loaded
 
     def scores(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
-        """s(first > second) in [-1, 1]; NaN where a conversation cannot be encoded."""
+        """s(first > second) in [-1, 1]; NaN where a response cannot be read, as of reward `model`."""
         import torch
 
         from alignment.rewards.losses import general_score, unit

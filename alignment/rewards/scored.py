@@ -28,6 +28,7 @@ class Loaded:
     tokenizer: Any
     facts: Any
     pad: int
+    is_ours: bool = True  # reward_model.json says what its outputs are
 
     @cached_property
     def digest(self) -> str:
@@ -37,11 +38,21 @@ class Loaded:
         return fingerprint(self.model)
 
 
-def load(path: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False) -> Loaded:
-    """The model of `path`, which may be a run's folder; kept in memory until its file changes."""
+def load(
+    path: str, dtype: str, revision: str | None = None, trust_remote_code: bool = False, key: str = "reward.path"
+) -> Loaded:
+    """The model of `path`, which may be a run's folder; kept in memory until its file changes.
+
+    Raises:
+        UserError: it cannot be loaded; the message begins with `key`, where the user named it.
+    """
     folder = Path(path) / "final" if (Path(path) / "final").is_dir() else Path(path)
     written = max((file.stat().st_mtime_ns for file in folder.glob("*.safetensors")), default=0)
-    return _loaded(str(folder) if folder.is_dir() else path, dtype, revision, trust_remote_code, written)
+    try:
+        return _loaded(str(folder) if folder.is_dir() else path, dtype, revision, trust_remote_code, written)
+    except UserError as error:
+        what = str(error).removeprefix("model.name_or_path: ").removeprefix("model: ")
+        raise UserError(f"{key}: {what}") from error
 
 
 @lru_cache(maxsize=16)
@@ -55,17 +66,19 @@ def _loaded(path: str, dtype: str, revision: str | None, trust_remote_code: bool
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(path, **options)
     model = load_reward_model(path, dtype=dtype, **options).requires_grad_(False)
-    facts = read_facts(Path(resolve_path(path))) or Facts(outputs=int(model.config.num_labels))
+    written_facts = read_facts(Path(resolve_path(path)))
+    facts = written_facts or Facts(outputs=int(model.config.num_labels))
     pad = model.config.get_text_config().pad_token_id
     if pad is None:  # else it says at which token the model was trained to be read
-        pad = settle_padding(model, tokenizer)
+        pad = settle_padding(model, tokenizer, remedy=f"set pad_token_id in config.json of {path}")
     if torch.cuda.is_available():
         model.cuda()
-    return Loaded(model, tokenizer, facts, int(pad))
+    return Loaded(model, tokenizer, facts, int(pad), is_ours=written_facts is not None)
 
 
 def token_rows(loaded: Loaded, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int] | None]:
-    """Token ids of prompt and response as training encodes them; None where they cannot be encoded.
+    """Token ids of prompt and response as training encodes them; None where they cannot be encoded, or the prompt
+    alone fills `max_length` (all its responses would be one row, and get one score).
 
     A text prompt of a model that was trained on chats is what the user says.
     """
@@ -80,7 +93,9 @@ def token_rows(loaded: Loaded, prompts: Sequence[Prompt], responses: Sequence[st
         for start in range(0, len(rows), 1000):
             encoded = encode(rows[start : start + 1000], loaded.tokenizer, ("chosen",))
             for i, ids in zip(numbers[start : start + 1000], encoded, strict=True):
-                if not isinstance(ids, BadRow):
+                if isinstance(ids, BadRow):
+                    continue
+                if limit is None or len(ids[0]["prompt_ids"]) < limit:
                     found[i] = (ids[0]["prompt_ids"] + ids[0]["chosen_ids"])[:limit]
     return found
 
@@ -141,7 +156,7 @@ class ModelReward(Reward):
         return load(self.path, self.dtype, self.revision, self.trust_remote_code)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """One score per pair; NaN where the chat template refuses a conversation."""
+        """One score per pair; NaN where the chat template refuses a conversation or the prompt leaves no room."""
         check_lengths(prompts, responses)
         loaded = self._load()
         if loaded.facts.kind != "scalar":
@@ -207,10 +222,17 @@ class EnsembleReward(Reward):
         return [str(member) for member in found] or [str(self.path)]
 
     def _load(self) -> list[Loaded]:
-        models = [load(path, self.dtype, None, self.trust_remote_code) for path in self._paths()]
+        key = "reward.members" if self.members else "reward.path"
+        models = [load(path, self.dtype, None, self.trust_remote_code, key) for path in self._paths()]
         for path, loaded in zip(self._paths(), models, strict=True):
             if loaded.facts.kind != "scalar":
                 raise UserError(f"reward ensemble: {path} compares responses and has no scores to aggregate")
+            labels = int(loaded.model.config.num_labels)
+            if labels != 1 and not loaded.is_ours:
+                raise UserError(
+                    f"reward ensemble: {path} has {labels} labels and no reward_model.json that calls them members' "
+                    "scores: a classifier is no ensemble"
+                )
         return models
 
     def member_scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
@@ -272,9 +294,15 @@ _WORDS = {
 
 
 def _constants(loaded: Loaded, path: str) -> tuple[list[float], list[float]]:
-    if loaded.facts.mean is None or loaded.facts.std is None:
+    mean, std = loaded.facts.mean, loaded.facts.std
+    if mean is None or std is None:
         raise UserError(
             f"{path}: has no stored mean and std (reward_model.json) to standardise by; train it with "
             "scripts/train_reward_model.py, or set normalise: none (standardise: false)"
         )
-    return loaded.facts.mean, loaded.facts.std
+    if not all(isinstance(value, float | int) and math.isfinite(value) for value in (*mean, *std)):
+        raise UserError(
+            f"{path}: reward_model.json: mean and std must be finite numbers, got {mean} and {std}; train it "
+            "again, or set normalise: none (standardise: false)"
+        )
+    return mean, std

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl import RewardTrainer
 
+from alignment.errors import UserError
 from alignment.models.reward_model import Facts, head_of, padded
 from alignment.rewards.losses import RewardLoss, general_score, unit
 from alignment.trainers.collation import LengthGroupedSampler, truncated
@@ -154,9 +155,15 @@ class RewardModelTrainer(RewardTrainer):
     # --- scores and loss ----------------------------------------------------------------------------------------
 
     def pair_scores(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(chosen, rejected), `[B, k]` each; of a general preference model s(chosen > rejected) `[B, 1]` and 0."""
+        """(chosen, rejected), `[B, k]` each; of a general preference model s(chosen > rejected) `[B, 1]` and 0.
+
+        Raises:
+            UserError: a score is NaN or infinite: nothing that follows would mean anything.
+        """
         names = ("inputs_embeds",) if "inputs_embeds" in inputs else ("input_ids", "attention_mask")
         logits = model(**{name: inputs[name] for name in names}, use_cache=False).logits.float()
+        if not bool(logits.isfinite().all()):
+            raise UserError(not_finite(self.state.global_step))
         if self.facts.kind == "scalar":
             chosen, rejected = logits.chunk(2)
             return chosen, rejected
@@ -231,6 +238,17 @@ class RewardModelTrainer(RewardTrainer):
         """`[n, 2, k]` scores of chosen and rejected of every row in its order; all processes call it together."""
         self.evaluation_loop(self.get_eval_dataloader(dataset), "scores", prediction_loss_only=True)
         return self.last_scores
+
+
+def not_finite(step: int) -> str:
+    """What to tell the user when a score is no number after so many optimiser steps."""
+    cause = (
+        "the model of model.name_or_path gives none before it is trained: its weights are damaged, or model.dtype is "
+        "too coarse for it (try float32)"
+        if step == 0
+        else "training has diverged: lower training.learning_rate, or training.max_grad_norm"
+    )
+    return f"after {step} training steps a score is not a finite number; {cause}"
 
 
 def general_pair(logits: torch.Tensor, facts: Facts) -> torch.Tensor:

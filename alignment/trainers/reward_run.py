@@ -9,6 +9,7 @@ Not here: the trainer (`reward_model`), what runs have in common (`launching`), 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,17 @@ def train(recipe: RewardModelRecipe, resume: bool = False) -> Path:
         member = recipe.model_copy(update={"training": recipe.training.model_copy(update=place)})
         say(state, f"member {i + 1} of {members}, seed {place['seed']}")
         began = (run / f"member-{i}" / "manifest.json").is_file()
+        if began and resume:  # also where it is done: members of two recipes are no ensemble
+            rundir.refuse_other_recipe(run / f"member-{i}", member)
         if (run / f"member-{i}" / "final").is_dir() and resume:
+            rundir.refuse_other_data(run / f"member-{i}", _digest_of_rows(member, given))
             say(state, "  is there already")
             continue
         has_checkpoint = any((run / f"member-{i}").glob("checkpoint-*"))
         state.wait_for_everyone()
+        if began and resume and not has_checkpoint and state.is_main_process:
+            print("  stopped before its first checkpoint: starts afresh", flush=True)
+            shutil.rmtree(run / f"member-{i}")  # moved aside, it would be counted as a member
         _train_one(member, state, tokenizer, given, held_out, resume and began and has_checkpoint)
     if state.is_main_process:
         write_json(run / "manifest.json", known(recipe, state.num_processes) | {"members": members})
@@ -91,6 +98,11 @@ def _move_members_aside(run: Path) -> Path | None:
     if any(run.glob("member-*/manifest.json")) and not (run / "manifest.json").is_file():
         write_json(run / "manifest.json", {"members": len(list(run.glob("member-*")))})
     return rundir.move_aside(run)
+
+
+def _digest_of_rows(recipe: RewardModelRecipe, given: Prepared) -> str:
+    """What a member's manifest says of the rows that it is trained on."""
+    return fingerprint(_with_columns(recipe, given.dataset, training=True))
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -206,21 +218,28 @@ def _train_in(
     say(state, f"[2/3] model: {recipe.model.name_or_path}")
     args = trl_config(RewardConfig, recipe, run, state.num_processes)
     args.eval_on_start = args.eval_on_start and checkpoint is None
+    if "logging_nan_inf_filter" not in (recipe.training.model_extra or {}):
+        args.logging_nan_inf_filter = False  # transformers would log the mean of the losses that are numbers
     facts = facts_of(recipe, chat=not isinstance(given.dataset[0]["prompt"], str))
     data = _with_columns(recipe, given.dataset, training=True)
     judged = None if held_out is None else _with_columns(recipe, held_out.dataset, training=False)
     model = _model(recipe, args, tokenizer, facts)
     frozen = recipe.reward_model.freeze_trunk
+    digest = fingerprint(data)  # of the rows alone
+    weights = {}
     if frozen:
+        weights["trunk"] = model_digest(getattr(model, model.base_model_prefix))
         tables = [_with_features(recipe, state, model, rows) for rows in (data, judged) if rows is not None]
         data, judged = tables[0], tables[1] if held_out is not None else None
         model.requires_grad_(False).score.requires_grad_(True)
     with without_trunk(model, frozen):
         trainer = build_trainer(recipe, args, model, facts, data, judged, tokenizer)
         manifest = _manifest(recipe, args, state, tokenizer, data, both)
+        manifest |= {"data_fingerprint": digest, "frozen_weights": weights}
         if checkpoint is not None:
             rundir.refuse_other_sharding(run, manifest["sharding"], state.num_processes)
-            rundir.refuse_other_data(run, manifest["data_fingerprint"])
+            rundir.refuse_other_data(run, digest)
+            rundir.refuse_other_weights(run, weights)
         state.wait_for_everyone()
         if state.is_main_process:
             write_json(run / "manifest.json", manifest)
@@ -313,7 +332,6 @@ def _manifest(
         "chat": not isinstance(data[0]["prompt"], str),
         "rows": {prepared.role: prepared.manifest() for prepared in both},
         "sources": [source for prepared in both for source in prepared.sources],
-        "data_fingerprint": fingerprint(data),
         "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
     }
 
@@ -340,6 +358,13 @@ def _with_features(recipe: RewardModelRecipe, state: PartialState, model: Any, d
     table, kept = frozen_logps(state, score, lengths, size, parts, 1e-3, "features")
     if kept:
         say(state, f"  the same features are in the cache: {cache_file(parts)}")
+    bad = (~table.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"model.name_or_path: {recipe.model.name_or_path}: features of {len(bad)} of {len(rows)} pairs are not "
+            f"finite numbers, first those of prompt {str(data[bad[0]]['prompt'])[:60]!r}; its weights are damaged, or "
+            "model.dtype is too coarse for it (try float32)"
+        )
     return data.add_column(FEATURES, table.reshape(len(rows), 2, -1).numpy().tolist())
 
 
@@ -347,11 +372,11 @@ def _measured(
     recipe: RewardModelRecipe, trainer: RewardModelTrainer, facts: Facts, data: Dataset, held_out: Dataset | None
 ) -> Facts:
     """The facts with mean and std of every output over the calibration responses: held-out ones where there are."""
-    if facts.kind != "scalar":
-        return facts
     source, name = (data, "data.train") if held_out is None else (held_out, "data.eval")
     rows = source.select(range(min(len(source), -(-recipe.reward_model.calibration // 2))))
-    scores = trainer.scores_of(rows).flatten(0, 1)  # [2n, k], float64
+    scores = trainer.scores_of(rows).flatten(0, 1)  # [2n, k], float64; refuses weights that the last step has spoilt
+    if facts.kind != "scalar":
+        return facts
     mean, std = scores.mean(0).tolist(), scores.std(0, correction=0).tolist()
     return Facts(**{**vars(facts), "mean": mean, "std": std, "calibration": f"{len(scores)} responses of {name}"})
 

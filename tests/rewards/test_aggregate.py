@@ -11,6 +11,8 @@ import torch
 from alignment.rewards import aggregate
 from alignment.rewards.diagnostics import agreement_matrix, disagreement, expected_calibration_error, reliability
 
+THREE = [Fraction(1), Fraction(6, 5), Fraction(13, 5)]
+OTHER = [Fraction(1), Fraction(11, 10), Fraction(6, 5)]
 RNG = np.random.default_rng(0)
 SCORES = RNG.normal(size=(5, 40))
 
@@ -30,14 +32,34 @@ def test_golden_values(kind):
     r, other = kind(column(1, 1.2, 2.6)), kind(column(1, 1.1, 1.2))
     assert float(aggregate(r, "mean")[0]) == pytest.approx(1.6)
     assert float(aggregate(r, "wco")[0]) == 1.0
-    exact = [Fraction(1), Fraction(6, 5), Fraction(13, 5)]
-    assert float(aggregate(r, "uwo", lam=0.5)[0]) == pytest.approx(float(by_fractions(exact, Fraction(1, 2))))
+    assert float(aggregate(r, "uwo", lam=0.5)[0]) == pytest.approx(float(by_fractions(THREE, Fraction(1, 2))))
     assert float(aggregate(r, "uwo", lam=0.5)[0]) == pytest.approx(1.346667, abs=1e-6)
     assert float(aggregate(r, "uwo", lam=0.5, ddof=1)[0]) == pytest.approx(1.22)
     assert float(aggregate(r, "uwo", lam=1)[0]) == pytest.approx(1.093333, abs=1e-6)
     assert float(aggregate(other, "uwo", lam=0.5)[0]) == pytest.approx(1.096667, abs=1e-6)
     assert float(aggregate(other, "mean")[0]) == pytest.approx(1.1)
+    assert float(aggregate(other, "wco")[0]) == 1.0
+    assert float(aggregate(other, "uwo", lam=1)[0]) == pytest.approx(1.093333, abs=1e-6)
     assert type(aggregate(r)) is type(r)
+
+
+@pytest.mark.parametrize(("how", "lam", "prefers"), [("mean", 0.5, 1), ("uwo", 0.5, 1), ("wco", 0.5, 0)])
+def test_who_is_preferred(how, lam, prefers):
+    """A7: mean and uwo(.5) prefer R = (1, 1.2, 2.6) to (1, 1.1, 1.2); wco ties."""
+    first, second = aggregate(np.array([[1, 1], [1.2, 1.1], [2.6, 1.2]]), how, lam=lam)
+    assert np.sign(first - second) == prefers
+
+
+def test_uwo_changes_its_mind_at_lambda_one():
+    """A7: both are 1.093333 at lambda 1, since the gap of .5 in the mean is the gap in variance, 38/75 - 1/150."""
+    variances = [sum((v - sum(r) / 3) ** 2 for v in r) / 3 for r in (THREE, OTHER)]
+    assert variances == [Fraction(38, 75), Fraction(1, 150)]
+    assert by_fractions(THREE, Fraction(1)) == by_fractions(OTHER, Fraction(1))
+    table = np.array([THREE, OTHER], dtype=float).T
+    for lam, sign in ((0.99, 1), (1.01, -1), (3, -1)):
+        first, second = aggregate(table, "uwo", lam=lam)
+        assert np.sign(first - second) == sign
+        assert first - second == pytest.approx((1 - lam) / 2)
 
 
 def test_lambda_zero_is_the_mean():
@@ -53,6 +75,33 @@ def test_laws(how):
     np.testing.assert_allclose(aggregate(np.repeat(SCORES[:1], 4, 0), how), SCORES[0], atol=1e-12)
     np.testing.assert_allclose(aggregate(np.concatenate([SCORES, SCORES]), how), found, atol=1e-12)
     assert (found <= SCORES.mean(0) + 1e-12).all()
+
+
+def test_wco_and_uwo_are_not_ordered():
+    """A8: (0, 1): wco 0, uwo(.5) .5 - .125 above it; (0, 10): wco 0, uwo(.5) 5 - 12.5 below it."""
+    table = np.array([[0.0, 0.0], [1.0, 10.0]])
+    assert aggregate(table, "wco").tolist() == [0, 0]
+    assert aggregate(table, "uwo", lam=0.5).tolist() == [0.375, -7.5]
+
+
+def test_a_member_that_is_100_below_changes_who_wins_except_for_the_mean():
+    """A8, without normalisation. Adding c to member m changes the variance by
+    2c/k (r_m - mean) + c^2 (k - 1)/k^2: the first term, twice c times the covariance of the members' scores with the
+    indicator of m, differs from response to response; its part of uwo is -lambda times it."""
+    moved, k, c, lam = SCORES.copy(), 5, -100.0, 0.5
+    moved[2] += c
+    for how in ("mean", "uwo"):
+        before, after = aggregate(SCORES, how, lam=lam), aggregate(moved, how, lam=lam)
+        if how == "mean":
+            np.testing.assert_array_equal(np.argsort(after), np.argsort(before))
+            np.testing.assert_allclose(after, before - 20, atol=1e-12)
+            continue
+        indicator = np.arange(k) == 2
+        covariance = np.array([np.cov(indicator, column, ddof=0)[0, 1] for column in SCORES.T])
+        change = c / k - lam * (2 * c * covariance + c**2 * (k - 1) / k**2)
+        np.testing.assert_allclose(after - before, change, atol=1e-9)
+        assert np.ptp(covariance) > 0.1 and (np.argsort(after) != np.argsort(before)).any()
+    np.testing.assert_array_equal(aggregate(moved, "wco"), moved[2])
 
 
 def test_uwo_falls_with_lambda_and_scales_as_the_paper_does():
@@ -134,6 +183,14 @@ def test_gradients_reach_the_members_that_matter():
 def test_half_precision_and_integers_keep_their_kind():
     assert aggregate(torch.ones(3, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert aggregate(np.array([[1, 2], [3, 4]]), "mean").tolist() == [2.0, 3.0]
+
+
+def test_views_and_lists_are_taken_as_they_are():
+    """A view with negative strides, a transposed one, and a list, which is float64 as in numpy."""
+    np.testing.assert_array_equal(aggregate(SCORES[::-1], "wco"), SCORES.min(0))
+    np.testing.assert_allclose(aggregate(SCORES.T[::-2].T, "mean"), SCORES.mean(0)[::-2])
+    found = aggregate([[0.1, 1.0], [0.2, 2.0]], "mean")
+    assert found.dtype == np.float64 and found[0] == (0.1 + 0.2) / 2
 
 
 def test_diagnostics_by_hand():

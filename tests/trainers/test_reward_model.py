@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
@@ -26,6 +28,7 @@ from alignment.recipes.reward_model import REWARD_REFUSED, RewardTrainingSection
 from alignment.recipes.trl_keys import PASSED_THROUGH
 from alignment.rewards import get_oracle, get_reward
 from alignment.rewards.losses import general_score, unit
+from alignment.rewards.scored import _loaded
 from alignment.trainers.reward_model import agreement, init_head
 from alignment.trainers.reward_run import train
 from evaluation.held_out import write_held_out
@@ -60,6 +63,16 @@ def given(tiny: Path, tmp_path: Path):
         return load_reward_model_recipe(RECIPE, [s for s in settings if s.partition("=")[0] not in keys] + [*last])
 
     return make
+
+
+def without_pad_token(model: Path, copy: Path) -> Path:
+    """A copy whose tokenizer has no padding besides EOS; token 0 is an unused <|other|>."""
+    shutil.copytree(model, copy)
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (copy / name).write_text((copy / name).read_text().replace("<|pad|>", "<|other|>"))
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": None}))
+    return copy
 
 
 def facts(run: Path) -> dict[str, Any]:
@@ -147,7 +160,7 @@ def test_scores_do_not_depend_on_the_batch(given, batch_size):
 
 
 def test_frozen_heads_on_cached_features_are_heads_on_the_model(given):
-    """The same run with the trunk in place, whose parameters are frozen: the heads come out alike."""
+    """The trunk is saved as it came, and the saved model scores texts as training scored their features."""
     run = train(given("frozen", "reward_model.members=3", "reward_model.bootstrap=false"))
     model = load_reward_model(run / "final")
     start = load_reward_model(given("frozen").model.name_or_path, outputs=3, fresh_head=True)
@@ -215,6 +228,41 @@ def test_members_are_resumed_one_by_one(given, tmp_path):
     assert len(write_held_out(run)) == 1 + 3 + 4
     named = get_reward("ensemble", members=[str(run / f"member-{i}") for i in (2, 0)], normalise="none")
     np.testing.assert_allclose(named.member_scores(prompts, texts), table[[2, 0]], atol=1e-6)
+
+
+def test_a_finished_member_of_another_recipe_or_other_rows_is_not_counted_as_done(given, tmp_path):
+    settings = (*WHOLE, "reward_model.members=2", "training.max_steps=1")
+    run = train(given("run", *settings))
+    shutil.rmtree(run / "member-1")
+    with pytest.raises(UserError, match="training.learning_rate is 0.5 but .*member-0 began with 0.001"):
+        train(given("run", *settings, "training.learning_rate=0.5"), resume=True)
+    write_json_lines(tmp_path / "rows.jsonl", pairs(0, 20))
+    with pytest.raises(UserError, match="the preference rows are not those that .*member-0 began with"):
+        train(given("run", *settings), resume=True)
+    assert not (run / "member-1").exists()
+
+
+def test_a_member_that_stopped_before_its_first_checkpoint_starts_afresh(given):
+    settings = (*WHOLE, "reward_model.members=2", "training.max_steps=2")
+    run = train(given("run", *settings))
+    before = (run / "member-1" / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "member-1" / "final")
+    train(given("run", *settings), resume=True)
+    assert sorted(path.name for path in run.glob("member-*")) == ["member-0", "member-1"]
+    assert (run / "member-1" / "final" / "model.safetensors").read_bytes() == before
+
+
+def test_frozen_heads_do_not_go_on_over_another_trunk(given, tiny, tmp_path):
+    """The same name, rows and recipe, other weights."""
+    shutil.copytree(tiny, tmp_path / "base")
+    settings = (f"model.name_or_path={tmp_path / 'base'}", "training.save_strategy=steps", "training.save_steps=1")
+    run = train(given("run", *settings, "training.max_steps=2"))
+    shutil.rmtree(run / "final")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.5
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="the weights of the trunk model are not those"):
+        train(given("run", *settings, "training.max_steps=2"), resume=True)
 
 
 def test_a_general_model_is_an_oracle(given):
@@ -297,8 +345,50 @@ def test_trl_takes_a_reward_as_it_is(given):
 def test_a_language_model_is_no_reward_model(tiny):
     with pytest.raises(UserError, match="not a reward model: it has no score.weight"):
         get_reward("model", path=str(tiny)).score(["a"], ["b"])
-    with pytest.raises(UserError, match="cannot load"):
-        get_reward("model", path="/no/such/folder").score(["a"], ["b"])
+    for kind, name, keys, where in (
+        ("reward", "model", {"path": "/no/such/folder"}, "reward.path"),
+        ("reward", "ensemble", {"path": "/no/such/folder"}, "reward.path"),
+        ("reward", "ensemble", {"members": ["/no/such/folder"]}, "reward.members"),
+        ("oracle", "general", {"path": "/no/such/folder"}, "oracle.path"),
+    ):
+        with pytest.raises(UserError, match=f"^{where}: cannot load '/no/such/folder'"):
+            if kind == "reward":
+                get_reward(name, **keys).score(["a"], ["b"])
+            else:
+                get_oracle(name, **keys).probability(["a"], ["b"], ["c"])
+
+
+def test_a_prompt_that_leaves_no_room_has_no_score(given):
+    """All its responses would be the same tokens: NaN, not one score for all. One token of room is enough."""
+    run = train(given("run", *WHOLE, "training.max_steps=1"))
+    general = train(given("general", *WHOLE, "reward_model.loss=general", "training.max_steps=1"))
+    prompt, texts = pairs(0, 1)[0]["prompt"], [" kind .", " cold .", " bright and nice ."]
+    tokens = len(load_tokenizer(run / "final")(prompt).input_ids)
+    for limit, scored in ((tokens, False), (tokens + 1, True)):
+        for folder in (run, general):
+            file = folder / "final" / "reward_model.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"max_length": limit}))
+        _loaded.cache_clear()
+        judges = [get_reward("model", path=str(run)), get_reward("ensemble", members=[str(run)], normalise="none")]
+        found = [judge.score([prompt] * 3, texts) for judge in judges]
+        found.append(get_oracle("general", path=str(general)).probability([prompt] * 2, texts[:2], texts[1:]))
+        assert [all(map(math.isfinite, values)) for values in found] == [scored] * 3
+        if scored:
+            assert len(set(found[0])) == 3
+        else:
+            assert all(math.isnan(v) for values in found for v in values)
+
+
+def test_a_classifier_is_no_ensemble(given, tiny, tmp_path):
+    """Two labels of which nothing says that they are members' scores."""
+    run = train(given("heads", "reward_model.members=2", "training.max_steps=1"))
+    shutil.copytree(run / "final", tmp_path / "classifier")
+    assert get_reward("ensemble", path=str(tmp_path / "classifier")).score(["a"], [" b"])
+    (tmp_path / "classifier" / "reward_model.json").unlink()
+    _loaded.cache_clear()
+    for normalise in ("none", "member"):
+        with pytest.raises(UserError, match="has 2 labels and no reward_model.json"):
+            get_reward("ensemble", path=str(tmp_path / "classifier"), normalise=normalise).score(["a"], [" b"])
 
 
 def test_wrong_number_of_labels_is_one_line(given):
@@ -316,19 +406,35 @@ def test_wrong_number_of_labels_is_one_line(given):
 
 def test_padding_that_is_eos_is_not_taken(given, tiny, tmp_path):
     """No pad token besides EOS: one line; an unused one by name: taken, and kept with the model."""
-    shutil.copytree(tiny, tmp_path / "padless")
-    for name in ("tokenizer_config.json", "tokenizer.json"):
-        file = tmp_path / "padless" / name
-        file.write_text(file.read_text().replace("<|pad|>", "<|other|>"))
-    config = json.loads((tmp_path / "padless" / "tokenizer_config.json").read_text())
-    config["pad_token"] = None
-    (tmp_path / "padless" / "tokenizer_config.json").write_text(json.dumps(config))
-    place = f"model.name_or_path={tmp_path / 'padless'}"
+    place = f"model.name_or_path={without_pad_token(tiny, tmp_path / 'padless')}"
     with pytest.raises(UserError, match="a pad token besides EOS is needed.*reward_model.pad_token"):
         train(given("run", *WHOLE, place))
     run = train(given("run", *WHOLE, place, "reward_model.pad_token='<|other|>'", "training.max_steps=1"))
     assert AutoTokenizer.from_pretrained(run / "final").pad_token == "<|other|>"
     assert load_reward_model(run / "final").config.pad_token_id == 0
+
+
+def test_a_judge_without_pad_token_is_mended_in_its_own_folder(given, tiny, tmp_path):
+    """Somebody else's reward model: the remedy that the message names is one."""
+    run = train(given("run", *WHOLE, "training.max_steps=1"))
+    theirs = without_pad_token(run / "final", tmp_path / "theirs")
+    expected = get_reward("model", path=str(run)).score(["my dog is"], [" kind ."])
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    with pytest.raises(UserError, match="reward.path: a pad token besides EOS .*set pad_token_id in config.json of"):
+        get_reward("model", path=str(theirs)).score(["my dog is"], [" kind ."])
+    (theirs / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    assert get_reward("model", path=str(theirs)).score(["my dog is"], [" kind ."]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [None, "nan"])
+def test_constants_that_are_no_numbers_are_one_line(given, value):
+    run = train(given("run", *WHOLE, "training.max_steps=1"))
+    file = run / "final" / "reward_model.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mean": [float(value) if value else None]}))
+    _loaded.cache_clear()
+    with pytest.raises(UserError, match="mean and std must be finite numbers"):
+        get_reward("model", path=str(run), standardise=True).score(["a"], ["b"])
 
 
 def test_missing_constants_are_one_line(given, tiny, tmp_path):
