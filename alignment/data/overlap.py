@@ -118,14 +118,15 @@ def refuse(trained: Sequence[Any], judged: Judged, what: str = "data.train") -> 
 
 def without(prepared: Prepared, judged: Judged) -> Prepared:
     """The training rows whose prompts are not judged on; the others are counted in a note and `overlap`."""
-    rows = prepared.dataset.select_columns(["prompt", "chosen", "rejected"])
+    answered = "chosen" in prepared.dataset.column_names  # prompts alone are no whole rows
+    rows = prepared.dataset.select_columns(["prompt", *(("chosen", "rejected") if answered else ())])
     shared = [prompt_hash(row["prompt"]) in judged.prompts for row in rows]
     count = sum(shared)
     if not count:
         return prepared
     if count == len(rows):
         raise UserError(f"data.overlap: all {count} training rows have prompts that are judged on; none is left")
-    whole = sum(row_hash(row) in judged.rows for row in rows)
+    whole = sum(row_hash(row) in judged.rows for row in rows) if answered else 0
     kept = prepared.dataset.select([i for i, drop in enumerate(shared) if not drop], keep_in_memory=True)
     note = (
         f"{count} rows of {prepared.role} dropped: their prompts are judged on ({whole} are whole rows of data.eval)"

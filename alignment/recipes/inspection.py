@@ -57,6 +57,8 @@ def _missing_files(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
     files = {}
     if isinstance(recipe, Recipe):
         files["data.sample.prompts"] = recipe.data.sample.prompts if recipe.data.sample else None
+        files["data.prompts"] = recipe.data.prompts.name if recipe.data.prompts else None
+        files["generation.replay"] = recipe.generation.replay
         files["evaluation.prompts"] = recipe.evaluation.prompts if recipe.evaluation else None
         files |= judge_files("reward", recipe.reward.model_dump()) if recipe.reward else {}
         files |= judge_files("oracle", recipe.oracle.model_dump()) if recipe.oracle else {}

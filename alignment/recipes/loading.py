@@ -16,6 +16,7 @@ from pydantic_core import InitErrorDetails
 from alignment.errors import nearest
 from alignment.recipes.document import Document, KeyPath, Origin, Problem, RecipeError
 from alignment.recipes.merge import COMMAND_LINE, apply_overrides, read_with_bases
+from alignment.recipes.on_policy import on_policy_problems
 from alignment.recipes.reward_model import RewardDataSection, RewardModelSection, RewardTrainingSection
 from alignment.recipes.sections import (
     DataSection,
@@ -28,6 +29,7 @@ from alignment.recipes.sections import (
     OracleSection,
     ReferenceSection,
     RewardSection,
+    RolloutSection,
     Section,
     error,
 )
@@ -70,6 +72,9 @@ class Recipe(_Root):
     generation: GenerationSection = Field(
         default_factory=GenerationSection, description="How responses are drawn. Default: see its keys."
     )
+    rollout: RolloutSection = Field(
+        default_factory=RolloutSection, description="On-policy training: how it samples. Default: see its keys."
+    )
     reward: RewardSection | None = Field(None, description="What scores responses. Default: none.")
     oracle: OracleSection | None = Field(None, description="What compares two responses. Default: none.")
     training: TrainingSection = Field(description="How the optimiser runs.")
@@ -77,7 +82,7 @@ class Recipe(_Root):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
-        if problems := [*_unjudged(self), *_misfits(self), *_idle_reference(self)]:
+        if problems := [*_unjudged(self), *_misfits(self), *_idle_reference(self), *on_policy_problems(self)]:
             raise ValidationError.from_exception_data("recipe", problems)
         return self
 

@@ -296,7 +296,11 @@ class PreferenceRows(Section):
     eval: Sources | None = option(None, "Held-out preferences, like train.", "none")
     max_length: int = option(1024, "Prompt and response together, in tokens; longer is cut.", "TRL 1.16", ge=2)
     max_rejected_share: float = option(
-        0.1, "Stop if more than this share of the rows is unusable.", "alignment: a tenth is rarely an accident", ge=0
+        0.1,
+        "Stop if more than this share of the rows is unusable.",
+        "alignment: a tenth is rarely an accident",
+        ge=0,
+        le=1,
     )
     overlap: Literal["refuse", "drop", "allow"] = option(
         "refuse",
@@ -320,17 +324,38 @@ class PreferenceRows(Section):
         return value
 
 
+class PromptsSection(Section):
+    """Prompts of on-policy training; `data.prompts: FILE` is short for `data.prompts: {name: FILE}`."""
+
+    name: Text = Field(
+        description="Text file, one prompt a line; or .jsonl with `prompt` (text or messages) and, for objective "
+        "likelihood, `answer`."
+    )
+    limit: int | None = option(None, "Use only the first so many prompts.", "all", ge=1)
+
+
+Prompts = Annotated[PromptsSection, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)]
+
+
 class DataSection(PreferenceRows):
-    """Where preferences come from: `train` (given) or `sample` (drawn from the model)."""
+    """Where preferences come from: `train` (given), `sample` (drawn from the starting model), or `prompts` (the policy
+    itself answers them while it is trained)."""
 
     sample: SampleSection | None = option(None, "Draw the preferences from the starting model.", "none")
+    prompts: Prompts | None = option(None, "Prompts that the policy answers while it is trained (on-policy).", "none")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
-        if self.train is None and self.sample is None:
-            raise refused_at("no preferences: give either train (a file or hub name) or sample (draw from the model)")
-        if self.train is not None and self.sample is not None:
-            raise refused_at("excludes data.sample; set the one that you do not want to null", "train")
+        given = [key for key in ("train", "sample", "prompts") if getattr(self, key) is not None]
+        if not given:
+            raise refused_at(
+                "nothing to train on: give train (preferences: a file or hub name), sample (draw them from the "
+                "starting model) or prompts (on-policy)"
+            )
+        if len(given) > 1:
+            raise refused_at(f"excludes data.{given[1]}; set the one that you do not want to null", given[0])
+        if self.prompts is not None and self.eval is not None:
+            raise refused_at("on-policy training has no held-out preferences; see the evaluation section", "eval")
         return self
 
 
@@ -342,7 +367,68 @@ class GenerationSection(Section):
     top_p: float = option(1.0, "Nucleus of this probability.", "off: the model's own distribution", gt=0, le=1)
     top_k: int = option(0, "Only the k likeliest tokens.", "0: off, the model's own distribution", ge=0)
     batch_size: int = option(64, "Responses drawn at once; lower it if memory runs out.", "alignment", ge=1)
-    seed: int = option(0, "Seed of the draws.", "alignment", ge=0)
+    seed: int = option(0, "Seed of the draws (on-policy training draws by training.seed).", "alignment", ge=0)
+    replay: Text | None = option(
+        None, "rollouts.jsonl of an earlier on-policy run: train on its samples instead of drawing.", "none"
+    )
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """Arguments of `models.sampling.sample`."""
+        return self.model_dump(exclude={"replay"})
+
+
+class ExploreSection(Section):
+    """The sampler of y and y' where it is not the policy itself."""
+
+    temperature: float = option(2.0, "Above 1 flattens.", "EGPO's released code", gt=0)
+    top_k: int = option(10, "Only the k likeliest tokens; 0: all.", "EGPO's released code", ge=0)
+    top_p: float = option(1.0, "Nucleus of this probability.", "off", gt=0, le=1)
+
+
+class AnswerSection(Section):
+    """Where a chain of thought ends and the reference answer begins (objective likelihood)."""
+
+    marker: Text = option("Answer:", "Text that ends a chain; the first one counts.", "alignment")
+    separator: str = option(" ", "What stands between marker and answer.", "alignment")
+
+
+class RolloutSection(Section):
+    """How on-policy training samples; lengths and temperature are in `generation`."""
+
+    prompts_per_rollout: int | None = option(
+        None, "Prompts sampled at once; a multiple of training.global_batch_size.", "training.global_batch_size", ge=1
+    )
+    inner_epochs: int = option(1, "Passes over a rollout before the next one is drawn.", "strictly on-policy", ge=1)
+    samples: int | None = option(
+        None, "Responses per prompt.", "2; objective likelihood: 4, the paper's for long answers", ge=1
+    )
+    explore: ExploreSection | None = option(
+        None, "(egpo, online_ipo1, nash_md) Another sampler for y and y'.", "the policy itself"
+    )
+    mixture: float = option(
+        0.125, "(nash_md, nash_md_pg) Share of the reference in the opponent.", "EGPO's released code", ge=0, le=1
+    )
+    label_noise: float = option(0.0, "(dpo, vpo …) Turn a label round with this probability.", "none", ge=0, le=1)
+    drift: float = option(
+        20.0,
+        "(vpo online) Stop once calibration responses are so many nats less likely than under the reference.",
+        "alignment",
+        gt=0,
+    )
+    answer: AnswerSection = Field(
+        default_factory=AnswerSection, description="(likelihood) Marker and separator. Default: see its keys."
+    )
+    vllm: Literal["colocate", "server"] | None = option(
+        None, "Draw with vLLM, as TRL does; not run by this project's tests.", "transformers' generate"
+    )
+    vllm_server: Text | None = option(None, "Base URL of `trl vllm-serve` or `vllm serve`.", "none")
+
+    @model_validator(mode="after")
+    def _server(self) -> RolloutSection:
+        if (self.vllm_server is not None) != (self.vllm == "server"):
+            raise refused_at("belongs to rollout.vllm: server, which needs it", "vllm_server")
+        return self
 
 
 class EvaluationSection(Section):

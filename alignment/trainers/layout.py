@@ -9,12 +9,12 @@ import warnings
 from typing import Any
 
 import torch
-from trl import DPOTrainer
+from transformers import Trainer
 
 from alignment.trainers.scoring import ROW_KEYS, TOLERANCE, relative_gap, repaired, sequence_logps
 
 
-class LayoutTrainer(DPOTrainer):
+class LayoutTrainer(Trainer):
     """Scores batches in the collator's layout; the attributes are set by `PreferenceTrainer`."""
 
     model: Any

@@ -31,6 +31,7 @@ class ReferenceTrainer(LayoutTrainer):
     """Frozen models and their columns; the attributes below are set by `PreferenceTrainer`."""
 
     objective: Objective
+    ref_model: Any
     start_model: Any
     start_is_reference: bool
     frozen_digests: dict[str, str]

@@ -1,4 +1,4 @@
-"""One offline training run from a recipe: preferences, model, trainer, run directory.
+"""One training run from a recipe: preferences, model, trainer, run directory. With `data.prompts` see `online_run`.
 
 `scripts/train.py` and `alignment train` read argv and call `train`. Every process of a launch runs this; what needs
 doing once is done by the main process while the others wait.
@@ -69,7 +69,7 @@ def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> l
         "weights": weights_digest(model),
         "prompts": encoded,
         "sample": {k: v for k, v in settings.model_dump().items() if k not in ("prompts", "limit")},
-        "generation": generation.model_dump(),
+        "generation": generation.drawing,
         "judge": judge.describe(),
         "torch": torch.__version__,
     }
@@ -85,7 +85,7 @@ def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> l
         tokenizer,
         prompts,
         settings.samples_per_prompt,
-        **generation.model_dump(),
+        **generation.drawing,
         progress="  sampling prompts",
     )
     rows, counts = best_against_worst(
@@ -233,6 +233,10 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises:
         UserError: anything that the user can mend; before the first step it leaves everything as it was.
     """
+    if recipe.data.prompts is not None:
+        from alignment.trainers import online_run
+
+        return online_run.train(recipe, resume)
     started = time.perf_counter()
     run = Path(recipe.training.output_dir)
     state = begin(recipe)

@@ -168,14 +168,33 @@ def forward_rows(
 
 def branch_sums(logits: torch.Tensor, rows: dict[str, torch.Tensor], branches: int) -> torch.Tensor:
     """`[n, k]` log-probs of the responses from the logits of (at least) the scored columns."""
+    logps, branch = _token_logps(logits, rows)
+    return unfold(torch.stack([(logps * (branch == j)).sum(1) for j in range(1, int(branch.max()) + 1)], 1), branches)
+
+
+def branch_tokens(logits: torch.Tensor, rows: dict[str, torch.Tensor], branches: int) -> torch.Tensor:
+    """`[n, k, L]` log-probs of the responses' tokens, in their order; 0 beyond a response's end.
+
+    A response's tokens are consecutive columns of its row. With an empty prompt the first token is missing.
+    """
+    logps, branch = _token_logps(logits, rows)
+    counts = [(branch == j).sum(1) for j in range(1, int(branch.max()) + 1)]
+    steps = torch.arange(max(int(n.max()) for n in counts), device=branch.device)
+    found = []
+    for j, count in enumerate(counts, start=1):
+        first = (branch == j).int().argmax(1)
+        columns = (first[:, None] + steps).clamp(max=branch.size(1) - 1)
+        found.append(logps.gather(1, columns) * (steps < count[:, None]))
+    return unfold(torch.stack(found, 1), branches)
+
+
+def _token_logps(logits: torch.Tensor, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[rows, K]` log-probs of the labels in fp32 (0 where there is none), and whose branch each column is."""
     labels, keep = rows["row_labels"], rows["row_labels"].size(1)
-    token_logps = -F.cross_entropy(
+    logps = -F.cross_entropy(
         logits[:, -keep:].flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORED
     ).view_as(labels)
-    branch = rows["row_segments"][:, -keep:]
-    return unfold(
-        torch.stack([(token_logps * (branch == j)).sum(1) for j in range(1, int(branch.max()) + 1)], 1), branches
-    )
+    return logps, rows["row_segments"][:, -keep:]
 
 
 def last_positions(rows: dict[str, torch.Tensor]) -> torch.Tensor:

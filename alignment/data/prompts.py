@@ -1,0 +1,112 @@
+"""Prompts of on-policy training: read, tokenised and checked; the ones that cannot be used are counted and kept aside.
+
+A text file has one prompt a line (as for `data.sample`); a .jsonl has `prompt`, a text or chat messages, and where a
+reference answer is needed `answer`. Not preferences (`pipeline`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.data.pipeline import Prepared, Rejected, described
+from alignment.data.preferences import EMPTY, MISSING_FIELD, NOT_TEXT, PROMPT_TOO_LONG, read_prompts, read_rows
+from alignment.errors import UserError
+from alignment.models.sampling import prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def prepare_prompts(
+    file: str,
+    limit: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    answers: bool,
+    max_rejected_share: float,
+) -> Prepared:
+    """Columns `prompt`, `prompt_ids` and, with `answers`, `answer`.
+
+    Args:
+        file: a text file or .jsonl.
+        limit: use only the first so many.
+        longest: tokens that a prompt may have; longer ones are set aside.
+        answers: whether a reference answer is needed.
+        max_rejected_share: for `write_rejected`.
+
+    Raises:
+        UserError: the file cannot be read, has too few prompts, or none that can be used.
+    """
+    from datasets import Dataset
+
+    if file.endswith((".jsonl", ".jsonl.gz")):
+        rows = read_rows(Path(file))
+        if limit is not None and len(rows) < limit:
+            raise UserError(f"{file}: {len(rows)} prompts, but {limit} are asked for")
+        rows = rows[:limit]
+    elif answers:
+        raise UserError(f"{file}: a reference answer is needed for every prompt: give a .jsonl with prompt and answer")
+    else:
+        rows = [{"prompt": prompt} for prompt in read_prompts(file, limit)]
+    kept: list[dict[str, Any]] = []
+    rejected: list[Rejected] = []
+    for number, row in enumerate(rows, start=1):
+        found = _usable(row, tokenizer, longest, answers)
+        if isinstance(found, dict):
+            kept.append(found)
+        else:
+            rejected.append(Rejected(file, number, *found))
+    if not kept:
+        raise UserError(
+            f"{file}: none of {len(rows)} prompts can be used: row {rejected[0].row}: {rejected[0].detail}"
+        )
+    chats = {not isinstance(row["prompt"], str) for row in kept}
+    if len(chats) > 1:
+        raise UserError(f"{file}: some prompts are texts and others chat messages; give one kind")
+    counts = dict(Counter(bad.reason for bad in rejected))
+    return Prepared(
+        Dataset.from_list(kept),
+        rejected,
+        counts,
+        len(rows),
+        role="prompts",
+        max_rejected_share=max_rejected_share,
+        sources=(described("prompts", file, "prompts", len(rows), len(kept), len(kept), rejected),),
+    )
+
+
+def _usable(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, longest: int, answers: bool
+) -> dict[str, Any] | tuple[str, str]:
+    """The row with its token ids, or (reason, what is wrong) without the row's text."""
+    prompt = row.get("prompt")
+    if prompt is None:
+        return MISSING_FIELD, "no prompt"
+    messages = isinstance(prompt, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt
+    )
+    if not isinstance(prompt, str) and not messages:
+        return NOT_TEXT, f"prompt is {type(prompt).__name__}, neither a text nor a list of chat messages"
+    if not prompt:
+        return EMPTY, "prompt is empty"
+    if messages and tokenizer.chat_template is None:
+        return NOT_TEXT, "prompt is a list of chat messages, and the tokenizer has no chat template"
+    found: dict[str, Any] = {"prompt": prompt}
+    if answers:
+        answer = row.get("answer")
+        if not isinstance(answer, str) or not answer.strip():
+            return MISSING_FIELD, f"answer must be a text, got {json.dumps(answer)[:40]}"
+        found["answer"] = answer
+    ids = prompt_ids(tokenizer, prompt)
+    if not ids:
+        return EMPTY, "prompt has no token"
+    if len(ids) > longest:
+        return (
+            PROMPT_TOO_LONG,
+            f"{len(ids)} tokens, and data.max_length less generation.max_new_tokens leaves {longest}",
+        )
+    return found | {"prompt_ids": ids}

@@ -1,0 +1,616 @@
+"""`OnlinePreferenceTrainer`: TRL's RLOOTrainer with prompts, rollouts, judgement and loss replaced.
+
+Kept from TRL: generation (transformers or vLLM), PEFT, checkpoints, DeepSpeed, logging of completions. One rollout is
+sampled by all processes, scored under the frozen models, judged, and then known to every process, so that which
+prompts make up a step depends on no number of processes. Tested with TRL 1.16 only. Not here: how responses are drawn
+(`drawing`), judged (`judging`) and collated (`batches`); recipes (`online_run`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object, is_peft_model
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import RLOOConfig
+from trl.models.utils import disable_gradient_checkpointing
+
+from alignment.errors import UserError
+from alignment.objectives.base import Objective
+from alignment.rewards.base import PreferenceOracle, RewardFunction
+from alignment.trainers import chains, judging
+from alignment.trainers.batches import RolloutCollator, group_logps, labelled_pairs, sample_pairs
+from alignment.trainers.drawing import DrawingTrainer, Sampler
+from alignment.trainers.lookahead import Snapshot
+from alignment.trainers.metrics import Totals
+from alignment.trainers.reference import checked_reference
+from alignment.trainers.rollout import (
+    CHECKPOINT,
+    ROLLOUTS,
+    PromptOrder,
+    Record,
+    Replay,
+    append_rollout,
+    distinct,
+    read_records,
+)
+from alignment.trainers.scoring import TOLERANCE, Layout, branch_tokens, forward_rows, relative_gap, scored_tokens
+
+STAGES = ("sample", "score", "train")
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """How an on-policy run samples.
+
+    Attributes:
+        per_rollout: prompts of one rollout.
+        inner_epochs: passes over a rollout.
+        samples: responses per prompt: 2, or G chains of thought.
+        sampler: of the responses that are learned from.
+        opponent: share of the reference in the mixture that y'' is drawn from; 0 is the policy; None draws none.
+        calibration: draw the calibration response from the reference.
+        look_ahead: EGPO's extra step before each step.
+        label_noise: probability that a label is turned round.
+        marker, separator: what ends a chain of thought, and what stands between it and the answer.
+        drift: nats by which the calibration response may fall below the reference before training stops.
+        batch: responses drawn at once.
+        replay: a file of recorded samples.
+    """
+
+    per_rollout: int
+    inner_epochs: int = 1
+    samples: int = 2
+    sampler: Sampler = field(default_factory=Sampler)
+    opponent: float | None = None
+    calibration: bool = False
+    look_ahead: bool = False
+    label_noise: float = 0.0
+    marker: str = ""
+    separator: str = ""
+    drift: float | None = None
+    batch: int = 64
+    replay: Path | None = None
+
+
+class OnlinePreferenceTrainer(DrawingTrainer):
+    """Train a language model on responses that it samples itself, with any on-policy objective of the registry.
+
+    The objective's `card.batch` says what is sampled: two responses a prompt ("samples"; "pairs" are labelled first),
+    or G chains of thought with a reference answer ("groups"). One optimizer step trains on `global_batch` prompts; a
+    prompt whose samples cannot be judged is left out of the mean and counted.
+
+    Args:
+        model: a causal language model or a PeftModel.
+        objective: from `alignment.objectives.get_objective`.
+        args: TRL's `RLOOConfig`; its loss and generation options are not read, except for max_completion_length and
+            vLLM's.
+        prompts: columns `prompt`, `prompt_ids`, and `answer` for "groups".
+        processing_class: the tokenizer.
+        rollouts: how samples are drawn.
+        reward, oracle: what judges; which one the objective's card says.
+        ref_model: an explicit reference; under ZeRO-3 full fine-tuning it must be given.
+        start_is_reference: whether the reference holds the weights that training starts from.
+        peft_config: train a fresh adapter.
+        layout: as in `PreferenceTrainer`.
+
+    Raises:
+        UserError: settings that do not fit each other, or a step-0 check that fails.
+    """
+
+    _tag_names = ["alignment", "trl", "preference", "on-policy"]
+    _name = "alignment"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        args: RLOOConfig,
+        prompts: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        rollouts: Rollouts,
+        *,
+        reward: RewardFunction | None = None,
+        oracle: PreferenceOracle | None = None,
+        ref_model: PreTrainedModel | None = None,
+        start_is_reference: bool | None = None,
+        peft_config: Any = None,
+        layout: Layout = "shared_prefix",
+        **more: Any,
+    ):
+        self.objective, self.rollouts, self.reward, self.oracle = objective, rollouts, reward, oracle
+        self.kind: Any = objective.card.batch
+        self.start_is_reference = ref_model is None if start_is_reference is None else start_is_reference
+        self._needs_reference = bool({"reference", "ref_calibration"} & set(objective.needs))
+        self._needs_reference |= rollouts.calibration or bool(rollouts.opponent)
+        self._precompute, self._scores_start, self._ref_config = False, False, None
+        self._branches = 3 if rollouts.calibration else rollouts.samples
+        self.draw_batch = rollouts.batch
+        self._layout_settled = self._checked = self._said_lost = False
+        self._totals = {"train": Totals(), "eval": Totals()}
+        self._seconds, self._tokens = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0)
+        self._current: tuple[int, int] | None = None
+        self._records: list[Record] = []
+        self.prompts, self.columns = prompts, prompts.to_dict()
+        self.order = PromptOrder(
+            len(prompts), _global_batch(args), rollouts.per_rollout, rollouts.inner_epochs, args.seed
+        )
+        self.replay = None if rollouts.replay is None else Replay(rollouts.replay)
+        reference = ref_model
+        if self._needs_reference and peft_config is None and not is_peft_model(model):
+            if reference is None:
+                reference, _ = self._frozen_models(model, None, None, None)
+            else:
+                self._ref_config = checked_reference(reference, processing_class)
+        self.collator = RolloutCollator(
+            self.columns["prompt_ids"],
+            int(processing_class.pad_token_id or 0),
+            layout,
+            self.kind,
+            rollouts.calibration,
+        )
+        args.beta = 0.0  # TRL would read a reference of its own from disk
+        super().__init__(
+            model=model,
+            reward_funcs=[_not_asked],  # type: ignore[list-item]
+            args=args,
+            train_dataset=prompts,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **more,
+        )
+        if self._needs_reference and reference is not None:
+            self.ref_model = self._prepared(reference.requires_grad_(False))
+        self._refuse_unfit()
+        self.add_callback(_StepBegin(self))
+
+    def _refuse_unfit(self) -> None:
+        if self.rollouts.look_ahead:
+            if self.args.fp16:
+                raise UserError("training.fp16: the look-ahead of egpo has no loss scaling; use bf16 or neither")
+            if self.is_fsdp_enabled:
+                raise UserError("objective egpo: its look-ahead is not built for FSDP; launch with DeepSpeed or DDP")
+        if self.kind == "groups":
+            chains.check_marker(
+                self.processing_class, self.rollouts.marker, self.rollouts.separator, self.columns["answer"][0]
+            )
+
+    # --- data: tickets instead of rows --------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One empty item per forward pass: `_prepare_inputs` knows from the step what it trains on."""
+        accumulation = self.args.gradient_accumulation_steps
+        passes: Any = [{"pass": i} for i in range(self.order.steps_per_epoch * accumulation)]
+        return DataLoader(passes, batch_size=1, shuffle=False, collate_fn=lambda items: items[0])
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, torch.Tensor]:
+        """The next forward pass's share of this process of the step's prompts."""
+        inputs = self._micro_batches[self._micro]
+        self._micro += 1
+        return self._on_device(inputs)
+
+    def _on_device(self, records: Sequence[Record]) -> dict[str, torch.Tensor]:
+        return {key: value.to(self.accelerator.device) for key, value in self.collator(records).items()}
+
+    # --- a step --------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Before the first forward pass of an optimizer step: sample where a new rollout begins; EGPO's look-ahead."""
+        self.model.train()
+        rollout, places = self.order.step(self.state.global_step)
+        if self._current is None:
+            self._load_kept(rollout)
+        if self._current != (rollout, 0):
+            self._roll_out(rollout, 0)
+        if self.rollouts.look_ahead:
+            self._look_ahead(rollout, places)
+        self._share_out(places)
+
+    def _share_out(self, places: list[int]) -> None:
+        """This process's forward passes of a step, and how much each prompt weighs."""
+        records = [self._records[i] for i in places]
+        share = len(records) // self.accelerator.num_processes
+        start = share * self.accelerator.process_index
+        size = self.args.per_device_train_batch_size
+        own = records[start : start + share]
+        self._micro, self._micro_batches = 0, [own[i : i + size] for i in range(0, share, size)]
+        self._learned = sum(not r.skipped for r in records) / len(records)  # of all processes
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean of the objective over the step's prompts that can be learned from.
+
+        Each forward pass has the same number of prompts, so that the mean over passes and processes, which
+        transformers takes, is the mean over all prompts; dividing by the learned share makes it the wanted one.
+        """
+        if return_outputs:
+            raise UserError("training: `compute_metrics` needs logits, which are not kept; leave it out")
+        began = time.perf_counter()
+        batch, policy = self._batch(model, inputs)
+        losses = self.objective.loss(batch)
+        learned = inputs["learned"]
+        loss = (losses * learned).sum() / len(learned) / max(self._learned, 1e-12)
+        self._record(inputs, batch, losses, policy)
+        self._spent("train", began, int(scored_tokens(inputs["row_segments"]).sum()))
+        return loss
+
+    def _batch(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, torch.Tensor]:
+        """(what the objective reads, the policy's log-probs `[B, k]`)."""
+        if self.kind == "groups":
+            tokens = self._tokens_of(model, inputs)
+            return group_logps(inputs, tokens), tokens.sum(-1)
+        policy = self._score(model, inputs)
+        return (labelled_pairs if self.kind == "pairs" else sample_pairs)(inputs, policy), policy
+
+    def _tokens_of(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`[B, k, L]` log-probs of the responses' tokens."""
+        rows = self._paired(inputs) if self.collator.layout == "paired" else inputs
+        logits = forward_rows(model, self.model.config, self.model.dtype, rows).logits
+        return branch_tokens(logits, rows, self._branches)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As TRL's; the backward pass counts as training time."""
+        began, before = time.perf_counter(), self._seconds["train"]
+        result = super().training_step(model, inputs, num_items_in_batch)
+        self._seconds["train"] = before + time.perf_counter() - began
+        return result
+
+    # --- rollouts ------------------------------------------------------------------------------------------------
+
+    def _roll_out(self, rollout: int, phase: int) -> None:
+        """Sample, judge and score one rollout; every process then holds all of it."""
+        rows = self.order.rows(rollout)
+        share = len(rows) // self.accelerator.num_processes
+        mine = slice(share * self.accelerator.process_index, share * (self.accelerator.process_index + 1))
+        began = time.perf_counter()
+        if self.replay is not None:
+            opponent = self.rollouts.opponent is not None or self.rollouts.calibration
+            records = self.replay.records(rollout, phase, rows, self.rollouts.samples, opponent)[mine]
+        else:
+            with self._seeded(rollout, phase):
+                records = self._sampled(rows[mine])
+        self._spent("sample", began, sum(len(ids) for r in records for ids in r.responses))
+        began = time.perf_counter()
+        self._judge(records, [rollout * len(rows) + i for i in range(len(rows))][mine])
+        self._score_frozen_columns(records)
+        self._records = gather_object(records)
+        self._current = (rollout, phase)
+        self._spent("score", began, 0)
+        self._describe(self._records)
+        if self.accelerator.is_main_process:
+            append_rollout(Path(str(self.args.output_dir)) / ROLLOUTS, rollout, phase, self._records)
+        if not any(not r.skipped for r in self._records):
+            raise UserError(
+                f"rollout {rollout}: none of {len(self._records)} prompts can be learned from "
+                f"({self._records[0].skipped}); look at {ROLLOUTS}"
+            )
+
+    def _sampled(self, rows: list[int]) -> list[Record]:
+        """Samples of these prompts, from the policy as it is now."""
+        prompts, settings = [self.columns["prompt_ids"][row] for row in rows], self.rollouts
+        drawn = self._draw(prompts, settings.samples, settings.sampler)
+        others: list[list[list[int]]] | None = None
+        if settings.opponent is not None:
+            source = "mixture" if settings.opponent else "policy"
+            others = self._draw(prompts, 1, Sampler(), source=source, share=settings.opponent)
+        elif settings.calibration:
+            others = self._draw(prompts, 1, Sampler(), source="reference")
+        records = []
+        for i, (row, group) in enumerate(zip(rows, drawn, strict=True)):
+            record = Record(row, group, [self._text(ids) for ids in group], [self._ended(ids) for ids in group])
+            if others is not None:
+                record.opponent, record.opponent_text = others[i][0], self._text(others[i][0])
+            for ids in (*group, *([] if record.opponent is None else [record.opponent])):
+                if not ids:
+                    raise UserError(f"prompt {row + 1}: the model gave an empty response; it has no log-probability")
+            records.append(record)
+        return records
+
+    def _text(self, ids: list[int]) -> str:
+        tokenizer: Any = self.processing_class
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _ended(self, ids: list[int]) -> bool:
+        return bool(ids) and ids[-1] in self.eos_token_ids
+
+    def _judge(self, records: list[Record], places: list[int]) -> None:
+        prompts = [self.columns["prompt"][r.row] for r in records]
+        if self.kind == "groups":
+            for record in records:
+                self._verify(record)
+        elif self.kind == "pairs":
+            noise = self.rollouts.label_noise
+            judging.label_pairs(records, prompts, self.reward, self.oracle, noise, places, self.args.seed)
+        else:
+            judging.judge_samples(records, prompts, self.objective.needs, self.reward, self.oracle)
+
+    def _verify(self, record: Record) -> None:
+        """Chains cut at the marker, the reference answer behind them; a verifier's samples stay as they are."""
+        answer, settings = str(self.columns["answer"][record.row]), self.rollouts
+        forced = "answer" in self.objective.needs
+        record.valid, record.verified, record.spans = [], [], []
+        for i, ids in enumerate(list(record.responses)):
+            said = chains.sampled_answer(record.texts[i], settings.marker)
+            record.verified.append(float(said == answer.strip()))
+            chain = chains.cut_chain(ids, settings.marker, self.processing_class) if forced else None
+            if chain is None or not chain[0]:
+                # Without a marker nothing can be forced behind it; a verifier reads the whole sample.
+                record.valid.append(float(said is not None and not forced))
+                record.spans.append((len(ids), len(ids), len(ids)))
+                continue
+            tail, before = chains.forced_answer(self.processing_class, chain[1], settings.separator, answer)
+            record.valid.append(1.0)
+            record.spans.append((len(chain[0]), len(chain[0]) + before, len(chain[0]) + len(tail)))
+            record.responses[i] = chain[0] + tail
+
+    @torch.no_grad()
+    def _score_frozen_columns(self, records: list[Record]) -> None:
+        """`behaviour_*` and `ref_*` of every record, under the policy as it is and the reference."""
+        wanted = [] if self.kind == "groups" else ["behaviour"]
+        wanted += ["ref"] * self._needs_reference * (self.kind != "groups")
+        names = ("first", "second", "calibration")[: self._branches]
+        size = self.args.per_device_train_batch_size
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)  # type: ignore[arg-type]
+        with checkpointing, self.accelerator.autocast():
+            for start in range(0, len(records), size):
+                part = records[start : start + size]
+                inputs = self._on_device(part)
+                if not self._layout_settled:
+                    self._settle_layout(self.model_wrapped, inputs)
+                found = {}
+                for name in wanted:
+                    found[name] = (
+                        self._score(self.model_wrapped, inputs)
+                        if name == "behaviour"
+                        else self._score_frozen("ref", self.model_wrapped, inputs)
+                    )
+                    self._tokens["score"] += int(scored_tokens(inputs["row_segments"]).sum())
+                    for record, values in zip(part, found[name].tolist(), strict=True):
+                        record.numbers |= {f"{name}_{n}": v for n, v in zip(names, values, strict=True)}
+                self._check_start(found)
+
+    def _check_start(self, found: dict[str, torch.Tensor]) -> None:
+        """Before the first update policy and reference are one model, where the recipe says so."""
+        if self._checked or "ref" not in found or not self.start_is_reference or self.state.global_step:
+            return
+        self._checked = True
+        gap = relative_gap(found["behaviour"], found["ref"])
+        if self._any_process(gap > TOLERANCE[self._compute_dtype]):
+            raise UserError(
+                f"step-0 check: policy and reference differ by a relative {gap:.2g} in log-prob, so that implicit "
+                "rewards do not start at 0: the reference is another model, has another dtype, or dropout is active"
+            )
+
+    # --- EGPO ----------------------------------------------------------------------------------------------------
+
+    def _look_ahead(self, rollout: int, places: list[int]) -> None:
+        """theta_t -> theta_{t+1/2} on this rollout, a rollout of theta_{t+1/2}, and back: weights and optimizer state.
+
+        The step that follows trains theta_t on the second rollout: y'' is the half-step policy's (EGPO, step 4).
+        """
+        self._share_out(places)
+        half = Snapshot(self)
+        half.save()
+        rate = float(self._get_learning_rate())
+        with self._own_totals():
+            self._step_apart()
+        self._say_if_lost(half, rate)
+        self._roll_out(rollout, 1)
+        half.restore()
+
+    def _step_apart(self) -> None:
+        """One optimizer step outside transformers' loop; no schedule moves, nothing is logged."""
+        model, last = self.model_wrapped, len(self._micro_batches) - 1
+        state, deepspeed = (
+            self.accelerator.gradient_state,
+            self.accelerator.distributed_type == DistributedType.DEEPSPEED,
+        )
+        kept = state.sync_gradients
+        for i in range(last + 1):
+            state._set_sync_gradients(i == last)
+            alone = not deepspeed and i < last
+            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, self._prepare_inputs(None)) / (last + 1)
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+        if not deepspeed:
+            if self.args.max_grad_norm > 0:
+                self._clip_grad_norm(model)
+            self.optimizer.step()  # type: ignore[union-attr]
+            model.zero_grad()
+        state._set_sync_gradients(kept)
+
+    @contextlib.contextmanager
+    def _own_totals(self) -> Iterator[None]:
+        """What the look-ahead's loss records is not the step's."""
+        kept, self._totals["train"] = self._totals["train"], Totals()
+        try:
+            yield
+        finally:
+            self._totals["train"] = kept
+
+    def _say_if_lost(self, half: Snapshot, rate: float) -> None:
+        changed, count = half.changed()
+        both = torch.tensor([changed, count], dtype=torch.float32, device=self.accelerator.device)
+        changed, count = self.accelerator.reduce(both, reduction="sum").tolist()
+        self._metrics["train"]["look_ahead/changed"].append(changed / count)
+        if rate > 0 and changed < 0.01 * count and not self._said_lost:
+            self._said_lost = True
+            warnings.warn(
+                f"step {self.state.global_step}: the look-ahead changed {changed / count:.2%} of the weights at "
+                f"learning rate {rate:.1e}: they are lost to rounding ({self.model.dtype}), and egpo is online_ipo1 then; "
+                "keep the weights in float32 (model.dtype), or raise the rate",
+                stacklevel=2,
+            )
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        """As TRL's, with the rollout in use: a resumed run goes on with the same samples."""
+        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.accelerator.is_main_process and self._current is not None:
+            beside = folder / f".{CHECKPOINT}"
+            beside.unlink(missing_ok=True)
+            append_rollout(beside, *self._current, self._records)
+            shutil.move(beside, folder / CHECKPOINT)
+
+    def train(self, resume_from_checkpoint=None, **more):
+        """As TRL's."""
+        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
+
+    def _load_kept(self, rollout: int) -> None:
+        """The checkpoint's rollout, if the next step is in it; lines of later rollouts are repeated, and removed."""
+        file = Path(str(self.args.output_dir)) / ROLLOUTS
+        if self.accelerator.is_main_process and file.is_file():
+            begins_it = self.order.step(self.state.global_step - 1)[0] != rollout if self.state.global_step else True
+            first = rollout if begins_it or self.rollouts.look_ahead else rollout + 1
+            kept = [entry for entry in read_records(file, skip_unfinished=True) if entry[0] < first]
+            file.unlink()
+            for number, phase, record in kept:
+                append_rollout(file, number, phase, [record])
+        if self._resumed is None or not (self._resumed / CHECKPOINT).is_file():
+            return
+        entries = list(read_records(self._resumed / CHECKPOINT))
+        if entries and entries[0][:2] == (rollout, 0):
+            self._records, self._current = [record for _, _, record in entries], (rollout, 0)
+
+    # --- logging -------------------------------------------------------------------------------------------------
+
+    def _spent(self, stage: str, began: float, tokens: int) -> None:
+        self._seconds[stage] += time.perf_counter() - began
+        self._tokens[stage] += tokens
+
+    def _describe(self, records: list[Record]) -> None:
+        """A rollout's numbers, of all processes, and the table of completions that TRL shows."""
+        responses = [ids for r in records for ids in r.responses]
+        values: dict[str, float] = {
+            "samples/length": sum(map(len, responses)) / len(responses),
+            "samples/finished": sum(sum(r.finished) for r in records) / len(responses),
+            "samples/distinct_1": distinct(responses, 1),
+            "samples/distinct_2": distinct(responses, 2),
+            "samples/identical": sum(len(set(map(tuple, r.responses))) == 1 for r in records) / len(records),
+        }
+        for reason in (judging.UNSCORED, judging.TIE):
+            values[f"skipped/{reason}"] = sum(r.skipped == reason for r in records) / len(records)
+        rewards = [
+            r.numbers[f"reward_{n}"] for r in records for n in ("first", "second") if f"reward_{n}" in r.numbers
+        ]
+        values |= _moments("reward", rewards)
+        won = [v for r in records for k, v in r.numbers.items() if k.startswith("preference")]
+        values |= _moments("preference", won)
+        if self.rollouts.sampler.plain:
+            ratios = [
+                r.numbers[f"behaviour_{n}"] - r.numbers[f"ref_{n}"]
+                for r in records
+                for n in ("first", "second")
+                if f"ref_{n}" in r.numbers
+            ]
+            values |= {"kl": sum(ratios) / len(ratios)} if ratios else {}  # E_pi[log pi/ref] on fresh samples
+        if self.kind == "groups":
+            valid = [v for r in records for v in r.valid]
+            values["samples/valid"] = sum(valid) / len(valid)
+            values["samples/accuracy"] = sum(v for r in records for v in r.verified) / len(valid)
+            values["samples/chain_length"] = sum(s[0] for r in records for s in r.spans) / len(valid)
+        for name, value in values.items():
+            self._metrics["train"][name].append(value)
+        shown: Any = self._logs
+        for record in records:
+            for text in record.texts:
+                shown["prompt"].append(self.columns["prompt"][record.row])
+                shown["completion"].append(text)
+                shown["rewards"]["judgement"].append(record.numbers.get("reward_first", math.nan))
+                shown["advantages"].append(math.nan)
+
+    def _record(self, inputs: dict[str, torch.Tensor], batch: Any, losses: torch.Tensor, policy: torch.Tensor) -> None:
+        segments = inputs["row_segments"]
+        values = {"real_tokens": scored_tokens(segments), "padded_tokens": torch.ones_like(segments)}
+        kept = inputs["learned"] > 0  # every process adds every name: an empty value counts nothing
+        values |= {name: self._kept(value, kept) for name, value in self._statistics(batch).items()}
+        values["logps/policy"] = policy.detach()[kept]
+        self._totals["train"].add(values)
+
+    @staticmethod
+    def _kept(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        return values[kept] if len(values) == len(kept) else values
+
+    def _statistics(self, batch: Any) -> dict[str, torch.Tensor]:
+        if self.kind != "pairs":
+            found: dict[str, torch.Tensor] = self.objective.statistics(batch)  # type: ignore[attr-defined]
+            return found
+        chosen, rejected = (r.detach() for r in self.objective.rewards(batch))
+        agrees = torch.where(batch.label > 0.5, chosen > rejected, rejected > chosen).double()
+        found = {"rewards/margins": (chosen - rejected) * (2 * batch.label - 1).sign(), "rewards/accuracies": agrees}
+        if batch.calibration is not None and batch.ref_calibration is not None:
+            found["calibration/drift"] = (batch.calibration - batch.ref_calibration).detach()
+        return found
+
+    def log(self, logs, start_time=None):
+        """Adds the metrics since the last line, over all processes, to what transformers logs."""
+        mode = "train" if self.model.training else "eval"
+        found = self._totals[mode].reduce(lambda total: self.accelerator.reduce(total, reduction="sum"))
+        if found:
+            found.pop("tokens_per_second", None)
+            for stage in STAGES:
+                found[f"seconds/{stage}"] = self._seconds[stage]
+                if self._tokens[stage]:
+                    total = torch.tensor(float(self._tokens[stage]), device=self.accelerator.device)
+                    tokens = float(self.accelerator.reduce(total, reduction="sum"))
+                    found[f"tokens_per_second/{stage}"] = tokens / max(self._seconds[stage], 1e-9)
+            self._seconds, self._tokens = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0)
+            self._stop_if_drifted(found.get("calibration/drift"))
+        self._metrics[mode].update({name: [value] for name, value in found.items()})
+        super().log(logs, start_time)
+
+    def _stop_if_drifted(self, drift: float | None) -> None:
+        """VPO's optimistic term has no lower bound: stop before the policy is spent on it."""
+        limit = self.rollouts.drift
+        if drift is None or limit is None or drift > -limit:
+            return
+        self.control.should_training_stop = True
+        if self.accelerator.is_main_process:
+            print(
+                f"step {self.state.global_step}: calibration responses are {-drift:.1f} nats less likely than under "
+                f"the reference (rollout.drift {limit:g}): vpo's optimistic term runs away. Training stops here; "
+                "lower objective.alpha",
+                flush=True,
+            )
+
+
+class _StepBegin(TrainerCallback):
+    """Calls the trainer before the first forward pass of each optimizer step."""
+
+    def __init__(self, trainer: OnlinePreferenceTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):  # noqa: D102 - transformers' hook
+        self.trainer.begin_step()
+
+
+def _global_batch(args: RLOOConfig) -> int:
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def _not_asked(prompts: list[Any], **columns: Any) -> list[None]:
+    """TRL wants a reward; ours are asked elsewhere."""
+    return [None for _ in prompts]
+
+
+def _moments(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard deviation of what is a number."""
+    kept = [v for v in values if math.isfinite(v)]
+    if not kept:
+        return {}
+    mean = sum(kept) / len(kept)
+    return {name: mean, f"{name}/std": math.sqrt(sum((v - mean) ** 2 for v in kept) / len(kept))}
