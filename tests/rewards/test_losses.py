@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
+from alignment.rewards.implicit import implicit_step_rewards
 from alignment.rewards.losses import RewardLoss, general_matrix, general_score, unit
 
 
@@ -161,3 +162,31 @@ def test_zero_embedding_has_a_finite_gradient():
     v = torch.zeros(1, 4, requires_grad=True)
     general_score(unit(v), unit(torch.ones(1, 4))).sum().backward()
     assert v.grad.isfinite().all()
+
+
+# --- implicit rewards (C.e): the loss of one labelled response is Bradley–Terry's against a score of 0 ---------------
+
+
+def cross_entropy(reward: torch.Tensor, label: float) -> torch.Tensor:
+    """-[l logsig(r) + (1 - l) logsig(-r)] of `[B]` rewards, through the loss that trains reward models."""
+    return RewardLoss()(reward, torch.zeros_like(reward), torch.full_like(reward, label))
+
+
+def test_a_policy_that_is_its_reference_has_the_losses_of_no_knowledge():
+    """CE and DPO ln 2, NCA 2 ln 2."""
+    none = implicit_step_rewards(torch.zeros(2, 5), torch.ones(2, 5), torch.tensor([[5], [5]]), 0.05)[:, 0]
+    assert none.tolist() == [0, 0]
+    won, lost = none[:1], none[1:]
+    nca = cross_entropy(won, 1) + (cross_entropy(won, 0) + cross_entropy(lost, 0)) / 2
+    found = [float(v) for v in (cross_entropy(won, 1), cross_entropy(lost, 0), RewardLoss()(won, lost), nca)]
+    assert found == pytest.approx([math.log(2)] * 3 + [2 * math.log(2)])
+    assert found[-1] == pytest.approx(1.386294, abs=1e-6)
+
+
+@pytest.mark.parametrize("label", [0.0, 0.3, 1.0])
+def test_gradient_of_cross_entropy_is_probability_minus_label(label):
+    """dCE/dr = sigmoid(r) - l, where the released code's BCE on sigmoid outputs is flat."""
+    rewards = torch.tensor([-40.0, -2.0, 0.0, 0.7, 40.0], requires_grad=True)
+    cross_entropy(rewards, label).sum().backward()
+    expected = [1 / (1 + math.exp(-r)) - label for r in rewards.tolist()]
+    assert rewards.grad.tolist() == pytest.approx(expected, abs=1e-6)
