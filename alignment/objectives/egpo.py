@@ -31,7 +31,8 @@ _CARD = Card(
     optimum="for opponent q: pi ~ ref exp(P(y > q)/beta); with q = pi the Nash policy of the KL-regularised game",
     bounds="loss >= 0; slope 2 h grows linearly; its mean's gradient is 4 E_rho[(d - E_rho d) grad log pi], "
     "d = z - P(y > q)/beta",
-    verified=f"{READ}; gradient identity, contraction rates and the golden value derived and tested",
+    verified=f"{READ}; gradient identity, contraction rates and the golden value derived and tested; "
+    "arXiv numbers of the baselines from memory",
     pitfalls=(
         "The opponent's sample y'' comes from the current policy in the half step and from the half-step policy in "
         "the full step, whose log-probabilities are those at the start.",

@@ -73,14 +73,14 @@ class Likelihood(GroupObjective):
         normalisation="log pi(z) is a sum over tokens; the answer's is what `reward` says; mean over valid samples, "
         "jepo: sum for the chains of thought",
         needs=("answer",),
-        also_needs="verified in place of answer with reward=base",
+        also_needs="verified, a verifier's verdict, in place of answer with reward=base",
         start="none",
         reward="none",
         optimum="maximises E_z R(z); jepo: E[log mean_i pi(a* | z_i)], a lower bound of log pi(a*) that grows with G",
         bounds="prob and avgprob are in [0, 1]; the log rewards are unbounded below, and so are their advantages; a "
         "group with fewer than two valid samples contributes exactly 0",
-        verified="against the specification's reading of the papers (no author code exists); expected gradients equal "
-        "finite differences of E_z R(z) by enumeration for G = 2 and 3",
+        verified="against the specification's reading of the papers (no author code exists; VeriFree's number from "
+        "memory); expected gradients equal finite differences of E_z R(z) by enumeration for G = 2 and 3",
         pitfalls=(
             "answer_grad=false leaves out the reward's own gradient (as RLPR does): another objective, biased for "
             "E[R]. The loss's value is the same.",

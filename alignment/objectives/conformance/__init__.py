@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from alignment.objectives.base import Objective
-from alignment.objectives.conformance import generic, golden, laws, tabular
+from alignment.objectives.conformance import generic, golden, laws, on_policy, tabular
 from alignment.objectives.conformance.batches import CheckFailed
 from alignment.objectives.conformance.relations import RELATIONS
 from alignment.objectives.registry import list_objectives, objective_class
@@ -64,7 +64,8 @@ def _related(cls: type[Objective], label: str) -> str:
 
 def checks_of(cls: type[Objective]) -> dict[str, Callable[[], str]]:
     """The checks that apply to a class, by name; each returns what it covered or raises `CheckFailed`."""
-    checks = [*GENERIC, *(check for applies, check in WITH_DATA if applies(cls))]
+    offline = [*GENERIC, *(check for applies, check in WITH_DATA if applies(cls))]
+    checks = offline if cls.card.batch == "pairs" else [*on_policy.CHECKS, generic.hyperparameters]
     named: dict[str, Callable[[], str]] = {check.__name__: partial(check, cls) for check in checks}
     for label in RELATIONS.get(cls.card.name, {}):
         named[f"relation: {label}"] = partial(_related, cls, label)
@@ -88,6 +89,5 @@ def run_checks(names: list[str] | None = None) -> Iterator[CheckResult]:
     Raises:
         ValueError: an unknown name, with the nearest valid one, before anything runs.
     """
-    offline = [card.name for card in list_objectives() if card.batch == "pairs"]
-    classes = [objective_class(name) for name in names or offline]
+    classes = [objective_class(name) for name in names or [card.name for card in list_objectives()]]
     return (run_check(cls, check) for cls in classes for check in checks_of(cls))

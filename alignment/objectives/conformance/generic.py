@@ -203,6 +203,8 @@ def _bad_values(annotation: Any, bounds: dict[str, float | None]) -> list[Any]:
     """Values that a hyper-parameter must refuse: wrong type, not finite, on or beyond an open or closed limit."""
     if literal_choices(annotation):
         return ["no such choice", 3, True]
+    if annotation is bool:
+        return ["on", 1, 0.0, None]
     if number_type(annotation) is None:
         return []
     bad: list[Any] = ["0.1", True, math.nan, math.inf, -math.inf, [0.1]]
