@@ -30,12 +30,16 @@ AT_THE_END = ("final", "README.md")  # what training writes when it is done
 def interrupt(run: Path, step: int) -> None:
     """Move `run` to `RUN-straight` and copy it back without what is newer than its checkpoint of `step`.
 
-    metrics.jsonl is kept whole: a killed run has logged steps that it must repeat.
+    metrics.jsonl is kept whole: a killed run has logged steps that it must repeat. Of an ensemble's members the last
+    is the one that was killed; its own manifest, which is written last, is then not there.
     """
     straight = run.with_name(f"{run.name}-straight")
     run.rename(straight)
-    shutil.copytree(straight, run, ignore=lambda folder, _: AT_THE_END if Path(folder) == straight else ())
-    for checkpoint in run.glob("checkpoint-*"):
+    members = sorted(straight.glob("member-*"))
+    killed = members[-1] if members else straight
+    gone = {straight: ("manifest.json",), killed: AT_THE_END} if members else {straight: AT_THE_END}
+    shutil.copytree(straight, run, ignore=lambda folder, _: gone.get(Path(folder), ()))
+    for checkpoint in (run / killed.relative_to(straight)).glob("checkpoint-*"):
         if int(checkpoint.name.rpartition("-")[2]) > step:
             shutil.rmtree(checkpoint)
 

@@ -16,18 +16,30 @@ from tests.e2e.conftest import finished, launched
 from tests.e2e.modes import carry_out
 from tests.e2e.test_modes import KILLED_AT, LAUNCHES, OF_THE_SPLIT, STEPS, no_compiler, pairs, straight, training_lines
 
-RECIPE = "recipes/quickstart/reward_model.yaml"
+QUICK = "recipes/quickstart/reward_model.yaml"
+# Of real bases, with data, model and sizes of the tests.
+SHIPPED = {"full": "recipes/reward_model/bradley_terry.yaml", "members": "recipes/reward_model/ensemble.yaml"}
+SMALL = (
+    "reward_model.pad_token=null",
+    "model.dtype=float32",
+    "data.max_length=128",
+    "training.bf16=false",
+    "training.save_total_limit=null",
+)
 FULL = ("reward_model.members=1", "reward_model.mode=independent", "reward_model.bootstrap=false")
 TRAINED = ("reward_model.freeze_trunk=false",)
 CASES: dict[str, tuple[str, ...]] = {
-    "full": (*FULL, *TRAINED, "reward_model.center=0.01", "reward_model.label_smoothing=0.1"),
+    "full": (*SMALL, "reward_model.center=0.01", "reward_model.label_smoothing=0.1"),
     "lora": (*FULL, *TRAINED, "lora.r=4"),
     "heads": ("reward_model.members=3", *TRAINED),
     "general": (*FULL, *TRAINED, "reward_model.loss=general", "reward_model.planes=2"),
     "frozen": ("reward_model.members=3",),
+    "members": (*SMALL, "reward_model.members=2", "lora.r=4"),  # the second one is killed
 }
 MODES = ["one", *LAUNCHES]
-POSSIBLE = [(mode, case) for mode in MODES for case in CASES if (mode, case) != ("zero3", "frozen")]
+IMPOSSIBLE = {("zero3", "frozen")}
+LEFT_OUT = {("zero2", "members"), ("zero3", "members")}  # each member is what "lora" is
+POSSIBLE = [(mode, case) for mode in MODES for case in CASES if (mode, case) not in IMPOSSIBLE | LEFT_OUT]
 
 
 def job(tiny: Path, folder: Path, mode: str, case: str, **more: Any) -> dict[str, Any]:
@@ -48,7 +60,7 @@ def job(tiny: Path, folder: Path, mode: str, case: str, **more: Any) -> dict[str
         f"training.output_dir={folder / mode / case}",
         *CASES[case],
     ]
-    return {"recipe": RECIPE, "overrides": given, **more}
+    return {"recipe": SHIPPED.get(case, QUICK), "overrides": given, **more}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +92,12 @@ def trained(root: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory):
     return get
 
 
+def runs(folder: Path, case: str) -> tuple[Path, Path]:
+    """(resumed, uninterrupted); of the ensemble, the member that was killed."""
+    part = "member-1" if case == "members" else "."
+    return folder / case / part, straight(folder, case) / part
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     final = run / "final"
     adapter = final / "adapter_model.safetensors"
@@ -88,7 +106,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("mode", "case"), POSSIBLE)
 def test_a_resumed_run_is_one_that_never_stopped(trained, mode, case):
-    run, uninterrupted = trained(mode) / case, straight(trained(mode), case)
+    run, uninterrupted = runs(trained(mode), case)
     assert [row["step"] for row in training_lines(uninterrupted)] == list(range(1, STEPS + 1))
     assert training_lines(run) == training_lines(uninterrupted)
     one, two = weights(run), weights(uninterrupted)
@@ -99,7 +117,7 @@ def test_a_resumed_run_is_one_that_never_stopped(trained, mode, case):
 
 @pytest.mark.parametrize(("mode", "case"), [pair for pair in POSSIBLE if pair[0] != "one"])
 def test_every_launch_is_the_same_training(trained, mode, case):
-    found, expected = (training_lines(straight(trained(m), case), *OF_THE_SPLIT) for m in (mode, "one"))
+    found, expected = (training_lines(runs(trained(m), case)[1], *OF_THE_SPLIT) for m in (mode, "one"))
     assert [sorted(row) for row in found] == [sorted(row) for row in expected]
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
@@ -111,7 +129,7 @@ def test_held_out_scores_and_constants_are_those_of_one_process(trained, mode, c
     """Five rows do not fill two processes' batches: none is left out, none counted twice."""
     tables, facts = [], []
     for m in (mode, "one"):
-        run = straight(trained(m), case)
+        run = runs(trained(m), case)[1]
         tables.append([json.loads(line) for line in (run / "held_out.jsonl").read_text().splitlines()])
         facts.append(json.loads((run / "final" / "reward_model.json").read_text()))
     assert len(tables[0]) == 5 and [r["prompt"] for r in tables[0]] == [r["prompt"] for r in tables[1]]
@@ -121,3 +139,15 @@ def test_held_out_scores_and_constants_are_those_of_one_process(trained, mode, c
     for name in () if case == "general" else ("mean", "std"):
         assert facts[0][name] == pytest.approx(facts[1][name], rel=1e-3, abs=1e-3)
     assert (facts[0]["mean"] is None) == (case == "general")
+
+
+@pytest.mark.parametrize("mode", [mode for mode, case in POSSIBLE if case == "members"])
+def test_members_differ_and_a_finished_one_is_left_as_it_is(trained, mode):
+    """The resumed launch trained nothing of member 0 again; that the ensemble is whole is said at its end."""
+    folder = trained(mode)
+    run, uninterrupted = folder / "members", straight(folder, "members")
+    one, two = (weights(run / f"member-{i}") for i in (0, 1))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+    file = Path("member-0/final/adapter_model.safetensors")
+    assert (run / file).stat().st_mtime_ns == (uninterrupted / file).stat().st_mtime_ns  # copied with its time
+    assert json.loads((run / "manifest.json").read_text())["members"] == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from alignment.objectives import list_objectives
-from alignment.recipes import load_recipe
+from alignment.recipes import load_any, load_recipe, load_reward_model_recipe
 from alignment.recipes.inspection import check
 from tests.recipes.conftest import ROOT
 
@@ -22,7 +22,8 @@ FILES.remove("recipes/overoptimization/smollm2.yaml")  # an experiment: tests/ev
 LAUNCH = [name for name in FILES if name.startswith("recipes/accelerate/")]
 # Supervised fine-tuning has a schema and tests of its own.
 OTHER_KINDS = ("sft", "reward_model")  # no objective
-RECIPES = [name for name in FILES if name not in LAUNCH and Path(name).stem not in OTHER_KINDS]
+REWARD = [name for name in FILES if name.startswith("recipes/reward_model/")]
+RECIPES = [name for name in FILES if name not in (*LAUNCH, *REWARD) and Path(name).stem not in OTHER_KINDS]
 REAL = [name for name in RECIPES if not name.startswith("recipes/quickstart/")]
 PAGES = ["docs/launching.md"]
 PROGRAMS = ("accelerate", "alignment", "python", "torchrun")
@@ -60,7 +61,7 @@ def commands(name: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, *REWARD])
 def test_recipe_passes_its_check(name):
     assert [str(problem) for problem in check(name)] == []
 
@@ -75,7 +76,7 @@ def test_every_objective_has_a_quick_start_and_a_recipe_for_a_real_model():
 
 
 def test_no_two_recipes_write_to_the_same_place():
-    places = [load_recipe(name).training.output_dir for name in RECIPES]
+    places = [load_any(name).training.output_dir for name in [*RECIPES, *REWARD]]
     assert len(set(places)) == len(places)
 
 
@@ -87,7 +88,20 @@ def test_header_of_a_recipe_that_was_not_run_says_so_and_computes_its_memory(nam
     assert not re.search(r"\b\d+(\.\d+)? ?(hours?|minutes?|h|min)\b", text)  # no untimed cost
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *LAUNCH, *PAGES])
+@pytest.mark.parametrize("name", REWARD)
+def test_reward_models_of_real_bases_say_what_was_not_run_and_are_on_their_page(name):
+    text = " ".join(header(name))
+    assert "NOT run by this project" in text and "Hardware: " in text and "Values: " in text
+    assert not re.search(r"\b\d+(\.\d+)? ?(hours?|minutes?|h|min)\b", text)
+    assert f"`{name}`" in (ROOT / "docs/reward_models.md").read_text()
+
+
+def test_there_is_a_reward_model_of_every_kind():
+    found = {(r.reward_model.loss, r.reward_model.members > 1) for r in map(load_reward_model_recipe, REWARD)}
+    assert found == {("bradley_terry", False), ("bradley_terry", True), ("general", False)}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *REWARD, *LAUNCH, *PAGES])
 def test_shown_commands_name_real_files_and_keys(name):
     found = commands(name)
     assert found
@@ -95,6 +109,9 @@ def test_shown_commands_name_real_files_and_keys(name):
         for word in words:
             if re.fullmatch(r"(recipes|scripts|evaluation|tests|docs)/\S+", word):
                 assert (ROOT / word).is_file(), word
+        if "scripts/train_reward_model.py" in words:
+            given = words[words.index("scripts/train_reward_model.py") + 1 :]
+            load_reward_model_recipe(given[0], [word for word in given[1:] if not word.startswith("--")])
         if "scripts/train.py" in words:
             given = words[words.index("scripts/train.py") + 1 :]
             if given[0] != "RECIPE":
