@@ -18,6 +18,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: this folder must not shadow the standard library's `statistics`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import hashlib
 import json
 from typing import Annotated, Any
 
@@ -97,8 +98,7 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
     from alignment.rewards import get_reward
 
     settings = experiment.model_dump(mode="json")
-    _refuse_changes(folder, settings)
-    gold = get_reward(**experiment.gold)
+    gold, recipe = get_reward(**experiment.gold), _recipe(experiment, [])  # mistakes in them show before any work
     questions = [read_prompts(p.file, p.limit) for p in (experiment.pairs, experiment.pool)]
     both = {same_prompt(prompt) for prompt in questions[0]} & {same_prompt(prompt) for prompt in questions[1]}
     if both:
@@ -106,7 +106,13 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
             f"{experiment.pool.file}: {len(both)} prompts are in {experiment.pairs.file}, too: first "
             f"{sorted(both)[0][:60]!r}"
         )
-    write_json(folder / "experiment.json", settings)
+    digests = {
+        "pairs": _sha256(questions[0]),
+        "pool": _sha256(questions[1]),
+        "reward_model": _sha256({k: v for k, v in recipe.resolved().items() if k != "data"}),
+    }
+    _refuse_changes(folder, settings, digests)
+    write_json(folder / "experiment.json", settings | {"sha256": digests})
     pairs, counts = _pairs(experiment, folder, questions[0], gold)
     pool, gold_scores = _pool(experiment, folder, questions[1], gold)
     ns = default_ns(experiment.n)
@@ -140,8 +146,16 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _refuse_changes(folder: Path, settings: dict[str, Any]) -> None:
-    """More seeds or noises may be added to an experiment; anything else would mix two."""
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_changes(folder: Path, settings: dict[str, Any], digests: dict[str, str]) -> None:
+    """More seeds or noises may be added to an experiment; anything else would mix two.
+
+    `digests` are of the prompts and of the reward model's recipe, whose files may change under the same name; a folder
+    of before they were kept has none.
+    """
     file = folder / "experiment.json"
     if not file.is_file():
         return
@@ -149,6 +163,11 @@ def _refuse_changes(folder: Path, settings: dict[str, Any]) -> None:
     for key in settings:
         if key not in ("seeds", "noise") and before.get(key) != settings[key]:
             raise UserError(f"{file}: {key} was {before.get(key)!r} and is {settings[key]!r}: give another --output")
+    for key, digest in digests.items():
+        if before.get("sha256", digests)[key] != digest:
+            raise UserError(
+                f"{file}: the content of {key} is not what the experiment began with: give another --output"
+            )
 
 
 def _source(experiment: Experiment) -> ModelSource:
@@ -196,9 +215,18 @@ def _pool(experiment: Experiment, folder: Path, prompts: list[str], gold: Any) -
     return pool, stored_scores(pool, identity_of(gold), gold.score, "gold")[0]
 
 
+def _recipe(experiment: Experiment, given: list[str]) -> Any:
+    """The ensemble's recipe with the overrides `given` and the experiment's."""
+    from alignment.recipes import load_reward_model_recipe
+
+    recipe = load_reward_model_recipe(experiment.reward_model, [*given, *experiment.overrides])
+    if recipe.reward_model.members < 2:
+        raise UserError(f"{experiment.reward_model}: reward_model.members: an ensemble needs two or more")
+    return recipe
+
+
 def _train(experiment: Experiment, run_dir: Path, pairs: Path, noise: float, seed: int) -> Path:
     """The ensemble of one noise and seed; what is complete is left as it is."""
-    from alignment.recipes import load_reward_model_recipe
     from alignment.trainers.reward_run import train
 
     given = [
@@ -210,9 +238,7 @@ def _train(experiment: Experiment, run_dir: Path, pairs: Path, noise: float, see
         f"training.seed={1000 * (seed + 1)}",
         f"training.output_dir={json.dumps(str(run_dir))}",
     ]
-    recipe = load_reward_model_recipe(experiment.reward_model, [*given, *experiment.overrides])
-    if recipe.reward_model.members < 2:
-        raise UserError(f"{experiment.reward_model}: reward_model.members: an ensemble needs two or more")
+    recipe = _recipe(experiment, given)
     independent = recipe.reward_model.mode == "independent"
     done = (run_dir / "manifest.json" if independent else run_dir / "final").exists()
     return run_dir if done else train(recipe, resume=independent and run_dir.exists())
@@ -331,7 +357,6 @@ def main(
     if seeds is not None:
         settings = settings.model_copy(update={"seeds": seeds})
     folder = output or Path("runs") / f"overoptimization-{experiment.stem}"
-    folder.mkdir(parents=True, exist_ok=True)
     run(settings, folder)
     print((folder / "overoptimization.md").read_text(encoding="utf-8"))
     print(f"report: {folder / 'overoptimization.html'}")

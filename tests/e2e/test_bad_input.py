@@ -7,17 +7,27 @@ processes, where libraries could print over the message.
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from safetensors.torch import load_file, save_file
 
 from alignment.errors import run_or_exit
-from alignment.launched import main
+from alignment.launched import main, main_reward_model
+from alignment.models import load_tokenizer
+from alignment.models.reward_model import load_reward_model
 from alignment.trainers import launching
+from evaluation import best_of_n, held_out, overoptimization, win_rate
+from evaluation.plans import Generation, ModelSource
+from evaluation.pools import sample_pool
 from tests.e2e.conftest import Grammar
+from tests.trainers.test_reward_model import without_pad_token
 
 RECIPE = "recipes/quickstart/dpo.yaml"
 GOOD = {"prompt": "my dog is", "chosen": " kind .", "rejected": " cold ."}
@@ -234,3 +244,190 @@ def test_prompts_that_would_be_trained_and_judged_on(refused, tmp_path):
 
 def test_what_peft_says_of_a_setting_is_one_line(refused):
     assert "no_such_layer" in refused("lora.target_modules=[no_such_layer]")
+
+
+# Reward models and what judges with them
+
+
+@pytest.fixture
+def program(root, monkeypatch, capfd):
+    """Run a program's `main` in this process with the words that follow; it must exit with 2. Its last line."""
+
+    def attempt(start, *words: str) -> str:
+        monkeypatch.chdir(root)
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_or_exit(start)
+        assert stopped.value.code == 2
+        return said(capfd.readouterr().err)
+
+    return attempt
+
+
+@pytest.fixture
+def refused_reward(program, tiny, tmp_path):
+    """Train a small reward model into tmp_path/out/run; it must be refused. Its last line."""
+    (tmp_path / "out").mkdir()
+    file = pairs(tmp_path, [GOOD | {"prompt": f"my {noun} is"} for noun in ("dog", "cat", "house", "car")])
+    given = {
+        "model.name_or_path": tiny,
+        "data.train": file,
+        "data.eval": "null",
+        "training.use_cpu": "true",
+        "training.global_batch_size": "2",
+        "training.output_dir": tmp_path / "out" / "run",
+    }
+
+    def attempt(*overrides: str) -> str:
+        words = given | dict(word.format(here=tmp_path).split("=", 1) for word in overrides)
+        return program(
+            main_reward_model, "recipes/quickstart/reward_model.yaml", *(f"{k}={v}" for k, v in words.items())
+        )
+
+    return attempt
+
+
+WHOLE = ("reward_model.freeze_trunk=false",)
+
+
+def broken_model(tiny: Path, copy: Path, value: float) -> Path:
+    """A copy whose last norm has this weight in one place."""
+    shutil.copytree(tiny, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (WHOLE, "after 0 training steps a score is not a finite number; the model of model.name_or_path gives none"),
+        (("training.eval_on_start=true", "data.eval={here}/pairs.jsonl", "data.overlap=allow", *WHOLE),
+         "after 0 training steps"),
+        ((), "features of 4 of 4 pairs are not finite numbers, first those of prompt 'my dog is'"),
+        (("reward_model.loss=general", "reward_model.members=1", "reward_model.mode=independent",
+          "reward_model.bootstrap=false", *WHOLE), "after 0 training steps"),
+    ],
+    ids=["whole", "evaluated first", "frozen", "general"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_whose_scores_are_no_numbers(refused_reward, tiny, tmp_path, overrides, message, value):
+    base = broken_model(tiny, tmp_path / "broken", value)
+    found = refused_reward(f"model.name_or_path={base}", *overrides)
+    assert message in found and "float32" in found
+    assert left(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("steps", ["4", "1"])  # 1: that it was the step before the last shows when scores are measured
+def test_training_that_diverges_ends_without_a_model(refused_reward, tmp_path, steps):
+    given = (*WHOLE, "training.learning_rate=1e30", "training.warmup_steps=0", f"training.max_steps={steps}")
+    found = refused_reward(*given)
+    assert "after 1 training steps a score is not a finite number; training has diverged" in found
+    assert "lower training.learning_rate" in found
+    assert not [name for name in left(tmp_path / "out") if "final" in name or "held_out" in name]
+
+
+def test_held_out_scores_that_are_no_numbers(program, tmp_path):
+    """Of a run that an earlier version has written."""
+    run = tmp_path / "run"
+    (run / "final").mkdir(parents=True)
+    row = {"prompt": "0", "label": 1.0, "chosen": [None], "rejected": [0.0]}
+    (run / "held_out.jsonl").write_text(json.dumps(row) + "\n")
+    facts = {"kind": "scalar", "temperature": 0.1, "mean": [None], "std": [1.0]}
+    (run / "final" / "reward_model.json").write_text(json.dumps(facts))
+    assert "held_out.jsonl: holds scores that are not finite numbers" in program(held_out.app, run)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.name_or_path=./no-such-folder"], "./no-such-folder: no such folder"),
+        (
+            ["model.name_or_path={here}/padless"],
+            "a pad token besides EOS is needed, since the score is read at the last",
+        ),
+        (["reward_model.pad_token='<|no|>'"], "'<|no|>' is EOS or not in the vocabulary"),
+        (["data.train=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["data.eval={here}/pairs.jsonl"], "4 of 4 prompts of data.train are also judged on"),
+        (["reward_model.margin=margin"], "needs column 'margin'"),
+    ],
+)
+def test_reward_models(refused_reward, tiny, tmp_path, overrides, message):
+    without_pad_token(tiny, tmp_path / "padless")
+    assert message in refused_reward(*overrides)
+    assert left(tmp_path / "out") == []
+
+
+@pytest.fixture(scope="module")
+def judges(root, tiny, tmp_path_factory) -> dict[str, object]:
+    """A pool, a classifier with two labels, a model without pad token, a run whose held-out rows are not there."""
+    folder = tmp_path_factory.mktemp("judges")
+    source = ModelSource(str(tiny), {"name_or_path": str(tiny), "dtype": "float32"})
+    sample_pool(source, ["my dog is"], folder / "pool", 4, generation=Generation(max_new_tokens=4), seed=1)
+    model = load_reward_model(tiny, outputs=2, fresh_head=True)
+    for name in ("two", "padless"):
+        load_tokenizer(tiny).save_pretrained(folder / name)
+        model.save_pretrained(folder / name)
+    without_pad_token(folder / "padless", folder / "without")
+    config = json.loads((folder / "without" / "config.json").read_text())
+    (folder / "without" / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    (folder / "unfinished").mkdir()
+    rows = [{"prompt": "my dog is", "response": text} for text in (" kind .", " cold .")]
+    for name, row in zip("ab", rows, strict=True):
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    experiment = yaml.safe_load((root / "recipes/overoptimization/smollm2.yaml").read_text())
+    experiment["policy"] = {"name_or_path": str(tiny)}
+    for name, change in {
+        "no_recipe": {"reward_model": "nowhere.yaml"},
+        "no_ensemble": {"overrides": ["reward_model.members=1"]},
+        "no_prompts": {"pairs": {"file": "nowhere.txt"}},
+        "no_gold": {"gold": {"name": "goldd"}},
+        "no_policy": {
+            "policy": {"name_or_path": "./no-such-folder"},
+            "pool": {"file": "recipes/quickstart/openings_heldout.txt"},
+        },
+    }.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(experiment | change))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    return {"here": folder, "dead": dead}
+
+
+CURVES = ("curves", "--pool", "{here}/pool", "--gold", "length", "--proxy")
+LLM = ("--a", "{here}/a.jsonl", "--b", "{here}/b.jsonl", "--oracle", "llm_judge", "--oracle-key")
+
+
+@pytest.mark.parametrize(
+    ("start", "words", "message"),
+    [
+        (best_of_n.app, ("curves", "--pool", "{here}/none", *CURVES[3:], "{here}/two"), "{here}/none: no manifest"),
+        (best_of_n.app, (*CURVES, "{here}/none"), "reward.path: cannot load '{here}/none'"),
+        (best_of_n.app, (*CURVES, "{here}/two"), "reward ensemble: {here}/two has 2 labels and no reward_model.json"),
+        (best_of_n.app, (*CURVES, "{here}/without"), "reward.path: a pad token besides EOS is needed"),
+        (best_of_n.app, (*CURVES[:4], "model", "--gold-key", "path={here}/two", "--normalise", "none", "--proxy",
+                         "{here}/two"), "has 2 labels"),
+        (held_out.app, ("{here}/none",), "{here}/none: no such run folder"),
+        (held_out.app, ("{here}/unfinished",), "has no held_out.jsonl"),
+        (overoptimization.app, ("{here}/none.yaml", "--output", "{here}/oo"), "{here}/none.yaml"),
+        (overoptimization.app, ("{here}/no_recipe.yaml", "--output", "{here}/oo"), "nowhere.yaml"),
+        (overoptimization.app, ("{here}/no_ensemble.yaml", "--output", "{here}/oo"), "an ensemble needs two or more"),
+        (overoptimization.app, ("{here}/no_prompts.yaml", "--output", "{here}/oo"), "nowhere.txt"),
+        (overoptimization.app, ("{here}/no_gold.yaml", "--output", "{here}/oo"), "unknown reward 'goldd'"),
+        (win_rate.app, (*LLM, "base_url={dead}", "--oracle-key", "model=m", "--oracle-key", "retries=0",
+                        "--oracle-key", "cache={here}/cache"), "{dead}"),
+    ],
+)  # fmt: skip
+def test_judges(program, judges, start, words, message):
+    folder = judges["here"]
+    before = left(folder)
+    found = program(start, *(word.format(**judges) for word in words))
+    assert message.format(**judges) in found
+    assert [name for name in left(folder) if name not in before and not name.startswith("cache")] == []
+
+
+def test_a_policy_that_is_not_there_leaves_what_the_experiment_was(program, judges, tmp_path):
+    found = program(overoptimization.app, judges["here"] / "no_policy.yaml", "--output", tmp_path / "oo")
+    assert "'./no-such-folder'" in found and "overoptimization.json" not in left(tmp_path)
