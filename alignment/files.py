@@ -64,10 +64,22 @@ def read_text(path: Path) -> str:
         return str(handle.read())
 
 
+def parse_json(text: str) -> Any:
+    """`json.loads`; what Python's reader gives up on, though JSON allows it, is a JSONDecodeError, too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # sys.get_int_max_str_digits()
+        raise json.JSONDecodeError("a number has too many digits", text, 0) from None
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The one JSON object that `path` holds."""
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(value, dict):
@@ -87,7 +99,7 @@ def iterate_json_lines(path: Path, *, skip_unfinished: bool = False) -> Iterator
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON: {error.msg}; one JSON object per line is needed") from None
         if not isinstance(row, dict):

@@ -284,7 +284,7 @@ def chat_messages(column: str, value: Any) -> list[dict[str, str]]:
         who, text = message.get("from", message.get("role")), message.get("value", message.get("content"))
         if not isinstance(text, str):
             raise BadRow(NOT_TEXT, f"{column}: a message's value is {type(text).__name__}, not text")
-        if who not in ROLES:
+        if not isinstance(who, str) or who not in ROLES:
             raise BadRow(UNKNOWN_FORM, f"{column}: a message from {who!r:.30}; known: {', '.join(ROLES)}")
         messages.append(_said(ROLES[who], text))
     return messages

@@ -125,7 +125,7 @@ def _number(column: str, value: Any) -> float:
     """A finite number; as text, too, because CSV has nothing else."""
     try:
         number = math.nan if isinstance(value, bool | list | dict) else float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise BadRow(BAD_NUMBER, f"{column}: expected a finite number, got {value!r:.40}")

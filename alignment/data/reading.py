@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignment.errors import UserError, nearest
-from alignment.files import iterate_json_lines, read_text
+from alignment.files import iterate_json_lines, parse_json, read_text
 from alignment.recipes.sections import DATA_ENDINGS, SourceSection
 
 Row = dict[str, Any]
@@ -183,7 +183,7 @@ def read_file(path: Path) -> Iterator[Placed]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except json.JSONDecodeError as error:
         hint = "; for one object a line name it .jsonl" if error.msg == "Extra data" else ""
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{hint}") from None
@@ -217,7 +217,11 @@ def _csv(path: Path) -> Iterator[Row]:
     lines = csv.ParseOptions(newlines_in_values=True)
     try:
         with csv.open_csv(path, parse_options=lines) as peeked:
-            texts = csv.ConvertOptions(column_types=dict.fromkeys(peeked.schema.names, pyarrow.string()))
+            names = peeked.schema.names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{path}: two columns are called {twice!r}; which one is meant?")
+        texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
         with csv.open_csv(path, parse_options=lines, convert_options=texts) as batches:
             for batch in batches:
                 yield from batch.to_pylist()

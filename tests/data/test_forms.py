@@ -116,6 +116,8 @@ def test_sharegpt_rows_that_are_not(tmp_path):
         row | {"chosen": {"from": "human", "value": "b"}},
         row | {"conversations": None},
         row | {"system": 3},
+        row | {"conversations": [{"from": ["human"], "value": "a"}]},
+        row | {"chosen": {"from": {"role": "gpt"}, "value": "b"}},
     ]
     found = refused(prepared(write(tmp_path / "a.jsonl", rows), CHAT))
     assert found == [
@@ -124,6 +126,8 @@ def test_sharegpt_rows_that_are_not(tmp_path):
         (7, "different_prompts"),
         (8, "missing_field"),
         (9, "not_text"),
+        (10, "unknown_form"),
+        (11, "unknown_form"),
     ]
     with pytest.raises(UserError, match="the rows are chat messages, and the model's tokenizer has no chat template"):
         prepared(write(tmp_path / "a.jsonl", [row]))

@@ -52,6 +52,7 @@ def test_known_columns_travel_and_others_stay_behind():
         (GOOD | {"reward_chosen": "high"}, "bad_number", "got 'high'"),
         (GOOD | {"prev_rejected": math.nan}, "bad_number", "got nan"),
         (GOOD | {"reward_rejected": [1.0]}, "bad_number", "got [1.0]"),
+        (GOOD | {"reward_chosen": 10**400}, "bad_number", "got 1000"),
         (GOOD | {"prev_chosen": 1}, "missing_field", "prev_rejected is missing, and prev_chosen is there"),
         (GOOD | {"reward_rejected": 1, "reward_chosen": None}, "missing_field", "reward_chosen is missing"),
         (GOOD | {"chosen": str(reply("good"))}, "unknown_form", "chosen: chat messages written as text; give them as"),

@@ -134,6 +134,7 @@ def test_a_name_that_the_hub_does_not_give():
         ("a.json.gz", gzip.compress(b"[")[:-3], r"a\.json\.gz: not a complete gzip file"),
         ("a.parquet", b"PAR1 and then nothing", r"a\.parquet: not a readable Parquet file"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", r"a\.csv: not a readable CSV file: .*Expected 2 columns, got 3"),
+        ("a.csv", b"a,b,b\n1,2,3\n", r"a\.csv: two columns are called 'b'"),
         ("a.csv", b"", r"a\.csv: "),
         ("a.csv", b"a,b\n", r"a\.csv: no rows"),
         ("a.csv", b"a,b\n\xff\xfe,1\n", r"a\.csv: not a readable CSV file: .*UTF-?8"),
@@ -144,6 +145,18 @@ def test_broken_files_are_one_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as said:
         read(tmp_path / name)
     assert "\n" not in str(said.value) and name in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("[" * 100_000 + "]" * 100_000, "nested too deeply"), ("1" * 5000, "a number has too many digits")],
+    ids=["deep", "long"],
+)
+def test_json_that_python_does_not_read_is_one_line(tmp_path, value, message):
+    for name, content in (("a.json", f'[{{"a": {value}}}]'), ("a.jsonl", f'\n{{"a": {value}}}\n')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=rf"a\.json(:1|l:2): not valid JSON: {message}"):
+            read(tmp_path / name)
 
 
 def test_places_without_data(tmp_path):

@@ -194,6 +194,7 @@ def test_bad_rows_are_kept_apart_by_number(tmp_path, tokenizer, row, reason):
         ({"messages": [TURNS[1]]}, "missing_field"),
         ({"messages": "my dog"}, "not_text"),
         ({"messages": [TURNS[0], said(ASSISTANT, "")]}, "empty"),
+        ({"messages": [TURNS[0], {"role": [ASSISTANT], "content": "a"}]}, "not_text"),
     ],
 )
 def test_bad_conversations(tmp_path, tokenizer, row, reason):
@@ -208,6 +209,8 @@ def test_bad_conversations(tmp_path, tokenizer, row, reason):
         ({"conversations": SHAREGPT}, {"conversations": str(SHAREGPT)}, "unknown_form"),
         ({"conversations": SHAREGPT}, {"conversations": SHAREGPT[:3]}, "missing_field"),
         ({"conversations": SHAREGPT}, {"conversations": [{"from": "narrator", "value": "a"}]}, "unknown_form"),
+        ({"conversations": SHAREGPT}, {"conversations": [{"from": ["human"], "value": "a"}]}, "unknown_form"),
+        ({"conversations": SHAREGPT}, {"conversations": [{"from": {"a": 1}, "value": "a"}]}, "unknown_form"),
         ({"instruction": "a", "output": "b"}, {"instruction": "a", "output": " "}, "empty"),
         ({"instruction": "a", "output": "b"}, {"instruction": " ", "output": "b"}, "empty"),
         ({"instruction": "a", "output": "b"}, {"instruction": "a"}, "missing_field"),
