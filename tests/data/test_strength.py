@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
+from pathlib import Path
 
 import mpmath
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from alignment.cli import app
 from alignment.data.strength import (
     Bands,
     band_of,
@@ -27,6 +31,7 @@ from alignment.errors import UserError
 from alignment.files import write_json_lines
 from tests import tiny_lm
 from tests.data.building import prepared
+from tests.trainers.test_reward_model import without_pad_token
 
 
 def world(n: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -386,3 +391,54 @@ def test_from_texts_to_treated_rows(tiny):
     kinder = [any(word in row["chosen"] for word in tiny_lm.KIND) for row in done.rows]
     assert sum(kinder) > 360  # 300 before
     assert kinder[5] and done.rows[5]["label"] >= 0.5 and mu[5] > 0
+
+
+# The command
+
+
+def planted(file: Path) -> np.ndarray:
+    """Rows of the grammar in which the kind one is chosen, or in every fourth row the harsh one; which ones."""
+    rng, flipped = random.Random(1), np.arange(180) % 4 == 1
+    rows = []
+    for opening, wrong in zip(tiny_lm.openings(), flipped, strict=True):
+        kinds = (tiny_lm.KIND, tiny_lm.HARSH)
+        pair = [" " + " and ".join(rng.choices(words, k=rng.randint(1, 3))) + " ." for words in kinds]
+        chosen, rejected = reversed(pair) if wrong else pair
+        rows.append({"prompt": opening, "chosen": chosen, "rejected": rejected})
+    write_json_lines(file, rows)
+    return flipped
+
+
+def command(tiny: Path, rows: Path, out: Path, *more: str):
+    words = ["data", "strength", "recipes/quickstart/reward_model.yaml", str(out), f"model.name_or_path={tiny}"]
+    return CliRunner().invoke(app, [*words, f"data.train={rows}", "data.eval=null", *more, "--members", "3"])
+
+
+def test_the_command_finds_planted_flips(tiny, tmp_path):
+    """AUROC five standard errors above chance: sqrt((n + m + 1) / (12 n m)) (Mann-Whitney), n = 45, m = 135."""
+    flipped = planted(tmp_path / "rows.jsonl")
+    done = command(tiny, tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
+    assert done.exit_code == 0, done.output
+    assert "lowest: " in done.output and f"rows: {tmp_path / 'out.jsonl'}" in done.output
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["strength"]["row"] for row in rows] == list(range(1, 181))
+    mu = np.array([row["strength"]["mu"] for row in rows])
+    lower = (mu[flipped][:, None] < mu[~flipped]).mean()  # no ties: every pair of a flipped row and another one
+    assert lower > 0.5 + 5 * math.sqrt(181 / (12 * 45 * 135))
+    kind = [any(word in row["chosen"] for word in tiny_lm.KIND) for row in rows]
+    assert np.mean(kind) > 0.75 + 0.05  # of what was planted, some has been turned round
+    again = command(tiny, tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
+    assert isinstance(again.exception, UserError) and "out.jsonl: exists; name a new file" in str(again.exception)
+
+
+def test_the_command_takes_the_recipes_pad_token(tiny, tmp_path):
+    """A tokenizer without padding besides EOS: the key that the message names is read."""
+    planted(tmp_path / "rows.jsonl")
+    model = without_pad_token(tiny, tmp_path / "padless")
+    refused = command(model, tmp_path / "rows.jsonl", tmp_path / "a.jsonl")
+    assert isinstance(refused.exception, UserError)
+    assert "name an unused one in reward_model.pad_token" in str(refused.exception)
+    taken = command(model, tmp_path / "rows.jsonl", tmp_path / "a.jsonl", "reward_model.pad_token='<|other|>'")
+    assert taken.exit_code == 0, taken.output
+    plain = command(tiny, tmp_path / "rows.jsonl", tmp_path / "b.jsonl")  # token 0 pads there, too
+    assert plain.exit_code == 0 and (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
