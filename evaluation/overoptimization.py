@@ -139,6 +139,7 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
         "gold": gold.describe(),
         "runs": found,
         "summary": summarise(found),
+        "summary_not_normalised": summarise(found, "curves_not_normalised"),
         "versions": versions(),
         "hardware": hardware(1),
     }
@@ -306,15 +307,16 @@ def _agreement(members: np.ndarray, gold: np.ndarray) -> dict[str, float]:
     }
 
 
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(runs: list[dict[str, Any]], which: str = "curves") -> list[dict[str, Any]]:
     """Per noise and method over seeds: gold at n = 1, at its best n, at the largest n, and what is lost in between.
 
     `lost` is gold at the largest n minus gold at the curve's best n; `over_single` is gold at the largest n minus the
-    single members'. Intervals are 95 % t intervals over seeds (None for one seed): three seeds make them wide.
+    single members'. Intervals are 95 % t intervals over seeds (None for one seed): three seeds make them wide. `which`
+    curves: of standardised members, or "curves_not_normalised".
     """
     rows = []
     for noise in dict.fromkeys(each["noise"] for each in runs):
-        of = [each["curves"] for each in runs if each["noise"] == noise]
+        of = [each[which] for each in runs if each["noise"] == noise]
         single = np.array([c["single"][-1]["gold"] for c in of])
         for method in METHODS:
             last = np.array([c[method][-1]["gold"] for c in of])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ COLOURS = {"single": "#d9631e", "mean": "#8a8f98", "wco": "#1f6fd6", "uwo": "#3b
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """Settings and the table."""
+    """Settings, what the numbers do not say, and the tables."""
     asked, pairs = result["experiment"], result["pairs"]
     lines = [
         "# Over-optimisation of proxy rewards, best of n",
@@ -24,22 +24,40 @@ def describe(result: Mapping[str, Any]) -> str:
         f"- proxies: {asked['reward_model']}, trained on {pairs['pairs']} gold-labelled pairs of the policy's answers "
         f"({pairs['ties']} ties dropped)",
         f"- pool: N = {asked['n']} answers to prompts of {asked['pool']['file']} (first {asked['pool']['limit']})",
-        f"- uwo with lambda {asked['lam']:g}; members standardised by their stored constants",
+        f"- uwo with lambda {asked['lam']:g}",
         f"- {result['summary'][0]['seeds']} seeds; in brackets 95 % t intervals over seeds",
+        "- all seeds share one pool and one set of pairs: what other prompts or pairs would change is not in the "
+        "intervals",
+        "- a curve's best n is chosen on that same curve: a little lost is chance, of which the interval of `lost` does "
+        "not know",
         "",
-        "| noise | method | gold at n = 1 | best n | gold there | largest n | gold there | lost | over single |",
-        "|---" * 9 + "|",
+        "Members standardised by their stored constants:",
+        "",
+        *_table(result["summary"]),
+        "",
+        "Members as they are (wco and uwo then compare scores of different zero points):",
+        "",
+        *_table(result["summary_not_normalised"]),
     ]
-    for row in result["summary"]:
-        cells = [f"{row['noise']:g}", row["method"], f"{row['gold_at_1']:.3f}", row["best_n"], _cell(row["best_gold"])]
-        cells += [row["largest_n"], _cell(row["last_gold"]), _cell(row["lost"]), _cell(row["over_single"])]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "Rank correlations within a prompt's pool, mean over prompts:", ""]
     lines += ["| noise | seed | single with gold | mean with gold | two members |", "|---" * 5 + "|"]
     for run in result["runs"]:
         numbers = [run[key] for key in ("single_with_gold", "mean_with_gold", "members_with_each_other")]
         lines.append(f"| {run['noise']:g} | {run['seed']} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _table(summary: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of one summary's table."""
+    lines = [
+        "| noise | method | gold at n = 1 | best n | gold there | largest n | gold there | lost | over single |",
+        "|---" * 9 + "|",
+    ]
+    for row in summary:
+        cells = [f"{row['noise']:g}", row["method"], f"{row['gold_at_1']:.3f}", row["best_n"], _cell(row["best_gold"])]
+        cells += [row["largest_n"], _cell(row["last_gold"]), _cell(row["lost"]), _cell(row["over_single"])]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
 
 
 def _cell(value: Mapping[str, Any]) -> str:
@@ -83,7 +101,8 @@ svg { width: 100%; height: auto; } pre { overflow-x: auto; }
 </style></head><body>
 <h1>Over-optimisation of proxy rewards</h1>
 {{ plot | safe }}
-<p>Over-optimisation: the proxy (below) goes on rising while gold (above) falls. Bands: smallest and largest seed.</p>
+<p>Over-optimisation: the proxy (below) goes on rising while gold (above) falls. Members are standardised. Bands:
+smallest and largest seed.</p>
 <pre>{{ text }}</pre>
 </body></html>
 """

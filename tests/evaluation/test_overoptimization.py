@@ -60,7 +60,21 @@ def test_it_ends_with_a_figure_and_a_table(done):
     result = json.loads((done / "overoptimization.json").read_text())
     assert [(r["noise"], r["seed"]) for r in result["runs"]] == [(0, 0), (0, 1), (0.5, 0), (0.5, 1)]
     assert {(row["noise"], row["method"]) for row in result["summary"]} == {(n, m) for n in (0, 0.5) for m in METHODS}
+    text = (done / "overoptimization.md").read_text()
+    assert text.count("| noise | method |") == 2 and text.count("| 0.5 | uwo |") == 2
+    for key, curves in (("summary", "curves"), ("summary_not_normalised", "curves_not_normalised")):
+        last = {
+            (each["noise"], method): [
+                r[curves][method][-1]["gold"] for r in result["runs"] if r["noise"] == each["noise"]
+            ]
+            for each in result["runs"]
+            for method in METHODS
+        }
+        for row in result[key]:
+            mean = np.mean(last[row["noise"], row["method"]])
+            assert row["last_gold"]["mean"] == pytest.approx(mean) and f"{mean:.3f} [" in text
     page = (done / "overoptimization.html").read_text()
+    assert "share one pool and one set of pairs" in page and "best n is chosen on that same curve" in page
     assert page.count("<svg") == 1 and "http://" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "").replace("http://matplotlib", "")
@@ -110,6 +124,19 @@ def test_it_goes_on_and_refuses_another_experiment(experiment, done):
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(UserError, match="n was 16 and is 8"):
         run(settings.model_copy(update={"n": 8}), done)
+    # A folder of before digests were kept is gone on with, and has them from then on.
+    file = done / "experiment.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in kept.items() if key != "sha256"}))
+    run(settings.model_copy(update={"seeds": 3}), done)
+    assert json.loads(file.read_text()) == kept and set(kept["sha256"]) == {"pairs", "pool", "reward_model"}
+    for name in ("pairs", "pool"):  # other prompts under the same name
+        prompts = Path(getattr(settings, name).file)
+        before_text = prompts.read_text()
+        prompts.write_text(before_text + "\nthe dog was here")
+        with pytest.raises(UserError, match=f"the content of {name} is not what the experiment began with"):
+            run(settings.model_copy(update={"seeds": 3}), done)
+        prompts.write_text(before_text)
 
 
 def test_prompts_of_pairs_are_refused_in_the_pool(experiment, tmp_path):
