@@ -146,6 +146,8 @@ class BaseTrainingSection(OpenSection):
         for key in ("hub_model_id", "hub_private_repo", "hub_revision"):
             if not self.push_to_hub and getattr(self, key, None) is not None:
                 problems.append(error("needs push_to_hub: true", key))
+        if not all(part.count("=") == 1 for part in (given.get("optim_args") or "=").split(",")):
+            problems.append(error(f"expected KEY=VALUE, KEY=VALUE …, got {given['optim_args']!r}", "optim_args"))
         needed = SCHEDULER_NEEDS.get(self.lr_scheduler_type, ())
         settings = given.get("lr_scheduler_kwargs")
         if needed and not isinstance(settings, str) and not set(needed) & set(settings or ()):
@@ -231,6 +233,8 @@ def _wanted(found: dict[str, Any]) -> str:
 
 
 _WORDS = {
+    "greater_than_equal": "a number >= 0",
+    "less_than": "a number < 1",
     "float_type": "a number",
     "int_type": "a whole number",
     "bool_type": "true or false",

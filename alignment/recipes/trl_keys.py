@@ -7,7 +7,9 @@ reads, or that our trainer contradicts, is refused: a key that is accepted does 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 _OBJECTIVE = "belongs to the loss: write it in the objective section"
 _MODEL = "write it in the model section"
@@ -91,12 +93,14 @@ REFUSED: dict[str, str] = {
     "evaluation_strategy": "now called eval_strategy",
 }
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
 PASSED_THROUGH: dict[str, Any] = {
     "lr_scheduler_kwargs": dict | str | None,
     "optim_args": str | None,
-    "adam_beta1": float,
-    "adam_beta2": float,
-    "adam_epsilon": float,
+    "adam_beta1": _Decay,
+    "adam_beta2": _Decay,
+    "adam_epsilon": Annotated[float, Field(ge=0)],
     "optim_target_modules": None | str | list[str],
     "tf32": bool | None,
     "gradient_checkpointing_kwargs": dict[str, Any] | str | None,

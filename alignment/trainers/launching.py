@@ -14,12 +14,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from alignment.errors import UserError
@@ -132,9 +132,27 @@ def trl_config(kind: type[Config], recipe: AnyRecipe, run: Path, world: int) -> 
         "use_cpu": recipe.training.use_cpu or not torch.cuda.is_available(),
     }
     try:
-        return kind(**given)
+        args = kind(**given)
     except ValueError as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
+    _refuse_unbuildable(args)
+    return args
+
+
+def _refuse_unbuildable(args: TrainingArguments) -> None:
+    """Settings that optimiser or schedule refuse, tried on one number: not when data and model have been loaded."""
+    model: Any = torch.nn.ParameterList([torch.zeros(1)])
+    key, settings = "optim_args", args.lr_scheduler_kwargs
+    try:
+        if args.optim_args and not args.optim_target_modules:  # those want the modules themselves
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            kind(model.parameters(), **options)
+        key = "lr_scheduler_kwargs"
+        plain = torch.optim.SGD(model.parameters(), lr=args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, plain, 0, 1000, cast("dict[str, Any] | None", settings))
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"training.{key}: {getattr(args, key)}: {reason}") from error
 
 
 def sharding(args: TrainingArguments, state: PartialState) -> str:
