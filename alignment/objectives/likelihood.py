@@ -136,10 +136,9 @@ class Likelihood(GroupObjective):
         return torch.where(read, batch.column("answer"), 0.0), read
 
     def _rewards(self, batch: GroupLogps) -> Tensor:
-        """R, `[B, G]`, with its gradient; for jepo the log-probability that enters it. 0 where not kept."""
+        """R, `[B, G]`, with its gradient; for jepo the log-probability that enters it. To be read where kept."""
         if self.reward == "base":
-            verdict = batch.column("verified").to(batch.cot.dtype)
-            return self.scale * torch.where(batch.kept, verdict, 0.0)
+            return self.scale * batch.column("verified").to(batch.cot.dtype)
         tokens, read = self._tokens(batch)
         count = read.sum(-1).clamp(min=1)
         if self.reward in ("logprob", "jepo"):
@@ -147,7 +146,7 @@ class Likelihood(GroupObjective):
         if self.reward == "avglogprob":
             return tokens.sum(-1) / count  # Eq. 10
         if self.reward == "prob":
-            return torch.where(batch.kept, tokens.sum(-1).exp(), 0.0)  # Eq. 7
+            return tokens.sum(-1).exp()  # Eq. 7
         return torch.where(read, tokens.exp(), 0.0).sum(-1) / count  # Eq. 8
 
     def group_loss(self, batch: GroupLogps) -> Tensor:

@@ -304,6 +304,17 @@ def test_what_is_masked_or_not_valid_is_never_read(objective, poison) -> None:
     assert all(bool(each.isfinite().all()) for each in objective.statistics(dirty).values())
 
 
+def test_padding_of_a_short_answer_changes_nothing(with_answer) -> None:
+    """The second prompt's answer has one token of three: the same loss and slopes without the other two."""
+    whole = mixed()
+    short = {name: column[1:, ..., :1] if "answer" in name else column[1:] for name, column in whole.columns().items()}
+    torch.testing.assert_close(with_answer.loss(whole)[1:], with_answer.loss(GroupLogps(**short)), rtol=1e-14, atol=0)
+    got, expected = slopes(with_answer, whole), slopes(with_answer, GroupLogps(**short))
+    torch.testing.assert_close(got[0][1:], expected[0], rtol=1e-14, atol=0)
+    torch.testing.assert_close(got[1][1:, :, :1], expected[1], rtol=1e-14, atol=0)
+    assert got[1][1:, :, 1:].abs().max() == 0
+
+
 def test_a_sample_that_is_not_valid_leaves_both_terms_and_the_baseline(objective) -> None:
     """A group with it equals the smaller group without it, in value and slopes."""
     whole = mixed()
