@@ -28,8 +28,8 @@ def describe(result: Mapping[str, Any]) -> str:
         f"- {result['summary'][0]['seeds']} seeds; in brackets 95 % t intervals over seeds",
         "- all seeds share one pool and one set of pairs: what other prompts or pairs would change is not in the "
         "intervals",
-        "- a curve's best n is chosen on that same curve: a little lost is chance, of which the interval of `lost` does "
-        "not know",
+        "- a curve's best n is chosen on that same curve: a little lost is chance, of which the interval of `lost` "
+        "does not know",
         "",
         "Members standardised by their stored constants:",
         "",

@@ -1,5 +1,5 @@
 """Reward models, launched four ways: one process, two, ZeRO-2 and ZeRO-3 are the same training, and each resumes
-exactly; ensembles member by member. As test_modes.py, whose files and launches it uses."""
+exactly; an ensemble member by member, in one and two processes. As test_modes.py, whose files and launches it uses."""
 
 from __future__ import annotations
 
