@@ -140,7 +140,7 @@ def trl_config(kind: type[Config], recipe: AnyRecipe, run: Path, world: int) -> 
 
 
 def _refuse_unbuildable(args: TrainingArguments) -> None:
-    """Settings that optimiser or schedule refuse, tried on one number: not when data and model have been loaded."""
+    """Settings that optimiser or schedule refuse, tried on one number before the model is loaded."""
     model: Any = torch.nn.ParameterList([torch.zeros(1)])
     key, settings = "optim_args", args.lr_scheduler_kwargs
     try:
