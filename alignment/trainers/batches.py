@@ -40,7 +40,7 @@ class RolloutCollator:
 
     def __call__(self, records: Sequence[Record]) -> dict[str, torch.Tensor]:
         """`learned` `[B]` (0 for records that are left out), rows, lengths `[B, k]`, and the records' numbers."""
-        responses = [[*r.responses, *([r.opponent or []] if self.calibrated else [])] for r in records]
+        responses = [[*(r.scored or r.responses), *([r.opponent or []] if self.calibrated else [])] for r in records]
         batch = {
             "learned": torch.tensor([0.0 if r.skipped else 1.0 for r in records]),
             "lengths": torch.tensor([[len(ids) for ids in group] for group in responses], dtype=torch.float32),
@@ -79,8 +79,12 @@ def labelled_pairs(inputs: dict[str, torch.Tensor], policy: torch.Tensor) -> Pai
     return PairLogps(**columns)
 
 
-def group_logps(inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> GroupLogps:
-    """Chains and answers out of `tokens` `[B, G, L]`; `spans` says where each ends and begins."""
+def group_logps(inputs: dict[str, torch.Tensor], tokens: torch.Tensor, forced: bool) -> GroupLogps:
+    """Chains and answers out of `tokens` `[B, G, L]`; `spans` says where each ends and begins.
+
+    Without `forced` there are no answers: a verifier reads the samples. With it they are there even where no sample of
+    the batch has the format of one: the objective is to find none of them valid, not to miss a column.
+    """
     chain, first, last = inputs["spans"].unbind(-1)
     steps = torch.arange(tokens.size(-1), device=tokens.device)
     cot = (tokens * (steps < chain[..., None])).sum(-1)
@@ -89,6 +93,6 @@ def group_logps(inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> GroupL
     mask = places < last[..., None]
     answer = tokens.gather(-1, places.clamp(max=tokens.size(-1) - 1))
     columns: dict[str, Any] = {"valid": inputs["valid"], "verified": inputs["verified"]}
-    if bool(mask.any()):
+    if forced:
         columns |= {"answer": answer, "answer_mask": mask}
     return GroupLogps(cot=cot, **columns)

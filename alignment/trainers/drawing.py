@@ -46,18 +46,20 @@ class GeometricMixture(LogitsProcessor):
 
     Args:
         score: the reference's forward, `(input_ids, attention_mask, position_ids, past_key_values) -> output`.
-        lengths: tokens of each prompt, which stand padded on the left.
+        lengths: tokens of each prompt, which stand padded on the left in the first call's rows.
         share: weight of the reference, in [0, 1].
     """
 
     def __init__(self, score: Any, lengths: Sequence[int], share: float):
         self.score, self.lengths, self.share, self.cache = score, list(lengths), share, None
+        self.width = 0  # of the prompts with their padding
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Mixed log-probs of the next token, `[rows, vocabulary]`."""
         columns = torch.arange(input_ids.size(1), device=input_ids.device)
-        width = max(self.lengths)
-        first = torch.tensor([width - n for n in self.lengths], device=input_ids.device)
+        if self.cache is None:
+            self.width = input_ids.size(1)
+        first = torch.tensor([self.width - n for n in self.lengths], device=input_ids.device)
         mask = (columns[None] >= first[:, None]).long()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         new = slice(None) if self.cache is None else slice(-1, None)

@@ -67,12 +67,16 @@ class Snapshot:
             gathered = hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE"
             if gathered and parameter.requires_grad and parameter.data.numel():
                 parameter.partition()
-        for parameter, state in optimizer.state.items():
-            kept_state = self.state.get(parameter)
-            for key, value in state.items():
-                before = None if kept_state is None else kept_state.get(key)
-                if torch.is_tensor(value):
-                    value.copy_(before) if before is not None else value.zero_()
+        for parameter in list(optimizer.state):
+            if parameter not in self.state:  # its first step: the optimizer begins it again
+                del optimizer.state[parameter]
+                continue
+            state, kept_state = optimizer.state[parameter], self.state[parameter]
+            for key in list(state):
+                if key not in kept_state:
+                    del state[key]
+                elif torch.is_tensor(state[key]) and torch.is_tensor(kept_state[key]):
+                    state[key].copy_(kept_state[key])
                 else:
-                    state[key] = before if before is not None else 0
+                    state[key] = kept_state[key]
         self.weights, self.state = [], {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import time
 import warnings
@@ -132,6 +133,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
         self.objective, self.rollouts, self.reward, self.oracle = objective, rollouts, reward, oracle
         self.kind: Any = objective.card.batch
         self.start_is_reference = ref_model is None if start_is_reference is None else start_is_reference
+        self._forces = "answer" in objective.needs  # a reference answer is put behind each chain of thought
         self._needs_reference = bool({"reference", "ref_calibration"} & set(objective.needs))
         self._needs_reference |= rollouts.calibration or bool(rollouts.opponent)
         self._precompute, self._scores_start, self._ref_config = False, False, None
@@ -248,7 +250,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
         """(what the objective reads, the policy's log-probs `[B, k]`)."""
         if self.kind == "groups":
             tokens = self._tokens_of(model, inputs)
-            return group_logps(inputs, tokens), tokens.sum(-1)
+            return group_logps(inputs, tokens, self._forces), tokens.sum(-1)
         policy = self._score(model, inputs)
         return (labelled_pairs if self.kind == "pairs" else sample_pairs)(inputs, policy), policy
 
@@ -276,6 +278,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
         if self.replay is not None:
             opponent = self.rollouts.opponent is not None or self.rollouts.calibration
             records = self.replay.records(rollout, phase, rows, self.rollouts.samples, opponent)[mine]
+            self._refuse_foreign(records)
         else:
             with self._seeded(rollout, phase):
                 records = self._sampled(rows[mine])
@@ -307,7 +310,8 @@ class OnlinePreferenceTrainer(DrawingTrainer):
             others = self._draw(prompts, 1, Sampler(), source="reference")
         records = []
         for i, (row, group) in enumerate(zip(rows, drawn, strict=True)):
-            record = Record(row, group, [self._text(ids) for ids in group], [self._ended(ids) for ids in group])
+            texts, ended = [self._text(ids) for ids in group], [self._ended(ids) for ids in group]
+            record = Record(row, group, texts, ended, self._prompt_text(row))
             if others is not None:
                 record.opponent, record.opponent_text = others[i][0], self._text(others[i][0])
             for ids in (*group, *([] if record.opponent is None else [record.opponent])):
@@ -315,6 +319,21 @@ class OnlinePreferenceTrainer(DrawingTrainer):
                     raise UserError(f"prompt {row + 1}: the model gave an empty response; it has no log-probability")
             records.append(record)
         return records
+
+    def _refuse_foreign(self, records: list[Record]) -> None:
+        """Recorded samples of other prompts, or of a model with another tokenizer."""
+        for r in records:
+            drawn = list(zip(r.texts, r.responses, strict=True))
+            drawn += [] if r.opponent is None else [(r.opponent_text, r.opponent)]
+            if r.prompt != self._prompt_text(r.row) or any(self._text(ids) != text for text, ids in drawn):
+                raise UserError(
+                    f"generation.replay: {self.rollouts.replay}: prompt {r.row + 1} or its samples read otherwise "
+                    "here: the file is of other prompts or another tokenizer"
+                )
+
+    def _prompt_text(self, row: int) -> str:
+        tokenizer: Any = self.processing_class
+        return str(tokenizer.decode(self.columns["prompt_ids"][row], skip_special_tokens=False))
 
     def _text(self, ids: list[int]) -> str:
         tokenizer: Any = self.processing_class
@@ -337,21 +356,21 @@ class OnlinePreferenceTrainer(DrawingTrainer):
     def _verify(self, record: Record) -> None:
         """Chains cut at the marker, the reference answer behind them; a verifier's samples stay as they are."""
         answer, settings = str(self.columns["answer"][record.row]), self.rollouts
-        forced = "answer" in self.objective.needs
-        record.valid, record.verified, record.spans = [], [], []
-        for i, ids in enumerate(list(record.responses)):
+        record.valid, record.verified, record.spans, record.scored = [], [], [], []
+        for i, ids in enumerate(record.responses):
             said = chains.sampled_answer(record.texts[i], settings.marker)
             record.verified.append(float(said == answer.strip()))
-            chain = chains.cut_chain(ids, settings.marker, self.processing_class) if forced else None
+            chain = chains.cut_chain(ids, settings.marker, self.processing_class) if self._forces else None
             if chain is None or not chain[0]:
                 # Without a marker nothing can be forced behind it; a verifier reads the whole sample.
-                record.valid.append(float(said is not None and not forced))
+                record.valid.append(float(said is not None and not self._forces))
                 record.spans.append((len(ids), len(ids), len(ids)))
+                record.scored.append(ids)
                 continue
             tail, before = chains.forced_answer(self.processing_class, chain[1], settings.separator, answer)
             record.valid.append(1.0)
             record.spans.append((len(chain[0]), len(chain[0]) + before, len(chain[0]) + len(tail)))
-            record.responses[i] = chain[0] + tail
+            record.scored.append(chain[0] + tail)
 
     @torch.no_grad()
     def _score_frozen_columns(self, records: list[Record]) -> None:
@@ -402,11 +421,15 @@ class OnlinePreferenceTrainer(DrawingTrainer):
         half = Snapshot(self)
         half.save()
         rate = float(self._get_learning_rate())
+        began, before = time.perf_counter(), self._seconds["train"]
         with self._own_totals():
             self._step_apart()
+        self._seconds["train"] = before + time.perf_counter() - began
         self._say_if_lost(half, rate)
+        self._last_loaded_step = -1  # vLLM gets weights where TRL sees another step, and this is none of its
         self._roll_out(rollout, 1)
         half.restore()
+        self._last_loaded_step = -1
 
     def _step_apart(self) -> None:
         """One optimizer step outside transformers' loop; no schedule moves, nothing is logged."""
@@ -448,8 +471,8 @@ class OnlinePreferenceTrainer(DrawingTrainer):
             self._said_lost = True
             warnings.warn(
                 f"step {self.state.global_step}: the look-ahead changed {changed / count:.2%} of the weights at "
-                f"learning rate {rate:.1e}: they are lost to rounding ({self.model.dtype}), and egpo is online_ipo1 then; "
-                "keep the weights in float32 (model.dtype), or raise the rate",
+                f"learning rate {rate:.1e}: they are lost to rounding ({self.model.dtype}), and egpo is online_ipo1 "
+                "then; keep the weights in float32 (model.dtype), or raise the rate",
                 stacklevel=2,
             )
 
@@ -477,14 +500,18 @@ class OnlinePreferenceTrainer(DrawingTrainer):
             begins_it = self.order.step(self.state.global_step - 1)[0] != rollout if self.state.global_step else True
             first = rollout if begins_it or self.rollouts.look_ahead else rollout + 1
             kept = [entry for entry in read_records(file, skip_unfinished=True) if entry[0] < first]
-            file.unlink()
+            beside = file.with_name(f".{ROLLOUTS}")
+            beside.write_text("")
             for number, phase, record in kept:
-                append_rollout(file, number, phase, [record])
-        if self._resumed is None or not (self._resumed / CHECKPOINT).is_file():
+                append_rollout(beside, number, phase, [record])
+            os.replace(beside, file)
+        if self._resumed is None or self.order.step(self.state.global_step - 1)[0] != rollout:
             return
-        entries = list(read_records(self._resumed / CHECKPOINT))
-        if entries and entries[0][:2] == (rollout, 0):
-            self._records, self._current = [record for _, _, record in entries], (rollout, 0)
+        kept_file = self._resumed / CHECKPOINT
+        entries = list(read_records(kept_file)) if kept_file.is_file() else []
+        if not entries or entries[0][:2] != (rollout, 0):
+            raise UserError(f"--resume: {self._resumed} falls inside rollout {rollout} and does not hold it")
+        self._records, self._current = [record for _, _, record in entries], (rollout, 0)
 
     # --- logging -------------------------------------------------------------------------------------------------
 
@@ -524,7 +551,8 @@ class OnlinePreferenceTrainer(DrawingTrainer):
             values["samples/accuracy"] = sum(v for r in records for v in r.verified) / len(valid)
             values["samples/chain_length"] = sum(s[0] for r in records for s in r.spans) / len(valid)
         for name, value in values.items():
-            self._metrics["train"][name].append(value)
+            if math.isfinite(value):  # n-grams of responses shorter than n
+                self._metrics["train"][name].append(value)
         shown: Any = self._logs
         for record in records:
             for text in record.texts:

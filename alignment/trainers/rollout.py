@@ -32,11 +32,13 @@ class Record:
         responses: token ids of each sample, as drawn (with the end token where the model gave it).
         texts: their texts.
         finished: whether each ended by itself.
+        prompt: text of the prompt's token ids.
         numbers: named judgements and frozen log-probs, in nats; NaN for "could not be judged".
         opponent: token ids of y'' (EGPO, Nash-MD) or of the calibration response (VPO); None where none is drawn.
         opponent_text: its text.
-        spans: of each response: (tokens of the chain of thought, first and end position of the answer); empty unless
-            the objective's batch is groups.
+        scored: token ids that are learned from where they are not those drawn: each chain of thought with the
+            reference answer behind it; empty unless the objective's batch is groups.
+        spans: of each of those: (tokens of the chain of thought, first and end position of the answer).
         valid, verified: of each response of such a batch: 1 where it has the answer's format, 1 where the sampled
             answer is the reference answer.
         skipped: why nothing is learned from this prompt; "" where something is.
@@ -46,9 +48,11 @@ class Record:
     responses: list[list[int]]
     texts: list[str]
     finished: list[bool]
+    prompt: str = ""
     numbers: dict[str, float] = field(default_factory=dict)
     opponent: list[int] | None = None
     opponent_text: str = ""
+    scored: list[list[int]] = field(default_factory=list)
     spans: list[tuple[int, int, int]] = field(default_factory=list)
     valid: list[float] = field(default_factory=list)
     verified: list[float] = field(default_factory=list)
@@ -60,8 +64,8 @@ class PromptOrder:
     """Which prompts are in which rollout, and which of a rollout's prompts make up an optimizer step.
 
     An epoch visits every prompt once, in a seeded order; where the prompts do not fill its last rollout, the first
-    ones of the order are visited twice. Depends on no number of processes. A rollout is trained on `inner_epochs` times:
-    in its order first, then shuffled.
+    ones of the order are visited twice. Depends on no number of processes. A rollout is trained on `inner_epochs`
+    times: in its order first, then shuffled.
 
     Attributes:
         prompts: number of prompts.
@@ -148,10 +152,13 @@ def read_records(file: Path, skip_unfinished: bool = False) -> Iterator[tuple[in
             rollout, phase = int(row.pop("rollout")), int(row.pop("phase"))
             numbers = {k: math.nan if v is None else float(v) for k, v in row.pop("numbers").items()}
             record = Record(numbers=numbers, **row)
+            record.spans = [(a, b, c) for a, b, c in record.spans]
+            drawn = [*record.responses, *([] if record.opponent is None else [record.opponent])]
+            if not all(isinstance(i, int) for ids in drawn for i in ids):
+                raise ValueError("token ids must be whole numbers")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{where}: is no line of a {ROLLOUTS} ({error})") from None
-        record.spans = [(a, b, c) for a, b, c in record.spans]
-        if not record.responses or not all(record.responses):
+        if not record.responses or not all(drawn):
             raise UserError(f"{where}: a response is empty; nothing can be learned from it")
         yield rollout, phase, record
 
@@ -184,6 +191,5 @@ class Replay:
                     f"{rollout}, and the objective needs {per_prompt}{' and an opponent' if opponent else ''}"
                 )
         return [
-            Record(r.row, r.responses, r.texts, r.finished, {}, r.opponent, r.opponent_text, list(r.spans))
-            for r in kept
+            Record(r.row, r.responses, r.texts, r.finished, r.prompt, {}, r.opponent, r.opponent_text) for r in kept
         ]
