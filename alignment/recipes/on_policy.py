@@ -36,7 +36,7 @@ def on_policy_problems(recipe: Recipe) -> Iterator[InitErrorDetails]:
                 "objective",
                 "name",
             )
-        for key in sorted(recipe.rollout.model_fields_set):
+        for key in _changed(recipe.rollout):
             yield error("belongs to on-policy training, which needs data.prompts", "rollout", key)
         if recipe.generation.replay is not None:
             yield error("belongs to on-policy training, which needs data.prompts", "generation", "replay")
@@ -118,18 +118,24 @@ def _idle(recipe: Recipe, objective: Objective) -> Iterator[InitErrorDetails]:
         "drift": "calibration" in objective.needs,
         "answer": kind == "groups",
     }
-    for key in sorted(recipe.rollout.model_fields_set):
+    for key in _changed(recipe.rollout):
         if not belongs.get(key, True):
             meaning = (RolloutSection.model_fields[key].description or "").partition(")")[0].lstrip("(")
             yield error(f"belongs to {meaning}, and the objective is {recipe.objective.name}", "rollout", key)
     if recipe.reference.precompute:
         yield error("samples are new at every step: nothing can be scored before", "reference", "precompute")
     for key in ("group_by_length", "displacement_alarm"):
-        if key in recipe.training.model_fields_set:
+        if getattr(recipe.training, key) != type(recipe.training).model_fields[key].default:
             yield error("belongs to training on given pairs, and this recipe has data.prompts", "training", key)
     for key in ("activation_offloading", "dataset_num_proc"):
         if key in (recipe.training.model_extra or {}):
             yield error("TRL's on-policy trainers have no such option", "training", key)
+
+
+def _changed(section: RolloutSection) -> list[str]:
+    """Keys whose values are not the defaults: a resolved recipe writes all keys, and is a recipe, too."""
+    plain = RolloutSection()
+    return [key for key in sorted(type(section).model_fields) if getattr(section, key) != getattr(plain, key)]
 
 
 def rollout_settings(recipe: Recipe) -> dict[str, Any]:
