@@ -54,7 +54,10 @@ VARIANTS = [
     ("f_dpo", "objective.divergence=jsd"),
     ("f_dpo", "objective.divergence=alpha", "objective.alpha=0.5"),
 ]
-SETTINGS = [(path.stem,) for path in RECIPES] + VARIANTS
+IN_TEN_MINUTES = ("dpo", "rpo", "f_dpo")  # whose variants `make test` trains; conformance covers all of them
+LATER = [pytest.param(setting, marks=pytest.mark.slow) for setting in VARIANTS if setting[0] not in IN_TEN_MINUTES]
+NOW = [setting for setting in VARIANTS if setting[0] in IN_TEN_MINUTES]
+SETTINGS = [*((path.stem,) for path in RECIPES), *NOW, *LATER]
 
 
 @pytest.fixture(scope="module")

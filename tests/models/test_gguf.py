@@ -150,6 +150,7 @@ def q4_1(block: bytes) -> list[float]:
     return [scale * nibble + minimum for nibble in nibbles]
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_and_saves_the_real_model(smollm2, smollm2_file, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(smollm2)
     assert model.num_parameters() == pytest.approx(135e6, rel=0.01) and model.dtype == torch.float32
@@ -174,6 +175,7 @@ def test_plain_transformers_loads_and_saves_the_real_model(smollm2, smollm2_file
     )
 
 
+@pytest.mark.slow
 def test_real_tokenizer_splits_by_the_rule(smollm2, smollm2_file):
     """Pieces by the two rules that llama.cpp names `smollm`: every digit alone, then GPT-2's pattern; BPE in each."""
     tokenizer = load_tokenizer(SMOLLM2)
@@ -190,6 +192,7 @@ def test_real_tokenizer_splits_by_the_rule(smollm2, smollm2_file):
     assert tokenizer.convert_ids_to_tokens(tokenizer("a  12")["input_ids"]) == ["a", "ĠĠ", "1", "2"]
 
 
+@pytest.mark.slow
 def test_real_tokenizer_keeps_template_and_special_tokens(smollm2, smollm2_file):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     fields = gguf.GGUFReader(str(smollm2_file)).fields

@@ -18,15 +18,31 @@ def run(*arguments, cwd=ROOT):
     return subprocess.run([*ALIGNMENT, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """As `run`, in this process: Python and its libraries are not started again for commands that start nothing."""
+    from alignment.cli import main
+
+    def call(*arguments, cwd=ROOT):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["alignment", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, ended.value.code or 0, said.out, said.err)
+
+    return call
+
+
 def test_version():
     from alignment import __version__
 
     assert run("--version").stdout == f"alignment {__version__}\n"
 
 
-def test_check_lists_every_problem_on_its_own_line(small, tmp_path):
+def test_check_lists_every_problem_on_its_own_line(small, tmp_path, run_here):
     small("learning_rate: 5e-7", "learning_rat: 5e-7\n  sed: 1")
-    done = run("recipe", "check", "r.yaml", "missing.yaml", "model.dtype=float23", cwd=tmp_path)
+    done = run_here("recipe", "check", "r.yaml", "missing.yaml", "model.dtype=float23", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert [line.split(": ")[1] for line in done.stderr.splitlines()] == [
@@ -37,11 +53,11 @@ def test_check_lists_every_problem_on_its_own_line(small, tmp_path):
     ]
 
 
-def test_explain_and_diff():
-    done = run("recipe", "explain", "recipes/quickstart/dpo.yaml", "training.learning_rate=1e-6")
+def test_explain_and_diff(run_here):
+    done = run_here("recipe", "explain", "recipes/quickstart/dpo.yaml", "training.learning_rate=1e-6")
     assert done.returncode == 0, done.stderr
     assert "command line" in next(line for line in done.stdout.splitlines() if "training.learning_rate" in line)
-    done = run("recipe", "diff", "recipes/quickstart/dpo.yaml", "recipes/quickstart/ipo.yaml")
+    done = run_here("recipe", "diff", "recipes/quickstart/dpo.yaml", "recipes/quickstart/ipo.yaml")
     assert done.returncode == 0, done.stderr
     assert "objective.name: dpo (recipes/quickstart/dpo.yaml:" in done.stdout
 
@@ -60,8 +76,8 @@ def test_explain_and_diff():
         (["objectives", "check", "dppo"], "unknown objective 'dppo'; did you mean 'dpo'?"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(arguments, words):
-    done = run(*arguments)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, words, run_here):
+    done = (run if arguments[0] == "train" else run_here)(*arguments)  # `train` becomes another program
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -94,9 +110,9 @@ def test_train_hands_over_to_accelerate(monkeypatch):
     assert commands[1] == (sys.executable, [*launch, *program, "--resume"])
 
 
-def test_train_without_a_launcher_is_one_process_with_exit_code_2(tmp_path):
+def test_train_without_a_launcher_is_one_process_with_exit_code_2(tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
-    data = ["data.sample=null", "data.train=pairs.jsonl", "evaluation=null"]
+    data = [f"model.name_or_path={tiny}", "data.sample=null", "data.train=pairs.jsonl", "evaluation=null"]
     done = run("train", str(ROOT / "recipes/quickstart/dpo.yaml"), *data, cwd=tmp_path)
     assert done.returncode == 2
     assert "cannot be told from the columns prompt, chosen" in done.stderr.strip().splitlines()[-1]
@@ -129,8 +145,8 @@ def test_help_says_where_a_users_file_is_executed(words):
     assert "executed" in CliRunner().invoke(app, [*words, "--help"]).stdout
 
 
-def test_objectives_check_prints_a_line_per_check():
-    done = run("objectives", "check", "hinge")
+def test_objectives_check_prints_a_line_per_check(run_here):
+    done = run_here("objectives", "check", "hinge")
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
     assert all(line.startswith("ok    hinge ") for line in lines[:-1])
@@ -160,10 +176,10 @@ def test_a_wrong_objective_of_a_users_own_fails_the_check(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_objectives_lists_and_shows():
-    listed = run("objectives").stdout
+def test_objectives_lists_and_shows(run_here):
+    listed = run_here("objectives").stdout
     assert "arXiv:2305.18290" in listed and "needs: reference, previous" in listed
-    shown = run("objectives", "show", "rpo").stdout
+    shown = run_here("objectives", "show", "rpo").stdout
     assert "eta = 0.005" in shown and "not to be confused" in shown
 
 

@@ -177,11 +177,10 @@ def test_final_arrives_and_nothing_else(started, hub, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"HF_TOKEN": ""}, "Token is required"),
-        ({"HF_TOKEN": "hf_wrong"}, "Invalid"),
-        ({"HF_HUB_OFFLINE": "1"}, "offline"),
+        pytest.param({"HF_TOKEN": ""}, "Token is required", id="not logged in", marks=pytest.mark.slow),
+        pytest.param({"HF_TOKEN": "hf_wrong"}, "Invalid", id="unknown token"),
+        pytest.param({"HF_HUB_OFFLINE": "1"}, "offline", id="offline", marks=pytest.mark.slow),
     ],
-    ids=["not logged in", "unknown token", "offline"],
 )
 def test_who_cannot_log_in_is_told_before_anything_is_done(started, hub, tmp_path, environment, reason):
     code, said = started(**environment)
