@@ -292,7 +292,9 @@ class OnlinePreferenceTrainer(DrawingTrainer):
         self._describe(self._records)
         if self.accelerator.is_main_process:
             append_rollout(Path(str(self.args.output_dir)) / ROLLOUTS, rollout, phase, self._records)
-        if not any(not r.skipped for r in self._records):
+        # A policy that has learned may tie everywhere once; one that ties from the start has the wrong judge.
+        reasons = {r.skipped for r in self._records}
+        if "" not in reasons and (rollout == 0 or judging.UNSCORED in reasons):
             raise UserError(
                 f"rollout {rollout}: none of {len(self._records)} prompts can be learned from "
                 f"({self._records[0].skipped}); look at {ROLLOUTS}"

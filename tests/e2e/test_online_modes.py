@@ -160,7 +160,7 @@ def test_every_launch_is_the_same_training_on_recorded_samples(trained, mode, ca
     if mode == "one":
         assert found == expected and same_weights(run, recorded)
     if case.startswith("egpo"):
-        assert min(row["look_ahead/changed"] for row in training_lines(run)) > 0.5
+        assert min(row["look_ahead/changed"] for row in training_lines(run)) > 0.4  # B of LoRA is 0 at first
 
 
 def samples(folder: Path, case: str) -> list[dict[str, Any]]:
