@@ -95,7 +95,7 @@ def refuse_two_kinds(trained: Prepared, held_out: Prepared | None) -> None:
         )
 
 
-def refuse(trained: Sequence[Any], judged: Judged, what: str = "data.train") -> None:
+def refuse(trained: Sequence[Any], judged: Judged, what: object = "data.train") -> None:
     """Stop if a prompt is both trained and judged on.
 
     Args:

@@ -1,7 +1,7 @@
 """Prompts of on-policy training: read, tokenised and checked; the ones that cannot be used are counted and kept aside.
 
 A text file has one prompt a line (as for `data.sample`); a .jsonl has `prompt`, a text or chat messages, and where a
-reference answer is needed `answer`. Not preferences (`pipeline`).
+reference answer is needed `answer`; of a hub data set the columns are named. Not preferences (`pipeline`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.data.pipeline import Prepared, Rejected, described
 from alignment.data.preferences import EMPTY, MISSING_FIELD, NOT_TEXT, PROMPT_TOO_LONG, read_prompts, read_rows
-from alignment.errors import UserError
+from alignment.data.reading import raw_rows
+from alignment.errors import UserError, nearest
 from alignment.models.sampling import prompt_ids
+from alignment.recipes.sections import HubPromptsSection, SourceSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def prepare_prompts(
-    file: str,
+    file: str | HubPromptsSection,
     limit: int | None,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -32,7 +34,7 @@ def prepare_prompts(
     """Columns `prompt`, `prompt_ids` and, with `answers`, `answer`.
 
     Args:
-        file: a text file or .jsonl.
+        file: a text file or .jsonl, or a column of a hub data set.
         limit: use only the first so many.
         longest: tokens that a prompt may have; longer ones are set aside.
         answers: whether a reference answer is needed.
@@ -43,7 +45,9 @@ def prepare_prompts(
     """
     from datasets import Dataset
 
-    if file.endswith((".jsonl", ".jsonl.gz")):
+    if not isinstance(file, str):
+        rows, file = _columns(file, limit, answers), str(file)
+    elif file.endswith((".jsonl", ".jsonl.gz")):
         rows = read_rows(Path(file))
         if limit is not None and len(rows) < limit:
             raise UserError(f"{file}: {len(rows)} prompts, but {limit} are asked for")
@@ -77,6 +81,31 @@ def prepare_prompts(
         max_rejected_share=max_rejected_share,
         sources=(described("prompts", file, "prompts", len(rows), len(kept), len(kept), rejected),),
     )
+
+
+def _columns(source: HubPromptsSection, limit: int | None, answers: bool) -> list[dict[str, Any]]:
+    """Rows `prompt` and, with `answers`, `answer` out of the columns that the recipe names."""
+    given = SourceSection(name=source.hub, split=source.split, subset=source.subset, limit=limit)
+    wanted = {"prompt": source.prompt} | ({"answer": source.answer} if answers else {})
+    rows: list[dict[str, Any]] = []
+    for _, row in raw_rows(given, "train"):
+        for key, column in wanted.items():
+            if column not in row:
+                raise UserError(
+                    f"data.prompts: {source} has no column {column!r}{nearest(column, row)}; name it: {key}: COLUMN"
+                )
+        rows.append({key: row[column] for key, column in wanted.items()})
+        rows[-1]["prompt"] = _asked(rows[-1]["prompt"], source)
+    return rows
+
+
+def _asked(prompt: Any, source: HubPromptsSection) -> Any:
+    """The prompt as a chat, where the recipe wants one."""
+    if isinstance(prompt, str) and prompt and (source.chat or source.system):
+        prompt = [{"role": "user", "content": prompt}]
+    if source.system and isinstance(prompt, list):
+        return [{"role": "system", "content": source.system}, *prompt]
+    return prompt
 
 
 def _usable(

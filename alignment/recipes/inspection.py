@@ -57,7 +57,8 @@ def _missing_files(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
     files = {}
     if isinstance(recipe, Recipe):
         files["data.sample.prompts"] = recipe.data.sample.prompts if recipe.data.sample else None
-        files["data.prompts"] = recipe.data.prompts.name if recipe.data.prompts else None
+        asked = recipe.data.prompts.name if recipe.data.prompts else None
+        files["data.prompts"] = asked if isinstance(asked, str) else None  # else of the hub: nothing to look for
         files["generation.replay"] = recipe.generation.replay
         files["evaluation.prompts"] = recipe.evaluation.prompts if recipe.evaluation else None
         files |= judge_files("reward", recipe.reward.model_dump()) if recipe.reward else {}

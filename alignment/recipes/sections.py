@@ -324,12 +324,34 @@ class PreferenceRows(Section):
         return value
 
 
+class HubPromptsSection(Section):
+    """A column of a hub data set, or of a data file or folder of `data.train`'s kinds, as prompts."""
+
+    hub: Text = Field(description="Hub name; also FILE.parquet, FILE.csv or a folder.")
+    split: Text | None = option(None, "Named split; slices as in datasets: train[:10%].", "train")
+    subset: Text | None = option(None, "Configuration of a hub data set.", "the hub's default one")
+    prompt: Text = option("prompt", "Column of the prompts, texts or messages.", "our name for it")
+    answer: Text = option("answer", "(likelihood) Column of the reference answers.", "our name for it")
+    chat: bool = option(False, "Make each text the user's message of a chat.", "text stays text")
+    system: Text | None = option(None, "System message before each prompt, which makes it a chat.", "none")
+
+    def __str__(self) -> str:
+        return f"{self.hub}:{self.split or 'train'}"
+
+
+def _file_or_hub(value: Any) -> Any:
+    """A hub's section by itself, so that its mistakes stand at its keys and not at a union's."""
+    if not isinstance(value, str | dict | HubPromptsSection):
+        raise ValueError(f"expected a file, or a section with hub: NAME, got {value!r}")
+    return HubPromptsSection.model_validate(value) if isinstance(value, dict) else value
+
+
 class PromptsSection(Section):
     """Prompts of on-policy training; `data.prompts: FILE` is short for `data.prompts: {name: FILE}`."""
 
-    name: Text = Field(
-        description="Text file, one prompt a line; or .jsonl with `prompt` (text or messages) and, for objective "
-        "likelihood, `answer`."
+    name: Annotated[Text | HubPromptsSection, BeforeValidator(_file_or_hub)] = Field(
+        description="Text file, one prompt a line; .jsonl with `prompt` (text or messages) and, for objective "
+        "likelihood, `answer`; or {hub: NAME, split: …, prompt: COLUMN} of a hub data set."
     )
     limit: int | None = option(None, "Use only the first so many prompts.", "all", ge=1)
 
