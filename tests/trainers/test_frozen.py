@@ -52,8 +52,14 @@ def with_calibration(data: Dataset) -> Dataset:
     return data.add_column("calibration", [f"{row['chosen'][:-2]} and dull ." for row in data])
 
 
-@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("objective", ["dpo", "inpo", "vpo"])
+@pytest.mark.parametrize(
+    ("objective", "adapter"),
+    [
+        *(pytest.param(name, None, id=f"{name}-full") for name in ("dpo", "inpo", "vpo")),
+        pytest.param("dpo", LORA, id="dpo-lora"),
+        *(pytest.param(name, LORA, id=f"{name}-lora", marks=pytest.mark.slow) for name in ("inpo", "vpo")),
+    ],
+)
 @pytest.mark.parametrize("another", [False, True], ids=["start", "another"])
 def test_precomputed_is_the_same_training(tiny, tmp_path, objective, adapter, another, own_cache):
     reference = moved(tiny) if another else None
