@@ -27,10 +27,12 @@ _CLASSES: dict[Kind, dict[str, str]] = {
         "model": "alignment.rewards.scored:ModelReward",
         "recorded": "alignment.rewards.recorded:RecordedReward",
         "regex": "alignment.rewards.rules:RegexReward",
+        "shifted": "alignment.rewards.studies:ShiftedReward",
         "vader": "alignment.rewards.rules:VaderReward",
     },
     "oracle": {
         "bradley_terry": "alignment.rewards.oracles:RewardOracle",
+        "cyclic": "alignment.rewards.studies:CyclicOracle",
         "general": "alignment.rewards.general:GeneralOracle",
         "llm_judge": "alignment.rewards.judge:LLMJudge",
         "recorded": "alignment.rewards.recorded:RecordedOracle",
