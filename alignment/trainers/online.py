@@ -213,6 +213,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
         rollout, places = self.order.step(self.state.global_step)
         if self._current is None:
             self._load_kept(rollout)
+            self._refuse_short_replay(rollout)
         if self._current != (rollout, 0):
             self._roll_out(rollout, 0)
         if self.rollouts.look_ahead:
@@ -276,8 +277,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
         mine = slice(share * self.accelerator.process_index, share * (self.accelerator.process_index + 1))
         began = time.perf_counter()
         if self.replay is not None:
-            opponent = self.rollouts.opponent is not None or self.rollouts.calibration
-            records = self.replay.records(rollout, phase, rows, self.rollouts.samples, opponent)[mine]
+            records = self._recorded(self.replay, rollout, phase)[mine]
             self._refuse_foreign(records)
         else:
             with self._seeded(rollout, phase):
@@ -321,6 +321,19 @@ class OnlinePreferenceTrainer(DrawingTrainer):
                     raise UserError(f"prompt {row + 1}: the model gave an empty response; it has no log-probability")
             records.append(record)
         return records
+
+    def _recorded(self, replay: Replay, rollout: int, phase: int) -> list[Record]:
+        opponent = self.rollouts.opponent is not None or self.rollouts.calibration
+        return replay.records(rollout, phase, self.order.rows(rollout), self.rollouts.samples, opponent)
+
+    def _refuse_short_replay(self, first: int) -> None:
+        """Before the first step: what a run cannot have to its end, it shall not begin on."""
+        if self.replay is None:
+            return
+        last, _ = self.order.step(self.state.max_steps - 1)
+        for rollout in range(first, last + 1):
+            for phase in range(1 + self.rollouts.look_ahead):
+                self._recorded(self.replay, rollout, phase)
 
     def _refuse_foreign(self, records: list[Record]) -> None:
         """Recorded samples of other prompts, or of a model with another tokenizer."""
