@@ -52,7 +52,8 @@ CURVES = (
         (("training", "loss"), ("held out", "eval_loss")),
         "per pair",
         "The objective's mean value. It should fall below its value before training (dashed). A low loss says that "
-        "chosen and rejected responses are told apart, not that the model writes better ones: see the win rate.",
+        "chosen and rejected responses are told apart, not that the model writes better ones: see the win rate. "
+        "On-policy losses are made of fresh samples at every step and need not fall.",
     ),
     Curve(
         "Implicit rewards",
@@ -90,6 +91,29 @@ CURVES = (
         (0.0, "reference"),
     ),
     Curve(
+        "Judgement of the policy's samples",
+        (("reward", "reward"), ("preference", "preference"), ("accuracy", "samples/accuracy")),
+        "as the judge says",
+        "On-policy runs: mean reward of fresh samples, mean probability of beating the opponent, or share of right "
+        "answers. Read it beside the KL: every judge can be pleased by drifting far enough.",
+    ),
+    Curve(
+        "KL to the reference",
+        (("log π − log reference", "samples/kl"),),
+        "nats per response",
+        "On-policy runs: mean of log policy − log reference over fresh samples of the policy, an unbiased estimate of "
+        "KL(policy ‖ reference). It starts at 0; tens of nats mean text that the reference would hardly write.",
+        (0.0, "reference"),
+    ),
+    Curve(
+        "Samples",
+        (("finished", "samples/finished"), ("distinct bigrams", "samples/distinct_2"), ("valid", "samples/valid")),
+        "share",
+        "On-policy runs: responses that end by themselves, different bigrams among all of a rollout, and chains with "
+        "the answer's marker. Falling diversity with rising reward is the usual way to please a judge.",
+        share=True,
+    ),
+    Curve(
         "Pairs without push",
         (("saturated", "saturated"),),
         "share of pairs",
@@ -99,7 +123,11 @@ CURVES = (
     ),
     Curve(
         "Throughput",
-        (("tokens", "tokens_per_second"),),
+        (
+            ("tokens", "tokens_per_second"),
+            ("sampling", "tokens_per_second/sample"),
+            ("training", "tokens_per_second/train"),
+        ),
         "tokens per second",
         "Speed of training. The first point includes warming up; dips are evaluation or saving.",
     ),

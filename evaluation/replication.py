@@ -281,12 +281,12 @@ def _duels(replication: Replication, folder: Path, task: Path) -> dict[str, Any]
 
 
 def _curves(folder: Path, name: str, seeds: int) -> list[list[dict[str, Any]]]:
-    """Per seed the logged lines that have a reward or a preference with the KL of the same rollout."""
+    """Per seed the logged lines of a rollout: its reward or preference, and its KL."""
     found = []
     for seed in range(seeds):
         lines = [row for _, row in iterate_json_lines(folder / f"{name}-{seed}" / "metrics.jsonl")]
-        names = ["step", "kl", "reward", "preference"]
-        found.append([{k: r[k] for k in names if k in r} for r in lines if "kl" in r])
+        names = {"step": "step", "samples/kl": "kl", "reward": "reward", "preference": "preference"}
+        found.append([{ours: r[k] for k, ours in names.items() if k in r} for r in lines if "samples/kl" in r])
     return found
 
 

@@ -559,7 +559,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
                 for n in ("first", "second")
                 if f"ref_{n}" in r.numbers
             ]
-            values |= {"kl": sum(ratios) / len(ratios)} if ratios else {}  # E_pi[log pi/ref] on fresh samples
+            values |= {"samples/kl": sum(ratios) / len(ratios)} if ratios else {}  # E_pi[log pi/ref], fresh samples
         if self.kind == "groups":
             valid = [v for r in records for v in r.valid]
             values["samples/valid"] = sum(valid) / len(valid)
@@ -591,7 +591,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
     def _statistics(self, batch: Any) -> dict[str, torch.Tensor]:
         if self.kind != "pairs":
             found: dict[str, torch.Tensor] = self.objective.statistics(batch)  # type: ignore[attr-defined]
-            return found
+            return {f"objective/{name}": value for name, value in found.items()}
         chosen, rejected = (r.detach() for r in self.objective.rewards(batch))
         agrees = torch.where(batch.label > 0.5, chosen > rejected, rejected > chosen).double()
         found = {"rewards/margins": (chosen - rejected) * (2 * batch.label - 1).sign(), "rewards/accuracies": agrees}

@@ -367,7 +367,7 @@ def test_log_probs_of_samples_are_those_of_a_plain_forward(tiny, tokenizer, tmp_
             assert said == tokenizer.decode(ids, skip_special_tokens=True)
     later = [gap for rollout, gap in gaps if rollout]
     assert max(map(abs, later)) > 1e-2
-    assert logged(trainer, "kl")[2] == pytest.approx(sum(later) / len(later), abs=1e-3)
+    assert logged(trainer, "samples/kl")[1] == pytest.approx(sum(later) / len(later), abs=1e-3)
 
 
 def test_numbers_of_a_log_line_are_numbers(tiny, tmp_path):
@@ -910,7 +910,7 @@ def test_likelihood_scores_the_reference_answer_behind_each_chain(tiny, tokenize
     assert losses[1] == losses[2] == 0 and losses[0] * losses[3]
     assert logged(trainer) == pytest.approx([sum(losses) / 4], rel=1e-3)
     assert logged(trainer, "samples/valid") == [6 / 12]
-    assert logged(trainer, "valid") == [6 / 12] and logged(trainer, "skipped") == [2 / 4]
+    assert logged(trainer, "objective/valid") == [6 / 12] and logged(trainer, "objective/skipped") == [2 / 4]
     found = samples(tmp_path / "run")
     assert [row["responses"] for row in found] == [says(tokenizer, 0, texts).responses for texts in TOLD]  # as drawn
     right = [
