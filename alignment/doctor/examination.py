@@ -61,6 +61,9 @@ def examine(recipe: Recipe, options: Options, console: Console) -> bool:
         ok &= _start(recipe, found, rows, tokenizer, console)
     if found is not None:
         _print_plan(found, rows, recipe, console)
+        if recipe.data.prompts is not None:
+            text = "a step's losses alone: drawing, judging and scoring its samples is not planned"
+            _say(console, "note", f"{text} (docs/on_policy.md counts them)")
     return ok
 
 
@@ -98,6 +101,9 @@ def _rows(recipe: Recipe, options: Options, console: Console) -> tuple[Any, Prep
             raise
         _say(console, "warning", f"not looked at, for want of the tokenizer: {error}")
         return None, None
+    if recipe.data.prompts is not None:
+        _prompts(recipe, tokenizer, console)
+        return tokenizer, None
     if recipe.data.train is None:
         return tokenizer, _sampled(recipe, options, tokenizer, console)
     try:
@@ -107,6 +113,37 @@ def _rows(recipe: Recipe, options: Options, console: Console) -> tuple[Any, Prep
             raise
         _say(console, "warning", f"not looked at, for want of the rows: {error}")
         return tokenizer, None
+
+
+def _prompts(recipe: Recipe, tokenizer: Any, console: Console) -> None:
+    """What an on-policy recipe asks. There is no pair to look at: the policy draws its own while it trains."""
+    from alignment.data.prompts import prepare_prompts
+    from alignment.objectives import get_objective
+
+    section = recipe.data.prompts
+    assert section is not None
+    objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
+    try:
+        found = prepare_prompts(
+            section.name,
+            section.limit,
+            tokenizer,
+            longest=recipe.data.max_length - recipe.generation.max_new_tokens,
+            answers=objective.card.batch == "groups",
+            max_rejected_share=recipe.data.max_rejected_share,
+        )
+    except UserError as error:
+        if isinstance(section.name, str):
+            raise
+        _say(console, "warning", f"not looked at, for want of the prompts: {error}")
+        return
+    for line in found.summary():
+        _say(console, "note", line)
+    lengths = [len(ids) for ids in found.dataset["prompt_ids"]]
+    first = tokenizer.decode(found.dataset[0]["prompt_ids"], skip_special_tokens=False)
+    _say(console, "note", f"prompts have {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most")
+    _say(console, "note", f"the first one: {first!r}")
+    _say(console, "note", "the policy draws responses while it trains; the first rollout is checked against step 0")
 
 
 def _first_rows(recipe: Recipe) -> Recipe:

@@ -65,7 +65,7 @@ class Plan:
             f"{_devices(s.world)}, {SHARDING[s.sharding]}{_offload(s)}; {REFERENCE[s.reference]}",
             f"pairs a pass: {s.pairs}, passes a step: {s.accumulation}, layout {s.layout}"
             f"{', gradient checkpointing' * s.gradient_checkpointing}, {s.optimizer}",
-            f"each pair: prompt {s.prompt} tokens, responses {' and '.join(map(str, s.responses))}",
+            f"each pair: prompt {s.prompt} tokens, responses {_responses(s.responses)}",
         ]
         if s.copies:
             lines.append(f"each pair besides: {len(s.copies)} degraded copies, counted as long as their responses")
@@ -149,6 +149,11 @@ def operations(number: float) -> str:
 
 def _devices(world: int) -> str:
     return "one device" if world == 1 else f"{world} devices"
+
+
+def _responses(lengths: tuple[int, ...]) -> str:
+    """`512 and 512`; of a group of samples `32 x 512`."""
+    return f"{len(lengths)} x {lengths[0]}" if len(lengths) > 3 else " and ".join(map(str, lengths))
 
 
 def _offload(setting: Setting) -> str:

@@ -48,7 +48,7 @@ class Setting:
         pairs: preference pairs per forward pass and device.
         accumulation: passes per optimizer step.
         prompt: tokens of each prompt.
-        responses: tokens of each response: chosen, rejected, and calibration where there is one.
+        responses: tokens of each response: chosen, rejected, calibration where there is one; or all samples.
         copied: which of them have degraded copies (spo), counted as long as the response.
         degrees: the response and its copies.
     """
@@ -145,6 +145,8 @@ class Setting:
 def from_recipe(recipe: Recipe, launched: Launch | None = None, world: int | None = None) -> Setting:
     """The setting of a recipe, at its longest rows: half of `data.max_length` prompt, half each response.
 
+    On-policy: as long a response as may be drawn, and as many as are learned from; the prompt takes the rest.
+
     Args:
         recipe: the recipe.
         launched: what an accelerate configuration file says (`read_launch`), or None.
@@ -159,8 +161,7 @@ def from_recipe(recipe: Recipe, launched: Launch | None = None, world: int | Non
     pairs, accumulation = plan_batches(training.global_batch_size, training.per_device_train_batch_size, launch.world)
     objective: Any = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
     copying = "degree" in objective.needs
-    prompt = recipe.data.max_length // 2
-    width = 3 if "calibration" in objective.needs else 2
+    prompt, responses = _lengths(recipe, objective)
     return replace(
         launch,
         dtype=recipe.model.dtype,
@@ -175,10 +176,22 @@ def from_recipe(recipe: Recipe, launched: Launch | None = None, world: int | Non
         pairs=pairs,
         accumulation=accumulation,
         prompt=prompt,
-        responses=(recipe.data.max_length - prompt,) * width,
+        responses=responses,
         copied=RESPONSES[objective.responses] if copying else (),
         degrees=objective.degrees if copying else 1,
     )
+
+
+def _lengths(recipe: Recipe, objective: Any) -> tuple[int, tuple[int, ...]]:
+    """Tokens of the prompt and of each response."""
+    calibration = 1 if "calibration" in objective.needs else 0
+    longest = recipe.data.max_length
+    if recipe.data.prompts is None:
+        return longest // 2, (longest - longest // 2,) * (2 + calibration)
+    from alignment.recipes.on_policy import rollout_settings
+
+    drawn = recipe.generation.max_new_tokens
+    return longest - drawn, (drawn,) * (rollout_settings(recipe)["samples"] + calibration)
 
 
 def _lora(recipe: Recipe) -> Lora | None:
