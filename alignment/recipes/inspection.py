@@ -114,13 +114,18 @@ def _missing_model(name: str) -> Iterator[str]:
 
 def explain(recipe: AnyRecipe) -> str:
     """Every value of the recipe, one line each: key, value, and the file and line or the default's source."""
-    rows = [
-        (dotted, _yaml(value), str(recipe.origin(dotted) or f"default: {default_source(recipe, dotted)}"))
-        for dotted, value in flatten(recipe.resolved())
-    ]
+    rows = [(dotted, _yaml(value), _origin(recipe, dotted)) for dotted, value in flatten(recipe.resolved())]
     key_width = max(len(key) for key, _, _ in rows)
     value_width = min(40, max(len(value) for _, value, _ in rows))
     return "\n".join(f"{key:<{key_width}}  {value:<{value_width}}  {origin}" for key, value, origin in rows)
+
+
+def _origin(recipe: AnyRecipe, dotted: str) -> str:
+    """Where a value was written, or its default's source; a key without default was written in its section's place."""
+    if (place := recipe.origin(dotted)) is not None:
+        return str(place)
+    source = default_source(recipe, dotted)
+    return f"default: {source}" if source else str(recipe.origin(dotted.rpartition(".")[0]) or "")
 
 
 def diff(first: AnyRecipe, second: AnyRecipe) -> str:

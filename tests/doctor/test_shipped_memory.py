@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import GemmaConfig, LlamaConfig, MistralConfig
+from transformers import Gemma2Config, GemmaConfig, GPTJConfig, LlamaConfig, MistralConfig
 
 from alignment.doctor import plan
 from alignment.doctor.setting import from_recipe
@@ -14,7 +14,16 @@ from alignment.recipes import load_recipe
 from alignment.recipes.launch import read_launch
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-MODELS = {  # the config.json of Llama-3-8B and Gemma-7B; MistralConfig's defaults are Mistral-7B's
+MODELS = {  # of config.json, the first that fits; the defaults of MistralConfig and GPTJConfig are the 7B's and 6B's
+    "llama3.2-3b": LlamaConfig(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    ),
+    "gemma-2-2b": Gemma2Config(
+        vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, attn_implementation="eager",
+    ),
+    "gpt-j": GPTJConfig(),
     "llama": LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8,

@@ -15,7 +15,7 @@ from tests.recipes.conftest import ROOT
 SHIPPED = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "recipes").rglob("*.yaml")
-    if path.parent.name != "accelerate" and path.stem != "smollm2"  # an experiment
+    if path.parent.name not in ("accelerate", "replications") and path.stem != "smollm2"  # experiments
 )
 
 
@@ -59,7 +59,7 @@ def test_resolving_is_stable_under_overrides(small, overrides):
 def test_every_objective_has_a_quick_start_recipe_and_each_recipe_its_own_run_folder():
     from alignment.objectives import list_objectives
 
-    names = {card.name for card in list_objectives() if card.batch == "pairs"}
+    names = {card.name for card in list_objectives()}
     built_in = {name for name in names if objective_class(name).__module__.startswith("alignment.objectives.")}
     recipes = {path: load_any(ROOT / path) for path in SHIPPED}
     quickstart = {
@@ -67,15 +67,16 @@ def test_every_objective_has_a_quick_start_recipe_and_each_recipe_its_own_run_fo
         for path, recipe in recipes.items()
         if "quickstart" in path and isinstance(recipe, Recipe)  # sft.yaml has no objective
     }
-    assert set(quickstart) == built_in
-    assert all(recipe.objective.name == stem for stem, recipe in quickstart.items())
+    assert set(quickstart) == built_in | {"vpo_online"}
+    assert all(recipe.objective.name == stem.removesuffix("_online") for stem, recipe in quickstart.items())
     assert len({recipe.training.output_dir for recipe in recipes.values()}) == len(recipes)
 
 
 def test_derived_recipes_stay_short_and_say_how_they_are_run():
     for path in SHIPPED:
         text = (ROOT / path).read_text()
-        assert text.startswith("# ") and re.search(rf"scripts/(train|sft|train_reward_model)\.py {path}", text), path
+        joined = re.sub(r" \\\n# +", " ", text)  # a command over several lines
+        assert text.startswith("# ") and re.search(rf"scripts/(train|sft|train_reward_model)\.py {path}", joined), path
         if "extends:" in text:
             said = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
             assert len(said) <= 20, path  # sources of values, in comments, may take what they need
@@ -108,6 +109,9 @@ def test_explain_shows_every_value_once_with_its_origin(small):
     assert rows["training.warmup_steps"] == ["0.0", "default: TRL 1.16"]
     assert rows["training.output_dir"] == ["runs/child", "default: runs/ and the recipe's file name"]
     assert rows["objective.label_smoothing"][1].startswith("default: ")
+    short = load_recipe("child.yaml", ["data={train: null, prompts: p.txt}", "reward.name=vader"])
+    (shown,) = [line for line in explain(short).splitlines() if line.startswith("data.prompts.name ")]
+    assert shown.split()[1:] == ["p.txt", "command", "line"]  # where its section was written
     assert all(len(rest) == 2 and rest[1].removeprefix("default: ") for rest in rows.values())
 
 

@@ -112,7 +112,7 @@ LM_HEAD = (
         ("data:", "reward:\n  name: vadr\ndata:", "r.yaml:7: reward.name: unknown reward 'vadr'; did you mean 'vader'?"),
         ("data:", "reward:\n  name: regex\ndata:", "r.yaml:6: reward: key 'pattern' is missing; add it"),
         # rules that tie keys together
-        ("train: pairs.jsonl", "max_length: 9", "r.yaml:6: data: no preferences: give either train (a file or hub name) or sample (draw from the model)"),
+        ("train: pairs.jsonl", "max_length: 9", "r.yaml:6: data: nothing to train on: give train (preferences: a file or hub name), sample (draw them from the starting model) or prompts (on-policy)"),
         ("train: pairs.jsonl", "train: x\n  sample:\n    prompts: p.txt", "r.yaml:7: data.train: excludes data.sample; set the one that you do not want to null"),
         ("train: pairs.jsonl", "sample:\n    prompts: p.txt", "r.yaml:7: data.sample: needs a reward or oracle section: something has to choose between samples"),
         ("data:", "evaluation:\n  prompts: p.txt\ndata:", "r.yaml:6: evaluation: needs a reward or oracle section: something has to judge the responses"),

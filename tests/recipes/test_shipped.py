@@ -19,13 +19,14 @@ from tests.recipes.conftest import ROOT
 OBJECTIVES = {card.name for card in list_objectives()}
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*/*.yaml"))
 FILES.remove("recipes/overoptimization/smollm2.yaml")  # an experiment: tests/evaluation/test_overoptimization.py
+FILES = [name for name in FILES if not name.startswith("recipes/replications/")]  # experiments, too
 LAUNCH = [name for name in FILES if name.startswith("recipes/accelerate/")]
 # Supervised fine-tuning has a schema and tests of its own.
 OTHER_KINDS = ("sft", "reward_model")  # no objective
 REWARD = [name for name in FILES if name.startswith("recipes/reward_model/")]
 RECIPES = [name for name in FILES if name not in (*LAUNCH, *REWARD) and Path(name).stem not in OTHER_KINDS]
 REAL = [name for name in RECIPES if not name.startswith("recipes/quickstart/")]
-PAGES = ["docs/launching.md"]
+PAGES = ["docs/launching.md", "docs/on_policy.md"]
 PROGRAMS = ("accelerate", "alignment", "python", "torchrun")
 
 
@@ -73,6 +74,19 @@ def test_every_objective_has_a_quick_start_and_a_recipe_for_a_real_model():
     assert real == OBJECTIVES
     for name in REAL:
         assert load_recipe(name).objective.name == Path(name).parent.name
+
+
+def test_objectives_that_learn_from_samples_have_prompts_and_vpo_both_ways():
+    sampled = {card.name for card in list_objectives() if card.batch != "pairs"}
+    assert sampled == {"egpo", "likelihood", "nash_md", "nash_md_pg", "online_ipo1", "online_ipo2", "p3o"}
+    recipes = [load_recipe(name) for name in RECIPES]
+    assert all(r.data.prompts is not None for r in recipes if r.objective.name in sampled)
+    for places in (REAL, [name for name in RECIPES if name not in REAL]):
+        vpo = [r for r in map(load_recipe, places) if r.objective.name == "vpo"]
+        assert {(r.data.prompts is not None, r.objective.hyperparameters["mode"]) for r in vpo} == {
+            (False, "offline"),
+            (True, "online"),
+        }
 
 
 def test_no_two_recipes_write_to_the_same_place():
@@ -136,7 +150,8 @@ def test_shown_launches_agree_with_the_recipe_on_precision(name):
 def test_other_files_among_the_recipes_are_named_by_one():
     """Prompts and rows that a recipe reads, and what a header's command copies, such as ORPO's chat template."""
     text = "\n".join((ROOT / name).read_text() for name in FILES)
-    others = [str(path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*/*") if path.suffix != ".yaml"]
+    others = [str(path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*/*.*") if path.suffix != ".yaml"]
+    others = [name for name in others if not name.startswith("recipes/replications/")]
     assert others and [name for name in others if name not in text] == []
 
 
