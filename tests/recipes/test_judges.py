@@ -36,7 +36,7 @@ def test_an_oracle_judges_samples_and_evaluation(small):
     ("section", "expected"),
     [
         ("name: tabluar", "r.yaml:7: oracle.name: unknown oracle 'tabluar'; did you mean 'tabular'?"),
-        ("name: vader", "r.yaml:7: oracle.name: unknown oracle 'vader'; valid: bradley_terry, general, "),
+        ("name: vader", "r.yaml:7: oracle.name: unknown oracle 'vader'; valid: bradley_terry, cyclic, general, "),
         ("table: t.json", "r.yaml:6: oracle.name: required key is missing: An oracle of docs/rewards.md"),
         (
             "name: tabular\n  table: t.json\n  tabel: t.json",
