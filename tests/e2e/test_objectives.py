@@ -1,5 +1,6 @@
 """Every objective, trained end to end from its quick-start recipe on the tiny language model, and judged.
 
+Those that sample while they train are judged the same way, apart from the fixed pairs, which they do not have.
 Learning means: on openings that training never saw, fresh samples beat the starting model's (lower 95 % limit of the
 win rate above one half), the mean reward rises by more than its interval, and the objective's own loss on a fixed set
 of held-out pairs ends below its value at step 0. Two controls show that these could fail.
@@ -29,7 +30,9 @@ from tests import tiny_lm
 from tests.e2e.conftest import TRAINED_ON, Grammar
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart"
-RECIPES = sorted(path for path in QUICKSTART.glob("*.yaml") if path.stem not in ("sft", "reward_model"))
+ALL = sorted(path for path in QUICKSTART.glob("*.yaml") if path.stem not in ("sft", "reward_model"))
+ON_POLICY = [path for path in ALL if load_recipe(path).data.prompts is not None]
+RECIPES = [path for path in ALL if path not in ON_POLICY]
 
 # The recipes' rates are for 135M parameters; this model has 0.1M. One epoch is 14 steps.
 LEARNING_RATE = 1e-3
@@ -95,13 +98,12 @@ def trained(grammar: Grammar, run: Path, setting: tuple[str, ...], *more: str) -
 
 
 def test_every_objective_has_a_quick_start():
-    shipped = {
-        card.name
-        for card in list_objectives()
-        if card.batch == "pairs" and objective_class(card.name).__module__.startswith("alignment.")
-    }
+    ours = [card for card in list_objectives() if objective_class(card.name).__module__.startswith("alignment.")]
+    shipped = {card.name for card in ours if card.batch == "pairs"}
     assert {load_recipe(path).objective.name for path in RECIPES} == shipped
     assert len(shipped) >= 13
+    sampling = {load_recipe(path).objective.name for path in ON_POLICY}
+    assert sampling - {"vpo"} == {card.name for card in ours if card.batch != "pairs"} and len(sampling) >= 8
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: " ".join(setting).replace("objective.", ""))
@@ -122,6 +124,30 @@ def test_objective_learns(grammar, held_out_pairs, start, tmp_path, setting):
     assert result["mean_score"]["difference_interval"][0] > 0, result
     losses = [row["eval_loss"] for row in read_rows(run / "metrics.jsonl") if "eval_loss" in row]
     assert len(losses) == 1 + LONGER.get(setting[0], 1) and losses[-1] < losses[0]
+
+
+JUDGED = f"{{name: regex, pattern: '{tiny_lm.KIND_PATTERN}'}}"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in ON_POLICY if path.stem != "likelihood"])
+def test_on_policy_objective_learns(grammar, start, tmp_path, name):
+    """From its quick start: the judge is the count of kind words, or its Bradley-Terry oracle."""
+    game = load_recipe(QUICKSTART / f"{name}.yaml").oracle is not None
+    oracle = f"oracle={{name: bradley_terry, temperature: 0.25, reward: {JUDGED}}}"
+    given = grammar.overrides(
+        tmp_path / "run",
+        "data.sample=null",
+        f"data.prompts={{name: {grammar.prompts}}}",
+        f"training.learning_rate={LEARNING_RATE}",
+        *(["reward=null", oracle] if game else []),
+    )
+    run = train(load_recipe(QUICKSTART / f"{name}.yaml", given))
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["prompts"] == TRAINED_ON
+    result = compared(plan_of_run(run, judge=get_reward("regex", pattern=tiny_lm.KIND_PATTERN)), start)
+    assert result["prompts"] == len(tiny_lm.openings()) - TRAINED_ON
+    assert result["interval"][0] > 0.5, result
+    assert result["mean_score"]["difference_interval"][0] > 0, result
 
 
 @pytest.mark.slow
