@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # started as a file
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,7 @@ from alignment.errors import UserError, run_or_exit
 from alignment.files import iterate_json_lines, read_json_object, read_text, write_json, write_text
 
 SAMPLES = 8  # of each held-out prompt when policies are measured
+REPLIES = 40  # candidates for the best reply to a policy
 
 
 class _Strict(BaseModel):
@@ -244,40 +246,39 @@ def _log_probs(model: Any, tokenizer: Any, flat: Sequence[tuple[Any, Any]]) -> n
 def _duels(replication: Replication, folder: Path, task: Path) -> dict[str, Any]:
     """Win rates of every arm's final policy against every other's under the oracle, and how far each can be exploited.
 
-    The best reply to a policy is looked for among all responses that any arm of the seed gave to the prompt:
-    `exploited` is its mean probability of winning, less 1/2; it is 0 only for a policy that nothing here beats.
+    `exploited`: of the REPLIES responses that the arms of a seed gave most often, the one that does best against the
+    policy on all prompts wins so much more than 1/2. A lower bound of what a best reply to each prompt would win.
     """
     from alignment.rewards import get_oracle
 
     assert replication.oracle is not None
     oracle, rows, names = get_oracle(**replication.oracle), _held_out(replication, task), list(replication.arms)
+    prompts = [row["prompt"] for row in rows]
     wins, exploited = [], []
     for seed in range(replication.seeds):
         texts = {
             name: [[one.text for one in group] for group in _responses(folder / f"{name}-{seed}", rows)[2]]
             for name in names
         }
-        table = np.full((len(names), len(names), len(rows)), math.nan)
-        best = np.full((len(names), len(rows)), math.nan)
-        for q, row in enumerate(rows):
-            pool = sorted({text for name in names for text in texts[name][q]})
-            pairs = [(a, b) for a in range(len(pool)) for b in range(len(pool))]
-            answers = oracle.probability(
-                [row["prompt"]] * len(pairs), [pool[a] for a, _ in pairs], [pool[b] for _, b in pairs]
-            )
-            beats = np.array(answers).reshape(len(pool), len(pool))
-            places = [[pool.index(text) for text in texts[name][q]] for name in names]
-            for i in range(len(names)):
-                best[i, q] = beats[:, places[i]].mean(1).max() - 0.5
-                for j in range(len(names)):
-                    table[i, j, q] = beats[np.ix_(places[i], places[j])].mean()
-        wins.append(table.mean(2))
-        exploited.append(best.mean(1))
+        wins.append(np.array([[_won(oracle, prompts, texts[a], texts[b]) for b in names] for a in names]))
+        said = Counter(text for name in names for group in texts[name] for text in group)
+        replies = [text for text, _ in said.most_common(REPLIES)]
+        best = [max(_won(oracle, prompts, [[r]] * len(prompts), texts[name]) for r in replies) for name in names]
+        exploited.append(np.array(best) - 0.5)
     return {
         "arms": names,
         "wins": [[_interval([w[i, j] for w in wins]) for j in range(len(names))] for i in range(len(names))],
         "exploited": {name: _interval([e[i] for e in exploited]) for i, name in enumerate(names)},
     }
+
+
+def _won(oracle: Any, prompts: Sequence[Any], ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]) -> float:
+    """Mean probability that a response of ours beats one of theirs to the same prompt, all pairs of them."""
+    triples = [
+        (prompt, a, b) for prompt, us, them in zip(prompts, ours, theirs, strict=True) for a in us for b in them
+    ]
+    answers = oracle.probability(*(list(column) for column in zip(*triples, strict=True)))
+    return float(np.nanmean(answers))
 
 
 def _curves(folder: Path, name: str, seeds: int) -> list[list[dict[str, Any]]]:
