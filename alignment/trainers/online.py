@@ -139,7 +139,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
         self._precompute, self._scores_start, self._ref_config = False, False, None
         self._branches = 3 if rollouts.calibration else rollouts.samples
         self.draw_batch = rollouts.batch
-        self._layout_settled = self._checked = self._said_lost = False
+        self._layout_settled = self._checked = self._said_lost = self._said_unmarked = False
         self._totals = {"train": Totals(), "eval": Totals()}
         self._seconds, self._tokens = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0)
         self._current: tuple[int, int] | None = None
@@ -299,6 +299,22 @@ class OnlinePreferenceTrainer(DrawingTrainer):
                 f"rollout {rollout}: none of {len(self._records)} prompts can be learned from "
                 f"({self._records[0].skipped}); look at {ROLLOUTS}"
             )
+        if self.kind == "groups":
+            self._say_if_unmarked(rollout)
+
+    def _say_if_unmarked(self, rollout: int) -> None:
+        """Samples without the marker teach nothing, not even to write it: a run of those goes nowhere, silently."""
+        if any(any(r.valid) for r in self._records) or self._said_unmarked:
+            return
+        said = f"rollout {rollout}: no sample has the marker {self.rollouts.marker!r} (rollout.answer.marker)"
+        if rollout == 0:
+            raise UserError(
+                f"{said}, and nothing can be learned; look at {ROLLOUTS}, let samples be longer "
+                "(generation.max_new_tokens), or start from a model that writes it"
+            )
+        self._said_unmarked = True
+        if self.accelerator.is_main_process:
+            warnings.warn(f"{said}: nothing is learned from it; watch samples/valid", stacklevel=2)
 
     def _sampled(self, rows: list[int]) -> list[Record]:
         """Samples of these prompts, from the policy as it is now."""

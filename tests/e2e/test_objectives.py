@@ -150,6 +150,33 @@ def test_on_policy_objective_learns(grammar, start, tmp_path, name):
     assert result["mean_score"]["difference_interval"][0] > 0, result
 
 
+def test_likelihood_learns_the_reference_answer(grammar, tmp_path):
+    """ "my dog" -> a chain that ends with " is" -> "kind ." or "warm .", as the noun decides: the reference answer
+    becomes likelier by more than a nat, and the model says it itself more often."""
+    prompts = sorted({opening.rpartition(" ")[0] for opening in tiny_lm.openings()})
+    rows = [{"prompt": prompt, "answer": f"{tiny_lm.KIND[len(prompt.split()[1]) % 2]} ."} for prompt in prompts]
+    write_json_lines(tmp_path / "rows.jsonl", rows)
+    given = grammar.overrides(
+        tmp_path / "run",
+        "data.sample=null",
+        f"data.prompts={{name: {tmp_path / 'rows.jsonl'}}}",
+        "reward=null",
+        "evaluation=null",
+        "rollout.answer={marker: ' is', separator: ' '}",
+        f"training.learning_rate={LEARNING_RATE}",
+        "training.num_train_epochs=4",
+    )
+    run = train(load_recipe(QUICKSTART / "likelihood.yaml", given))
+    lines = [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+
+    def mean(name: str, part: slice) -> float:
+        return sum(row[name] for row in lines[part]) / len(lines[part])
+
+    first, last = slice(0, 5), slice(-5, None)
+    assert mean("objective/answer_logprob", last) > mean("objective/answer_logprob", first) + 1
+    assert mean("samples/accuracy", last) > mean("samples/accuracy", first) + 0.05
+
+
 @pytest.mark.slow
 def test_spo_reads_key_content_and_not_length_alone(grammar, held_out_pairs, tmp_path):
     """On held-out pairs, against chance, against what length alone would tell, and against both controls."""

@@ -537,11 +537,17 @@ def test_samples_of_another_run_are_refused(tiny, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_mixture_is_the_normalised_geometric_mean(tiny, tokenizer, share, cached):
-    """At every token of left-padded prompts, against plain forward passes of both models without padding or cache."""
+@pytest.mark.parametrize(("share", "absolute"), [(0.0, False), (0.3, False), (1.0, False), (0.3, True)])
+def test_the_mixture_is_the_normalised_geometric_mean(tiny, tokenizer, share, cached, absolute):
+    """At every token of left-padded prompts, against plain forward passes of both models without padding or cache;
+    also where positions are counted from the left (gpt2), which padding would shift."""
     policy, reference = scrambled(tiny, 0.05), load_model(str(tiny))
     prompts = [tokenizer(p).input_ids for p in ("my dog", "the garden seems kind and", "book")]
+    if absolute:
+        policy, reference, prompts = make("gpt2"), make("gpt2"), [[5, 9], [4, 8, 15, 16, 23, 42], [7]]
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter *= 0.7
     width, pad = max(map(len, prompts)), tokenizer.pad_token_id
     torch.manual_seed(0)
     drawn = policy.generate(
@@ -932,6 +938,21 @@ def test_likelihood_scores_the_reference_answer_behind_each_chain(tiny, tokenize
     again.train()
     assert logged(again) == logged(trainer)
     assert (tmp_path / "again" / "rollouts.jsonl").read_text() == (tmp_path / "run" / "rollouts.jsonl").read_text()
+
+
+def test_a_marker_that_no_sample_has_is_said(tiny, tokenizer, tmp_path):
+    """In the first rollout an error, since nothing would ever be learned; later a warning, once."""
+    with pytest.raises(UserError, match="rollout 0: no sample has the marker '####'"):
+        online(tiny, tmp_path / "never", "likelihood", CHAINS | {"marker": "####"}, rows=ANSWERS).train()
+    file, order = tmp_path / "told.jsonl", PromptOrder(len(OPENINGS), 4, 4, 1, 42)
+    for rollout, texts in enumerate([TOLD[0], TOLD[2], TOLD[2]]):
+        append_rollout(file, rollout, 0, [says(tokenizer, row, texts) for row in order.rows(rollout)])
+    args = {"max_steps": 3, "optim": "sgd"}
+    trainer = online(tiny, tmp_path / "run", "likelihood", CHAINS | {"replay": file}, args=args, rows=ANSWERS)
+    with pytest.warns(UserWarning, match="rollout 1: no sample has the marker ' and'") as said:
+        trainer.train()
+    assert len([w for w in said if "no sample has the marker" in str(w.message)]) == 1
+    assert logged(trainer)[0] > 0 and logged(trainer)[1:] == [0.0, 0.0]
 
 
 def test_a_verifier_reads_the_sample_and_nothing_is_forced(tiny, tokenizer, tmp_path):
