@@ -6,7 +6,8 @@
 Of chains of thought z drawn at temperature 1: accuracy of the sampled answers, length of z, and the probability of the
 reference answer behind z. Perplexity is exp(-mean of log pi(a*|z)/|a*|) (one chain: MC-1), and with the N chains of a
 prompt averaged first (MC-N, an underestimate of log sum_z). Greedy accuracy beside it. A chain without the marker is a
-format failure: wrong, without an answer's log-probability, and counted; in MC-N its probability is 0.
+format failure: wrong, without an answer's log-probability, and counted; in MC-N its probability is 0. A prompt without
+a single valid chain is in neither perplexity, and counted (`unscored`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Answers:
         log_prob, log_prob_per_token: log pi(a*|z), mean over valid samples: sums, and sums over |a*|.
         chain_length: tokens of z.
         valid: share of samples with the marker.
+        unscored: prompts without a valid sample, which are in no log-probability and no perplexity.
     """
 
     prompts: int
@@ -55,6 +57,7 @@ class Answers:
     log_prob_per_token: float
     chain_length: float
     valid: float
+    unscored: int
 
 
 def measure(
@@ -115,6 +118,7 @@ def measure(
         _mean(kept),
         _mean([float(length) for _, _, length in flat]),
         len(flat) / (len(rows) * samples),
+        sum(not group for group in valid),
     )
 
 

@@ -6,7 +6,8 @@
 The YAML names a task of `evaluation/tiny.py` (a tiny model and its prompts), what all arms share, the arms, and what
 is measured. Each arm and seed is a normal run directory; what is complete is left as it is, so that the same command
 goes on after an interruption. Writes table.md, table.json and figure.svg. Intervals are t intervals over seeds: they
-hold XX
+hold what sampling and order change, not what another model or other prompts would. Not `alignment compare`: budgets
+are as the YAML says.
 """
 
 from __future__ import annotations

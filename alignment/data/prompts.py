@@ -36,7 +36,7 @@ def prepare_prompts(
     Args:
         file: a text file or .jsonl, or a column of a hub data set.
         limit: use only the first so many.
-        longest: tokens that a prompt may have; longer ones are set aside.
+        longest: tokens that a prompt, with its reference answer, may have; longer ones are set aside.
         answers: whether a reference answer is needed.
         max_rejected_share: for `write_rejected`.
 
@@ -133,9 +133,11 @@ def _usable(
     ids = prompt_ids(tokenizer, prompt)
     if not ids:
         return EMPTY, "prompt has no token"
-    if len(ids) > longest:
+    tail = len(tokenizer(f" {found['answer']}", add_special_tokens=False).input_ids) + 1 if answers else 0
+    if len(ids) + tail > longest:
         return (
             PROMPT_TOO_LONG,
-            f"{len(ids)} tokens, and data.max_length less generation.max_new_tokens leaves {longest}",
+            f"{len(ids)} tokens{f' and {tail} of its answer' * answers}, and data.max_length less "
+            f"generation.max_new_tokens leaves {longest}",
         )
     return found | {"prompt_ids": ids}

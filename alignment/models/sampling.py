@@ -50,7 +50,7 @@ def _cut(row: list[int], ends: set[int]) -> tuple[list[int], bool]:
 
 
 @contextlib.contextmanager
-def _own_defaults_only(model: PreTrainedModel) -> Iterator[None]:
+def own_defaults_only(model: PreTrainedModel) -> Iterator[None]:
     """`generate` fills what a caller leaves open from the file that came with the model (repetition penalty, min-p,
     beams …); samples of the model itself need that file out of the way."""
     from accelerate.utils import is_peft_model
@@ -165,7 +165,7 @@ def sample(
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     bar = tqdm(total=len(prompts), desc=progress, disable=not progress)
-    with torch.random.fork_rng(devices=devices), _own_defaults_only(model), bar:
+    with torch.random.fork_rng(devices=devices), own_defaults_only(model), bar:
         torch.manual_seed(seed)
         for start in range(0, len(order), per_batch):
             batch = order[start : start + per_batch]

@@ -96,9 +96,12 @@ def _sampling(recipe: Recipe, objective: Objective) -> Iterator[InitErrorDetails
                 f"on-policy samples are the policy's own, at temperature 1 and whole; {what}", "generation", key
             )
     once = rollout.prompts_per_rollout in (None, batch) and rollout.inner_epochs == 1
-    if name == "egpo" and not once:
+    if kind != "pairs" and "behaviour" not in objective.needs and not once:
         key = "inner_epochs" if rollout.inner_epochs != 1 else "prompts_per_rollout"
-        yield error("egpo draws for every half-step anew: one rollout is one step", "rollout", key)
+        message = f"{name} does not correct for samples of an older policy: one rollout is one step"
+        yield error(message, "rollout", key)
+    if rollout.vllm is not None and ("calibration" in objective.needs or name in MIXTURE):
+        yield error(f"vLLM holds the policy alone, and {name} draws from the reference, too", "rollout", "vllm")
     if recipe.generation.max_new_tokens >= recipe.data.max_length:
         yield error(
             f"prompt and response take max_length {recipe.data.max_length} tokens at most, and the response alone may "

@@ -441,6 +441,7 @@ class RolloutSection(Section):
     answer: AnswerSection = Field(
         default_factory=AnswerSection, description="(likelihood) Marker and separator. Default: see its keys."
     )
+    show: int = option(0, "Print so many responses with their judgements at each log line.", "none", ge=0)
     vllm: Literal["colocate", "server"] | None = option(
         None, "Draw with vLLM, as TRL does; not run by this project's tests.", "transformers' generate"
     )

@@ -16,8 +16,6 @@ from typing import Any
 
 from alignment.errors import UserError
 
-BEFORE = ("a", "1", ".", ")", " ")  # what may stand before the answer's first character when a merge is looked for
-
 
 def check_marker(tokenizer: Any, marker: str, separator: str, answer: str) -> None:
     """UserError where a token would span marker and answer, so that the answer could not be scored in context."""

@@ -21,6 +21,7 @@ from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from alignment.errors import UserError
+from alignment.models.sampling import own_defaults_only
 from alignment.trainers.reference import ReferenceTrainer
 
 
@@ -102,7 +103,11 @@ class DrawingTrainer(ReferenceTrainer, RLOOTrainer):
             )
         found: list[list[list[int]]] = []
         per_batch = max(1, self.draw_batch // n)
-        with self._sampling(sampler, n):
+        shipped: Any = self.accelerator.unwrap_model(self.model_wrapped)
+        if source == "reference" and self.ref_model is not None:
+            shipped = self.accelerator.unwrap_model(self.ref_model)
+        # `generate` fills what TRL leaves open (min-p, beams …) from the file that came with the model.
+        with self._sampling(sampler, n), own_defaults_only(shipped):
             for start in range(0, len(prompts), per_batch):
                 rows = [ids for ids in prompts[start : start + per_batch] for _ in range(n)]
                 with self._from(source, [len(ids) for ids in rows], share):

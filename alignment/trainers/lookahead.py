@@ -2,7 +2,7 @@
 
     half = Snapshot(trainer); half.save(); …one optimizer step…; half.changed(); half.restore()
 
-Works on this process's shard: of one process, DDP, ZeRO-1/2 (fp32 masters), ZeRO-3 (parameters and masters). The copy
+Works on this process's shard: of one process, DDP, ZeRO-2 (fp32 masters), ZeRO-3 (parameters and masters). The copy
 lies in the memory of the host. Not for FSDP (untested: refused by the recipe's launch) and not a checkpoint.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+from alignment.errors import UserError
 
 
 class Snapshot:
@@ -23,6 +25,7 @@ class Snapshot:
         self.trainer = trainer
         self.weights: list[torch.Tensor] = []
         self.state: dict[Any, dict[str, Any]] = {}
+        self.groups: list[dict[str, Any]] = []
 
     def _live(self) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
         """(weights that the forward pass reads, masters that the optimizer updates, the optimizer itself)."""
@@ -35,8 +38,13 @@ class Snapshot:
             return weights, [], getattr(optimizer, "optimizer", optimizer)
         zero = trainer.model_wrapped.optimizer
         masters = getattr(zero, "fp32_partitioned_groups_flat", None) or getattr(
-            zero, "single_partition_of_fp32_groups", []
+            zero, "single_partition_of_fp32_groups", None
         )
+        if not masters:
+            raise UserError(
+                f"objective egpo: its look-ahead knows DeepSpeed's stages 2 and 3, not {type(zero).__name__}: launch "
+                "with recipes/accelerate/zero2.yaml or zero3.yaml, or without DeepSpeed"
+            )
         return weights, list(masters), getattr(zero, "optimizer", zero)
 
     @torch.no_grad()
@@ -48,6 +56,8 @@ class Snapshot:
             parameter: {k: v.to("cpu", copy=True) if torch.is_tensor(v) else v for k, v in state.items()}
             for parameter, state in optimizer.state.items()
         }
+        # Some optimizers count their steps there.
+        self.groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
     @torch.no_grad()
     def changed(self) -> tuple[int, int]:
@@ -67,6 +77,8 @@ class Snapshot:
             gathered = hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE"
             if gathered and parameter.requires_grad and parameter.data.numel():
                 parameter.partition()
+        for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
+            group.update(settings)
         for parameter in list(optimizer.state):
             if parameter not in self.state:  # its first step: the optimizer begins it again
                 del optimizer.state[parameter]
@@ -79,4 +91,4 @@ class Snapshot:
                     state[key].copy_(kept_state[key])
                 else:
                     state[key] = kept_state[key]
-        self.weights, self.state = [], {}
+        self.weights, self.state, self.groups = [], {}, []

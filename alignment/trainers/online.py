@@ -163,6 +163,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
             rollouts.calibration,
         )
         args.beta = 0.0  # TRL would read a reference of its own from disk
+        args.disable_dropout = True  # TRL's on-policy default is off: samples and log-probs would not be one policy's
         super().__init__(
             model=model,
             reward_funcs=[_not_asked],  # type: ignore[list-item]
@@ -184,9 +185,8 @@ class OnlinePreferenceTrainer(DrawingTrainer):
             if self.is_fsdp_enabled:
                 raise UserError("objective egpo: its look-ahead is not built for FSDP; launch with DeepSpeed or DDP")
         if self.kind == "groups":
-            chains.check_marker(
-                self.processing_class, self.rollouts.marker, self.rollouts.separator, self.columns["answer"][0]
-            )
+            for answer in self.columns["answer"]:
+                chains.check_marker(self.processing_class, self.rollouts.marker, self.rollouts.separator, answer)
 
     # --- data: tickets instead of rows --------------------------------------------------------------------------
 
@@ -289,7 +289,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
         self._records = gather_object(records)
         self._current = (rollout, phase)
         self._spent("score", began, 0)
-        self._describe(self._records)
+        self._describe(self._records, "look_ahead/" * phase)  # the half-step policy's numbers are its own
         if self.accelerator.is_main_process:
             append_rollout(Path(str(self.args.output_dir)) / ROLLOUTS, rollout, phase, self._records)
         # A policy that has learned may tie everywhere once; one that ties from the start has the wrong judge.
@@ -550,7 +550,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
         self._seconds[stage] += time.perf_counter() - began
         self._tokens[stage] += tokens
 
-    def _describe(self, records: list[Record]) -> None:
+    def _describe(self, records: list[Record], prefix: str = "") -> None:
         """A rollout's numbers, of all processes, and the table of completions that TRL shows."""
         responses = [ids for r in records for ids in r.responses]
         values: dict[str, float] = {
@@ -583,14 +583,14 @@ class OnlinePreferenceTrainer(DrawingTrainer):
             values["samples/chain_length"] = sum(s[0] for r in records for s in r.spans) / len(valid)
         for name, value in values.items():
             if math.isfinite(value):  # n-grams of responses shorter than n
-                self._metrics["train"][name].append(value)
+                self._metrics["train"][prefix + name].append(value)
         shown: Any = self._logs
         for record in records:
-            for text in record.texts:
+            for i, text in enumerate(record.texts):
                 shown["prompt"].append(self.columns["prompt"][record.row])
                 shown["completion"].append(text)
-                shown["rewards"]["judgement"].append(record.numbers.get("reward_first", math.nan))
-                shown["advantages"].append(math.nan)
+                shown["rewards"]["judgement"].append(_judgement(record, i))
+                shown["advantages"].append(math.nan)  # TRL's column; not every objective here has advantages
 
     def _record(self, inputs: dict[str, torch.Tensor], batch: Any, losses: torch.Tensor, policy: torch.Tensor) -> None:
         segments = inputs["row_segments"]
@@ -664,6 +664,18 @@ def _global_batch(args: RLOOConfig) -> int:
 def _not_asked(prompts: list[Any], **columns: Any) -> list[None]:
     """TRL wants a reward; ours are asked elsewhere."""
     return [None for _ in prompts]
+
+
+def _judgement(record: Record, i: int) -> float:
+    """What the table shows of a record's i-th response: its reward, its probability of winning, or its verdict."""
+    if record.verified:
+        return record.verified[i]
+    names = [f"reward_{('first', 'second')[i]}", f"preference_{('first', 'second')[i]}"]
+    for name in names:
+        if name in record.numbers:
+            return record.numbers[name]
+    won = record.numbers.get("preference", record.numbers.get("label", math.nan))
+    return won if i == 0 else 1 - won
 
 
 def _moments(name: str, values: Sequence[float]) -> dict[str, float]:

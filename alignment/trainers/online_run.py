@@ -97,8 +97,7 @@ def _manifest(recipe: Recipe, world: int) -> dict[str, Any]:
 
 
 def run_arguments(recipe: Recipe, run: Path, world: int) -> RLOOConfig:
-    """TRL's arguments. Its batches count responses and its groups must fill them; ours count prompts, so that it is
-    told of two of each device's batches in one rollout, whatever the recipe's rollout is.
+    """TRL's arguments. Its per-device batch counts responses, ours prompts; only its tables read the rollout's size.
 
     Raises:
         UserError: TRL or transformers refuses a value.
@@ -106,6 +105,7 @@ def run_arguments(recipe: Recipe, run: Path, world: int) -> RLOOConfig:
     per_device, accumulation = plan_batches(
         recipe.training.global_batch_size, recipe.training.per_device_train_batch_size, world
     )
+    sampling = rollout_settings(recipe)
     vllm = recipe.rollout.vllm
     served: dict[str, Any] = {} if vllm is None else {"use_vllm": True, "vllm_mode": vllm}
     if recipe.rollout.vllm_server:
@@ -116,8 +116,10 @@ def run_arguments(recipe: Recipe, run: Path, world: int) -> RLOOConfig:
         "output_dir": str(run),
         "per_device_train_batch_size": per_device,
         "gradient_accumulation_steps": accumulation,
-        "generation_batch_size": 2 * per_device * world,
-        "num_generations": 2,
+        "generation_batch_size": sampling["samples"] * sampling["per_rollout"],
+        "num_generations": sampling["samples"],
+        "log_completions": recipe.rollout.show > 0,
+        "num_completions_to_print": recipe.rollout.show or None,
         "max_completion_length": recipe.generation.max_new_tokens,
         "temperature": 1.0,
         "beta": 0.0,

@@ -52,6 +52,22 @@ def recipe(tmp_path, monkeypatch):
             "rollout.prompts_per_rollout",
             "must be a multiple of training.global_batch_size, 16, got 24",
         ),
+        (
+            [*CHAINS, "rollout.inner_epochs=2"],
+            "rollout.inner_epochs",
+            "does not correct for samples of an older policy",
+        ),
+        ([*CHAINS, "rollout.prompts_per_rollout=32"], "rollout.prompts_per_rollout", "one rollout is one step"),
+        (
+            [*GAME, "objective.name=online_ipo2", "rollout.inner_epochs=2"],
+            "rollout.inner_epochs",
+            "online_ipo2 does not correct for samples of an older policy",
+        ),
+        (
+            [*GAME, "objective.name=nash_md", "rollout.vllm=colocate"],
+            "rollout.vllm",
+            "nash_md draws from the reference, too",
+        ),
         (["generation.temperature=0.7"], "generation.temperature", "its estimates assume them"),
         (["generation.top_p=0.9"], "generation.top_p", "its estimates assume them"),
         (["generation.top_k=5"], "generation.top_k", "its estimates assume them"),

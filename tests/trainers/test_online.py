@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -1045,3 +1046,43 @@ def test_trl_still_has_what_on_policy_training_relies_on(tiny, tmp_path):
     assert list(inspect.signature(unwrap_model_for_generation).parameters)[:2] == ["model", "accelerator"]
     assert hasattr(transformers_deepspeed, "_hf_deepspeed_config_weak_ref")
     assert read_json_object(tiny / "config.json")["eos_token_id"] == trainer.processing_class.eos_token_id
+
+
+# --- one policy samples, scores and learns -------------------------------------------------------------------------
+
+
+def test_dropout_of_the_model_and_of_an_adapter_is_off(tiny, tmp_path):
+    """RLOOConfig leaves it on: the samples would be one policy's and their log-probs another's."""
+    model = get_peft_model(
+        load_model(str(tiny)), LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)
+    )
+    trainer = online(tiny, tmp_path, "p3o", reward=Kindness(), model=model)
+    assert {m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+    trainer.train()
+    assert logged(trainer, "objective/log_ratio")[0] == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shipped", [{"no_repeat_ngram_size": 1}, {"min_p": 0.9}, {"num_beams": 3}, {"min_new_tokens": 8}], ids=str
+)
+def test_generation_settings_that_come_with_the_model_are_not_sampled_with(tiny, tmp_path, shipped):
+    """`generate` fills what TRL leaves open from the model's file."""
+
+    def drawn(name: str, **file: Any) -> list[list[list[int]]]:
+        model = load_model(str(tiny))
+        model.generation_config.update(**file)
+        trainer = online(tiny, tmp_path / name, "p3o", reward=Kindness(), model=model)
+        trainer.train()
+        assert {k: getattr(trainer.model.generation_config, k) for k in file} == file
+        return [row["responses"] for row in samples(tmp_path / name)]
+
+    assert drawn("settings", **shipped) == drawn("plain")
+
+
+def test_tables_of_completions_show_each_responses_own_judgement(tiny, tmp_path):
+    trainer = online(tiny, tmp_path, "p3o", reward=Kindness(), args={"log_completions": False})
+    trainer.train()
+    shown = dict(zip(trainer._logs["completion"], trainer._logs["rewards"]["judgement"], strict=True))
+    texts = [text for row in samples(tmp_path) for text in row["texts"]]
+    assert set(shown) <= set(texts) and len(set(shown.values())) > 1
+    assert list(shown.values()) == Kindness().score(["" for _ in shown], list(shown))
