@@ -113,6 +113,11 @@ def trained(root: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory):
             return carry_out(plan(tiny, folder, mode, list(CASES)))
         carry("one", True)
         jobs = plan(tiny, folder, mode, [case for case in CASES if (case in EVERYWHERE) == everywhere])
+        if everywhere:  # online_ipo1 on the samples that egpo's steps, not its look-aheads, were taken on
+            rows = read_rows(straight(folder / "one", "egpo") / "rollouts.jsonl")
+            write_json_lines(folder / "half.jsonl", [row | {"phase": 0} for row in rows if row["phase"] == 1])
+            replay, recipe = f"generation.replay={folder / 'half.jsonl'}", "recipes/quickstart/online_ipo1.yaml"
+            jobs.append(job(tiny, folder, mode, "egpo", "online_ipo1", replay, recipe=recipe))
         where = no_compiler(folder / mode) | {"ALIGNMENT_CACHE": str(folder / mode / "cache")}
         file = folder / mode / f"plan-{everywhere}.json"
         file.write_text(json.dumps(jobs))
@@ -161,6 +166,17 @@ def test_every_launch_is_the_same_training_on_recorded_samples(trained, mode, ca
         assert found == expected and same_weights(run, recorded)
     if case.startswith("egpo"):
         assert min(row["look_ahead/changed"] for row in training_lines(run)) > 0.4  # B of LoRA is 0 at first
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_the_look_ahead_leaves_nothing_behind(trained, mode):
+    """Without its extra steps egpo is online_ipo1, to the last bit: what the shards held was put back."""
+    folder = trained(mode, "egpo")
+    ours, plain = folder / "egpo-replayed", folder / "online_ipo1"
+    names = ("loss", "grad_norm", "learning_rate", "objective/margin")
+    found, expected = ([[row[name] for name in names] for row in training_lines(run)] for run in (ours, plain))
+    assert found == expected and len(found) == STEPS
+    assert same_weights(ours, plain)
 
 
 def samples(folder: Path, case: str) -> list[dict[str, Any]]:
