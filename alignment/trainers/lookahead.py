@@ -1,4 +1,4 @@
-"""EGPO's look-ahead: everything that an optimizer step changes, kept and put back exactly.
+"""EGPO's look-ahead: an optimizer step apart, and everything that it changes kept and put back exactly.
 
     half = Snapshot(trainer); half.save(); …one optimizer step…; half.changed(); half.restore()
 
@@ -8,11 +8,18 @@ lies in the memory of the host. Not for FSDP (untested: refused by the recipe's 
 
 from __future__ import annotations
 
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
 from alignment.errors import UserError
+from alignment.trainers.drawing import DrawingTrainer
+from alignment.trainers.metrics import Totals
 
 
 class Snapshot:
@@ -92,3 +99,84 @@ class Snapshot:
                 else:
                     state[key] = kept_state[key]
         self.weights, self.state, self.groups = [], {}, []
+
+
+class LookAheadTrainer(DrawingTrainer):
+    """EGPO's look-ahead before a step; the attributes are set by `OnlinePreferenceTrainer`."""
+
+    _micro_batches: list[Any]
+    _totals: dict[str, Totals]
+    _seconds: dict[str, float]
+    _said_lost: bool
+
+    def _share_out(self, places: list[int]) -> None:
+        """This process's forward passes of a step."""
+        raise NotImplementedError
+
+    def _roll_out(self, rollout: int, phase: int) -> None:
+        """Sample, judge and score a rollout under the policy as it is."""
+        raise NotImplementedError
+
+    def _look_ahead(self, rollout: int, places: list[int]) -> None:
+        """theta_t -> theta_{t+1/2} on this rollout, a rollout of theta_{t+1/2}, and back: weights and optimizer state.
+
+        The step that follows trains theta_t on the second rollout: y'' is the half-step policy's (EGPO, step 4).
+        """
+        self._share_out(places)
+        half = Snapshot(self)
+        half.save()
+        rate = float(self._get_learning_rate())
+        began, before = time.perf_counter(), self._seconds["train"]
+        with self._own_totals():
+            self._step_apart()
+        self._seconds["train"] = before + time.perf_counter() - began
+        self._say_if_lost(half, rate)
+        self._last_loaded_step = -1  # vLLM gets weights where TRL sees another step, and this is none of its
+        self._roll_out(rollout, 1)
+        half.restore()
+        self._last_loaded_step = -1
+
+    def _step_apart(self) -> None:
+        """One optimizer step outside transformers' loop; no schedule moves, nothing is logged."""
+        model, last = self.model_wrapped, len(self._micro_batches) - 1
+        state, deepspeed = (
+            self.accelerator.gradient_state,
+            self.accelerator.distributed_type == DistributedType.DEEPSPEED,
+        )
+        kept = state.sync_gradients
+        for i in range(last + 1):
+            state._set_sync_gradients(i == last)
+            alone = not deepspeed and i < last
+            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, self._prepare_inputs(None)) / (last + 1)
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+        if not deepspeed:
+            if self.args.max_grad_norm > 0:
+                self._clip_grad_norm(model)
+            self.optimizer.step()  # type: ignore[union-attr]
+            model.zero_grad()
+        state._set_sync_gradients(kept)
+
+    @contextlib.contextmanager
+    def _own_totals(self) -> Iterator[None]:
+        """What the look-ahead's loss records is not the step's."""
+        kept, self._totals["train"] = self._totals["train"], Totals()
+        try:
+            yield
+        finally:
+            self._totals["train"] = kept
+
+    def _say_if_lost(self, half: Snapshot, rate: float) -> None:
+        changed, count = half.changed()
+        both = torch.tensor([changed, count], dtype=torch.float32, device=self.accelerator.device)
+        changed, count = self.accelerator.reduce(both, reduction="sum").tolist()
+        self._metrics["train"]["look_ahead/changed"].append(changed / count)
+        if rate > 0 and changed < 0.01 * count and not self._said_lost:
+            self._said_lost = True
+            warnings.warn(
+                f"step {self.state.global_step}: the look-ahead changed {changed / count:.2%} of the weights at "
+                f"learning rate {rate:.1e}: they are lost to rounding ({self.model.dtype}), and egpo is online_ipo1 "
+                "then; keep the weights in float32 (model.dtype), or raise the rate",
+                stacklevel=2,
+            )

@@ -3,24 +3,22 @@
 Kept from TRL: generation (transformers or vLLM), PEFT, checkpoints, DeepSpeed, logging of completions. One rollout is
 sampled by all processes, scored under the frozen models, judged, and then known to every process, so that which
 prompts make up a step depends on no number of processes. Tested with TRL 1.16 only. Not here: how responses are drawn
-(`drawing`), judged (`judging`) and collated (`batches`); recipes (`online_run`).
+(`drawing`), judged (`judging`) and collated (`batches`); EGPO's look-ahead (`lookahead`); recipes (`online_run`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object, is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -32,8 +30,8 @@ from alignment.objectives.base import Objective
 from alignment.rewards.base import PreferenceOracle, RewardFunction
 from alignment.trainers import chains, judging
 from alignment.trainers.batches import RolloutCollator, group_logps, labelled_pairs, sample_pairs
-from alignment.trainers.drawing import DrawingTrainer, Sampler
-from alignment.trainers.lookahead import Snapshot
+from alignment.trainers.drawing import Sampler
+from alignment.trainers.lookahead import LookAheadTrainer
 from alignment.trainers.metrics import Totals
 from alignment.trainers.reference import checked_reference
 from alignment.trainers.rollout import (
@@ -42,50 +40,17 @@ from alignment.trainers.rollout import (
     PromptOrder,
     Record,
     Replay,
+    Rollouts,
     append_rollout,
-    distinct,
     read_records,
 )
+from alignment.trainers.rollout_numbers import judgement, rollout_numbers
 from alignment.trainers.scoring import TOLERANCE, Layout, branch_tokens, forward_rows, relative_gap, scored_tokens
 
 STAGES = ("sample", "score", "train")
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """How an on-policy run samples.
-
-    Attributes:
-        per_rollout: prompts of one rollout.
-        inner_epochs: passes over a rollout.
-        samples: responses per prompt: 2, or G chains of thought.
-        sampler: of the responses that are learned from.
-        opponent: share of the reference in the mixture that y'' is drawn from; 0 is the policy; None draws none.
-        calibration: draw the calibration response from the reference.
-        look_ahead: EGPO's extra step before each step.
-        label_noise: probability that a label is turned round.
-        marker, separator: what ends a chain of thought, and what stands between it and the answer.
-        drift: nats by which the calibration response may fall below the reference before training stops.
-        batch: responses drawn at once.
-        replay: a file of recorded samples.
-    """
-
-    per_rollout: int
-    inner_epochs: int = 1
-    samples: int = 2
-    sampler: Sampler = field(default_factory=Sampler)
-    opponent: float | None = None
-    calibration: bool = False
-    look_ahead: bool = False
-    label_noise: float = 0.0
-    marker: str = ""
-    separator: str = ""
-    drift: float | None = None
-    batch: int = 64
-    replay: Path | None = None
-
-
-class OnlinePreferenceTrainer(DrawingTrainer):
+class OnlinePreferenceTrainer(LookAheadTrainer):
     """Train a language model on responses that it samples itself, with any on-policy objective of the registry.
 
     The objective's `card.batch` says what is sampled: two responses a prompt ("samples"; "pairs" are labelled first),
@@ -441,72 +406,6 @@ class OnlinePreferenceTrainer(DrawingTrainer):
                 "rewards do not start at 0: the reference is another model, has another dtype, or dropout is active"
             )
 
-    # --- EGPO ----------------------------------------------------------------------------------------------------
-
-    def _look_ahead(self, rollout: int, places: list[int]) -> None:
-        """theta_t -> theta_{t+1/2} on this rollout, a rollout of theta_{t+1/2}, and back: weights and optimizer state.
-
-        The step that follows trains theta_t on the second rollout: y'' is the half-step policy's (EGPO, step 4).
-        """
-        self._share_out(places)
-        half = Snapshot(self)
-        half.save()
-        rate = float(self._get_learning_rate())
-        began, before = time.perf_counter(), self._seconds["train"]
-        with self._own_totals():
-            self._step_apart()
-        self._seconds["train"] = before + time.perf_counter() - began
-        self._say_if_lost(half, rate)
-        self._last_loaded_step = -1  # vLLM gets weights where TRL sees another step, and this is none of its
-        self._roll_out(rollout, 1)
-        half.restore()
-        self._last_loaded_step = -1
-
-    def _step_apart(self) -> None:
-        """One optimizer step outside transformers' loop; no schedule moves, nothing is logged."""
-        model, last = self.model_wrapped, len(self._micro_batches) - 1
-        state, deepspeed = (
-            self.accelerator.gradient_state,
-            self.accelerator.distributed_type == DistributedType.DEEPSPEED,
-        )
-        kept = state.sync_gradients
-        for i in range(last + 1):
-            state._set_sync_gradients(i == last)
-            alone = not deepspeed and i < last
-            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():
-                with self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, self._prepare_inputs(None)) / (last + 1)
-                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
-        if not deepspeed:
-            if self.args.max_grad_norm > 0:
-                self._clip_grad_norm(model)
-            self.optimizer.step()  # type: ignore[union-attr]
-            model.zero_grad()
-        state._set_sync_gradients(kept)
-
-    @contextlib.contextmanager
-    def _own_totals(self) -> Iterator[None]:
-        """What the look-ahead's loss records is not the step's."""
-        kept, self._totals["train"] = self._totals["train"], Totals()
-        try:
-            yield
-        finally:
-            self._totals["train"] = kept
-
-    def _say_if_lost(self, half: Snapshot, rate: float) -> None:
-        changed, count = half.changed()
-        both = torch.tensor([changed, count], dtype=torch.float32, device=self.accelerator.device)
-        changed, count = self.accelerator.reduce(both, reduction="sum").tolist()
-        self._metrics["train"]["look_ahead/changed"].append(changed / count)
-        if rate > 0 and changed < 0.01 * count and not self._said_lost:
-            self._said_lost = True
-            warnings.warn(
-                f"step {self.state.global_step}: the look-ahead changed {changed / count:.2%} of the weights at "
-                f"learning rate {rate:.1e}: they are lost to rounding ({self.model.dtype}), and egpo is online_ipo1 "
-                "then; keep the weights in float32 (model.dtype), or raise the rate",
-                stacklevel=2,
-            )
-
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
@@ -552,36 +451,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
 
     def _describe(self, records: list[Record], prefix: str = "") -> None:
         """A rollout's numbers, of all processes, and the table of completions that TRL shows."""
-        responses = [ids for r in records for ids in r.responses]
-        values: dict[str, float] = {
-            "samples/length": sum(map(len, responses)) / len(responses),
-            "samples/finished": sum(sum(r.finished) for r in records) / len(responses),
-            "samples/distinct_1": distinct(responses, 1),
-            "samples/distinct_2": distinct(responses, 2),
-            "samples/identical": sum(len(set(map(tuple, r.responses))) == 1 for r in records) / len(records),
-        }
-        for reason in (judging.UNSCORED, judging.TIE):
-            values[f"skipped/{reason}"] = sum(r.skipped == reason for r in records) / len(records)
-        rewards = [
-            r.numbers[f"reward_{n}"] for r in records for n in ("first", "second") if f"reward_{n}" in r.numbers
-        ]
-        values |= _moments("reward", rewards)
-        won = [v for r in records for k, v in r.numbers.items() if k.startswith("preference")]
-        values |= _moments("preference", won)
-        if self.rollouts.sampler.plain:
-            ratios = [
-                r.numbers[f"behaviour_{n}"] - r.numbers[f"ref_{n}"]
-                for r in records
-                for n in ("first", "second")
-                if f"ref_{n}" in r.numbers
-            ]
-            values |= {"samples/kl": sum(ratios) / len(ratios)} if ratios else {}  # E_pi[log pi/ref], fresh samples
-        if self.kind == "groups":
-            valid = [v for r in records for v in r.valid]
-            values["samples/valid"] = sum(valid) / len(valid)
-            values["samples/accuracy"] = sum(v for r in records for v in r.verified) / len(valid)
-            values["samples/chain_length"] = sum(s[0] for r in records for s in r.spans) / len(valid)
-        for name, value in values.items():
+        for name, value in rollout_numbers(records, self.rollouts.sampler.plain).items():
             if math.isfinite(value):  # n-grams of responses shorter than n
                 self._metrics["train"][prefix + name].append(value)
         shown: Any = self._logs
@@ -589,7 +459,7 @@ class OnlinePreferenceTrainer(DrawingTrainer):
             for i, text in enumerate(record.texts):
                 shown["prompt"].append(self.columns["prompt"][record.row])
                 shown["completion"].append(text)
-                shown["rewards"]["judgement"].append(_judgement(record, i))
+                shown["rewards"]["judgement"].append(judgement(record, i))
                 shown["advantages"].append(math.nan)  # TRL's column; not every objective here has advantages
 
     def _record(self, inputs: dict[str, torch.Tensor], batch: Any, losses: torch.Tensor, policy: torch.Tensor) -> None:
@@ -664,24 +534,3 @@ def _global_batch(args: RLOOConfig) -> int:
 def _not_asked(prompts: list[Any], **columns: Any) -> list[None]:
     """TRL wants a reward; ours are asked elsewhere."""
     return [None for _ in prompts]
-
-
-def _judgement(record: Record, i: int) -> float:
-    """What the table shows of a record's i-th response: its reward, its probability of winning, or its verdict."""
-    if record.verified:
-        return record.verified[i]
-    names = [f"reward_{('first', 'second')[i]}", f"preference_{('first', 'second')[i]}"]
-    for name in names:
-        if name in record.numbers:
-            return record.numbers[name]
-    won = record.numbers.get("preference", record.numbers.get("label", math.nan))
-    return won if i == 0 else 1 - won
-
-
-def _moments(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard deviation of what is a number."""
-    kept = [v for v in values if math.isfinite(v)]
-    if not kept:
-        return {}
-    mean = sum(kept) / len(kept)
-    return {name: mean, f"{name}/std": math.sqrt(sum((v - mean) ** 2 for v in kept) / len(kept))}

@@ -18,6 +18,7 @@ import torch
 
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, jsonable
+from alignment.trainers.drawing import Sampler
 
 ROLLOUTS = "rollouts.jsonl"
 CHECKPOINT = "rollout.jsonl"  # in a checkpoint that falls inside a rollout: the one in use
@@ -120,6 +121,40 @@ class PromptOrder:
         for number in which:
             seed = (seed * 1_000_003 + number + 1) % 2**63
         return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """How an on-policy run samples.
+
+    Attributes:
+        per_rollout: prompts of one rollout.
+        inner_epochs: passes over a rollout.
+        samples: responses per prompt: 2, or G chains of thought.
+        sampler: of the responses that are learned from.
+        opponent: share of the reference in the mixture that y'' is drawn from; 0 is the policy; None draws none.
+        calibration: draw the calibration response from the reference.
+        look_ahead: EGPO's extra step before each step.
+        label_noise: probability that a label is turned round.
+        marker, separator: what ends a chain of thought, and what stands between it and the answer.
+        drift: nats by which the calibration response may fall below the reference before training stops.
+        batch: responses drawn at once.
+        replay: a file of recorded samples.
+    """
+
+    per_rollout: int
+    inner_epochs: int = 1
+    samples: int = 2
+    sampler: Sampler = field(default_factory=Sampler)
+    opponent: float | None = None
+    calibration: bool = False
+    look_ahead: bool = False
+    label_noise: float = 0.0
+    marker: str = ""
+    separator: str = ""
+    drift: float | None = None
+    batch: int = 64
+    replay: Path | None = None
 
 
 def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
