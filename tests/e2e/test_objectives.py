@@ -129,7 +129,14 @@ def test_objective_learns(grammar, held_out_pairs, start, tmp_path, setting):
 JUDGED = f"{{name: regex, pattern: '{tiny_lm.KIND_PATTERN}'}}"
 
 
-@pytest.mark.parametrize("name", [path.stem for path in ON_POLICY if path.stem != "likelihood"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.stem, marks=[] if path.stem in ("p3o", "egpo") else pytest.mark.slow)
+        for path in ON_POLICY
+        if path.stem != "likelihood"
+    ],
+)
 def test_on_policy_objective_learns(grammar, start, tmp_path, name):
     """From its quick start: the judge is the count of kind words, or its Bradley-Terry oracle."""
     game = load_recipe(QUICKSTART / f"{name}.yaml").oracle is not None

@@ -49,10 +49,11 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
 }
 OBJECTIVES = {"likelihood": "egpo"}  # whose quick start is taken where a case has none of its name
-EVERYWHERE = ("p3o", "egpo")  # the others are in `make test` on one process only
+EVERYWHERE = ("p3o", "egpo")  # the others are in `make test-all`, as are two processes and ZeRO-2
 REPLAYED_IN_ONE = (*EVERYWHERE, "vpo_online", "likelihood")  # for the ten minutes' sake
+QUICK = ("one", "zero3")
 POSSIBLE = [
-    pytest.param(mode, case, marks=[] if mode == "one" or case in EVERYWHERE else pytest.mark.slow)
+    pytest.param(mode, case, marks=[] if mode in QUICK and case in EVERYWHERE else pytest.mark.slow)
     for mode in ("one", *LAUNCHES)
     for case in CASES
 ]
@@ -109,10 +110,10 @@ def trained(root: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory):
         if (mode, everywhere) in done:
             return
         done.add((mode, everywhere))
-        if mode == "one":
-            return carry_out(plan(tiny, folder, mode, list(CASES)))
-        carry("one", True)
         jobs = plan(tiny, folder, mode, [case for case in CASES if (case in EVERYWHERE) == everywhere])
+        if mode == "one":
+            return carry_out(jobs)
+        carry("one", everywhere)
         if everywhere:  # online_ipo1 on the samples that egpo's steps, not its look-aheads, were taken on
             rows = read_rows(straight(folder / "one", "egpo") / "rollouts.jsonl")
             write_json_lines(folder / "half.jsonl", [row | {"phase": 0} for row in rows if row["phase"] == 1])
@@ -126,7 +127,7 @@ def trained(root: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory):
         return None
 
     def get(mode: str, case: str) -> Path:
-        carry(mode, mode == "one" or case in EVERYWHERE)
+        carry(mode, case in EVERYWHERE)
         return folder / mode
 
     return get
@@ -168,7 +169,7 @@ def test_every_launch_is_the_same_training_on_recorded_samples(trained, mode, ca
         assert min(row["look_ahead/changed"] for row in training_lines(run)) > 0.4  # B of LoRA is 0 at first
 
 
-@pytest.mark.parametrize("mode", LAUNCHES)
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in LAUNCHES])
 def test_the_look_ahead_leaves_nothing_behind(trained, mode):
     """Without its extra steps egpo is online_ipo1, to the last bit: what the shards held was put back."""
     folder = trained(mode, "egpo")

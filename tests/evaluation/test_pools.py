@@ -92,6 +92,7 @@ def test_only_what_is_missing_is_drawn_again_and_equal(tiny, tmp_path):
     assert (folder / "shards" / "00000.jsonl").stat().st_mtime_ns == kept
 
 
+@pytest.mark.slow
 def test_kill_and_run_again(tiny, tmp_path):
     """A real process, killed with SIGKILL once some shards stand; then again and to the end: the files are equal."""
     prompts = tmp_path / "prompts.txt"

@@ -15,9 +15,9 @@ from alignment.rewards import get_oracle, get_reward, list_oracles, list_rewards
 
 def test_names_and_keys():
     assert list_rewards() == [
-        *("ensemble", "exact_match", "implicit", "length", "model", "recorded", "regex", "vader")
+        *("ensemble", "exact_match", "implicit", "length", "model", "recorded", "regex", "shifted", "vader")
     ]
-    assert list_oracles() == ["bradley_terry", "general", "llm_judge", "recorded", "tabular"]
+    assert list_oracles() == ["bradley_terry", "cyclic", "general", "llm_judge", "recorded", "tabular"]
     assert reward_keys("vader") == set() == reward_keys("length")
     assert reward_keys("regex") == {"pattern"}
     assert reward_keys("exact_match") == {"answers", "strip", "ignore_case"}
