@@ -113,7 +113,8 @@ def _recited(rng: random.Random, count: int) -> list[str]:
     for _ in range(count):
         word = "".join(rng.choices("abcdefgh", k=4))
         said = "".join(rng.choice("abcdefgh") if rng.random() < STUTTER else letter for letter in _line(word))
-        found.append(f"say {word}: {MARKER} {said}{END}")  # a chain that is always the same: nothing to explore
+        hesitation = " well" * rng.randint(1, 3)
+        found.append(f"say {word}:{hesitation} {MARKER} {said}{END}")
     return found
 
 
