@@ -55,6 +55,7 @@ def test_run_directory_is_complete(one: Path):
     assert not [path.name for path in one.iterdir() if path.name.startswith(".")]  # nothing half-written
 
 
+@pytest.mark.slow  # test_modes.py has two processes, of many objectives
 def test_two_processes_train_the_same(root, grammar, runs, one):
     """The declared batch is the batch, so the number of processes changes nothing."""
     given = grammar.overrides(runs / "two", *SETTINGS)

@@ -321,6 +321,7 @@ def test_evaluations_are_of_every_held_out_row_once(trained, mode):
     assert training_lines(straight(trained(mode), EVALUATED), *split) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HALF)
 def test_zero3_as_it_is_trains_in_bfloat16(trained, case):
     """Two places after the point: the series is float32's, and is not float32's."""

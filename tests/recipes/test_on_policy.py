@@ -166,7 +166,7 @@ def test_what_each_objective_samples(recipe, overrides, expected):
 @pytest.mark.parametrize(
     ("name", "sampled"),
     [
-        ("p3o", {"per_rollout": 32, "inner_epochs": 2, "opponent": None}),
+        ("p3o", {"per_rollout": 16, "inner_epochs": 2, "opponent": None}),
         ("egpo", {"look_ahead": True, "opponent": 0.0}),
         ("online_ipo1", {"look_ahead": False, "opponent": 0.0}),
         ("online_ipo2", {"look_ahead": False, "opponent": None}),

@@ -190,6 +190,7 @@ def test_who_cannot_log_in_is_told_before_anything_is_done(started, hub, tmp_pat
     assert not (tmp_path / "run").exists() and "[1/3]" not in said and not hub.files
 
 
+@pytest.mark.slow
 def test_a_repository_that_is_not_ours_is_found_before_training(started, hub, tmp_path):
     hub.refuse = "/repos/create|/auth-check/write"  # it is there, and we may read it
     code, said = started("training.hub_model_id=them/kind")
@@ -197,6 +198,7 @@ def test_a_repository_that_is_not_ours_is_found_before_training(started, hub, tm
     assert not (tmp_path / "run").exists() and not hub.commits
 
 
+@pytest.mark.slow
 def test_an_upload_that_fails_loses_nothing(started, hub, tmp_path):
     hub.refuse = "/commit/"
     code, said = started("training.logging_steps=50", "training.save_strategy=no")  # nothing but final/ is there
