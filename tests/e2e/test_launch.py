@@ -94,6 +94,7 @@ def test_killed_run_resumes_as_if_nothing_had_happened(root, grammar, runs, one)
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_alignment_train_launches_the_same(root, grammar, runs):
     given = grammar.overrides(runs / "cli", "training.max_steps=1", "training.cpu_threads=1")
     program = str(Path(sys.executable).with_name("alignment"))

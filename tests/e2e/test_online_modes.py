@@ -49,9 +49,9 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
 }
 OBJECTIVES = {"likelihood": "egpo"}  # whose quick start is taken where a case has none of its name
-EVERYWHERE = ("p3o", "egpo")  # the others are in `make test-all`, as are two processes and ZeRO-2
+EVERYWHERE = ("p3o", "egpo")  # the others are in `make test-all`, as are all launches of several processes
 REPLAYED_IN_ONE = (*EVERYWHERE, "vpo_online", "likelihood")  # for the ten minutes' sake
-QUICK = ("one", "zero3")
+QUICK = ("one",)
 POSSIBLE = [
     pytest.param(mode, case, marks=[] if mode in QUICK and case in EVERYWHERE else pytest.mark.slow)
     for mode in ("one", *LAUNCHES)

@@ -40,8 +40,8 @@ MODES = ["one", *LAUNCHES]
 IMPOSSIBLE = {("zero3", "frozen")}
 LEFT_OUT = {("zero2", "members"), ("zero3", "members")}  # each member is what "lora" is
 POSSIBLE = [(mode, case) for mode in MODES for case in CASES if (mode, case) not in IMPOSSIBLE | LEFT_OUT]
-# ZeRO-2 is in `make test-all`: what it does not share with two processes or ZeRO-3 is little.
-MARKED = [pytest.param(m, c, marks=[pytest.mark.slow] if m == "zero2" else []) for m, c in POSSIBLE]
+# Two processes and ZeRO-2 are in `make test-all`: what they do not share with ZeRO-3 is little.
+MARKED = [pytest.param(m, c, marks=[pytest.mark.slow] if m in ("two", "zero2") else []) for m, c in POSSIBLE]
 
 
 def job(tiny: Path, folder: Path, mode: str, case: str, **more: Any) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def test_held_out_scores_and_constants_are_those_of_one_process(trained, mode, c
     assert (facts[0]["mean"] is None) == (case == "general")
 
 
-@pytest.mark.parametrize("mode", [mode for mode, case in POSSIBLE if case == "members"])
+@pytest.mark.parametrize("mode", [pytest.param(*p.values[:1], marks=p.marks) for p in MARKED if "members" in p.values])
 def test_members_differ_and_a_finished_one_is_left_as_it_is(trained, mode):
     """The resumed launch trained nothing of member 0 again; that the ensemble is whole is said at its end."""
     folder = trained(mode)
