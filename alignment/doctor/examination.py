@@ -117,23 +117,12 @@ def _rows(recipe: Recipe, options: Options, console: Console) -> tuple[Any, Prep
 
 def _prompts(recipe: Recipe, tokenizer: Any, console: Console) -> None:
     """What an on-policy recipe asks. There is no pair to look at: the policy draws its own while it trains."""
-    from alignment.data.prompts import prepare_prompts
-    from alignment.objectives import get_objective
+    from alignment.trainers.online_run import given_prompts
 
-    section = recipe.data.prompts
-    assert section is not None
-    objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
     try:
-        found = prepare_prompts(
-            section.name,
-            section.limit,
-            tokenizer,
-            longest=recipe.data.max_length - recipe.generation.max_new_tokens,
-            answers=objective.card.batch == "groups",
-            max_rejected_share=recipe.data.max_rejected_share,
-        )
+        found = given_prompts(recipe, tokenizer)
     except UserError as error:
-        if isinstance(section.name, str):
+        if recipe.data.prompts is not None and isinstance(recipe.data.prompts.name, str):
             raise
         _say(console, "warning", f"not looked at, for want of the prompts: {error}")
         return

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -227,6 +229,82 @@ def compact(trainer: Any) -> Any:
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(rundir.CompactProgress)
     return trainer
+
+
+def manifest_of_batches(args: TrainingArguments, state: PartialState, tokenizer: Any) -> dict[str, Any]:
+    """What every manifest says of a run whose trainer stands."""
+    return {
+        "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps},
+        "sharding": sharding(args, state),
+        "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
+    }
+
+
+@contextlib.contextmanager
+def setting_up() -> Iterator[None]:
+    """What PEFT, TRL and transformers say of a setting, in one line."""
+    try:
+        yield
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"cannot set up training: {' '.join(str(error).split())[:400]}") from error
+
+
+def carry_out(
+    trainer: Any,
+    recipe: AnyRecipe,
+    run: Path,
+    state: PartialState,
+    checkpoint: Path | None,
+    manifest: dict[str, Any],
+    announced: str,
+) -> None:
+    """Train: a resumed run is compared with its manifest first, which is then written.
+
+    Args:
+        checkpoint: to resume from.
+        manifest: with `sharding`, `data_fingerprint` and, where models are frozen, `frozen_weights`.
+        announced: what is trained, for the terminal.
+
+    Raises:
+        UserError: the run that is resumed began otherwise.
+    """
+    if checkpoint is not None:
+        rundir.refuse_other_sharding(run, manifest["sharding"], state.num_processes)
+        rundir.refuse_other_data(run, manifest["data_fingerprint"])
+        rundir.refuse_other_weights(run, manifest.get("frozen_weights", {}))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_json(run / "manifest.json", manifest)
+    say(state, f"[3/3] training: {announced}")
+    if recipe.training.push_to_hub and state.is_main_process:
+        hub.claim(trainer)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def conclude(
+    trainer: Any,
+    recipe: AnyRecipe,
+    run: Path,
+    state: PartialState,
+    manifest: dict[str, Any],
+    seconds: dict[str, float],
+    extra: Callable[[Path], None] | None = None,
+) -> None:
+    """Save `final/`, complete the manifest, and upload where the recipe says so.
+
+    Args:
+        seconds: of the run's stages, by `time.perf_counter`: "total" is when it began.
+        extra: see `save_final`.
+    """
+    save_final(trainer, run, state, extra)
+    took = {name: value for name, value in seconds.items() if name != "total"}
+    took["total"] = time.perf_counter() - seconds["total"]
+    manifest["wall_seconds"] = {name: round(value, 1) for name, value in took.items()}
+    manifest["steps"] = trainer.state.global_step
+    if state.is_main_process:
+        write_json(run / "manifest.json", manifest)
+    if recipe.training.push_to_hub and state.is_main_process:
+        print(f"uploaded {run / 'final'} to {hub.push(trainer, run / 'final')}", flush=True)
 
 
 def save_final(trainer: Any, run: Path, state: PartialState, extra: Callable[[Path], None] | None = None) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -33,7 +33,6 @@ from alignment.trainers.batches import RolloutCollator, group_logps, labelled_pa
 from alignment.trainers.drawing import Sampler
 from alignment.trainers.lookahead import LookAheadTrainer
 from alignment.trainers.metrics import Totals
-from alignment.trainers.reference import checked_reference
 from alignment.trainers.rollout import (
     CHECKPOINT,
     ROLLOUTS,
@@ -101,7 +100,7 @@ class OnlinePreferenceTrainer(LookAheadTrainer):
         self._forces = "answer" in objective.needs  # a reference answer is put behind each chain of thought
         self._needs_reference = bool({"reference", "ref_calibration"} & set(objective.needs))
         self._needs_reference |= rollouts.calibration or bool(rollouts.opponent)
-        self._precompute, self._scores_start, self._ref_config = False, False, None
+        self._precompute = False
         self._branches = 3 if rollouts.calibration else rollouts.samples
         self.draw_batch = rollouts.batch
         self._layout_settled = self._checked = self._said_lost = self._said_unmarked = False
@@ -114,12 +113,7 @@ class OnlinePreferenceTrainer(LookAheadTrainer):
             len(prompts), _global_batch(args), rollouts.per_rollout, rollouts.inner_epochs, args.seed
         )
         self.replay = None if rollouts.replay is None else Replay(rollouts.replay)
-        reference = ref_model
-        if self._needs_reference and peft_config is None and not is_peft_model(model):
-            if reference is None:
-                reference, _ = self._frozen_models(model, None, None, None)
-            else:
-                self._ref_config = checked_reference(reference, processing_class)
+        reference = self._plan_frozen(model, ref_model, None, peft_config, [prompts], processing_class)
         self.collator = RolloutCollator(
             self.columns["prompt_ids"],
             int(processing_class.pad_token_id or 0),
@@ -138,7 +132,7 @@ class OnlinePreferenceTrainer(LookAheadTrainer):
             peft_config=peft_config,
             **more,
         )
-        if self._needs_reference and reference is not None:
+        if reference is not None:
             self.ref_model = self._prepared(reference.requires_grad_(False))
         self._refuse_unfit()
         self.add_callback(_StepBegin(self))

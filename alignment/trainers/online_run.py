@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -20,31 +19,29 @@ from alignment.data.pipeline import Prepared, fingerprint, write_rejected
 from alignment.data.preferences import read_prompts
 from alignment.data.prompts import prepare_prompts
 from alignment.errors import UserError
-from alignment.files import write_json
 from alignment.models import load_model, load_tokenizer
 from alignment.models.gguf import file_digest
-from alignment.objectives import get_objective
-from alignment.objectives.base import Objective
 from alignment.recipes import Recipe
 from alignment.recipes.on_policy import rollout_settings
 from alignment.rewards import get_oracle, get_reward
-from alignment.trainers import hub, rundir
+from alignment.trainers import rundir
 from alignment.trainers.drawing import Sampler
-from alignment.trainers.frozen import model_digest
 from alignment.trainers.launching import (
     adapter_config,
     begin,
+    carry_out,
     compact,
-    known,
+    conclude,
+    manifest_of_batches,
     model_arguments,
     plan_batches,
     run_directory,
-    save_final,
     say,
-    sharding,
+    setting_up,
     tokenizer_arguments,
 )
 from alignment.trainers.online import OnlinePreferenceTrainer, Rollouts
+from alignment.trainers.run import begun, frozen_models, objective_of
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -57,43 +54,40 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     run = Path(recipe.training.output_dir)
     state = begin(recipe)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))
-    prompts = _prompts(recipe, tokenizer)
-    with run_directory(recipe, state, resume, _manifest(recipe, state.num_processes)) as checkpoint:
+    prompts = _not_judged_on(recipe, given_prompts(recipe, tokenizer))
+    with run_directory(recipe, state, resume, begun(recipe, state.num_processes)) as checkpoint:
         _train_in(run, recipe, state, tokenizer, prompts, checkpoint, started)
     return run
 
 
-def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """The prompts, apart from those that the evaluation asks."""
+def given_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """`data.prompts`, checked and tokenised.
+
+    Raises:
+        UserError: they cannot be read, or none can be used.
+    """
     section = recipe.data.prompts
-    assert section is not None  # `trainers.run` says so
-    objective = _objective(recipe)
-    found = prepare_prompts(
+    assert section is not None  # whoever asks has looked
+    return prepare_prompts(
         section.name,
         section.limit,
         tokenizer,
         longest=recipe.data.max_length - recipe.generation.max_new_tokens,
-        answers=objective.card.batch == "groups",
+        answers=objective_of(recipe).card.batch == "groups",
         max_rejected_share=recipe.data.max_rejected_share,
     )
-    asked = recipe.evaluation
-    if asked is not None and recipe.data.overlap != "allow":
-        judged = overlap.judged_on(None, read_prompts(asked.prompts, asked.limit), asked.prompts)
-        if recipe.data.overlap == "refuse":
-            overlap.refuse(found.dataset["prompt"], judged, section.name)
-        found = overlap.without(found, judged)  # nothing is left to drop where it would have been refused
+
+
+def _not_judged_on(recipe: Recipe, found: Prepared) -> Prepared:
+    """The prompts, apart from those that the evaluation asks: refused, dropped or kept, as `data.overlap` says."""
+    asked, section = recipe.evaluation, recipe.data.prompts
+    if asked is None or recipe.data.overlap == "allow":
+        return found
+    judged = overlap.judged_on(None, read_prompts(asked.prompts, asked.limit), asked.prompts)
+    if recipe.data.overlap == "drop":
+        return overlap.without(found, judged)
+    overlap.refuse(found.dataset["prompt"], judged, str(section.name if section else ""))
     return found
-
-
-def _objective(recipe: Recipe) -> Objective:
-    return get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
-
-
-def _manifest(recipe: Recipe, world: int) -> dict[str, Any]:
-    return known(recipe, world) | {
-        "objective": {"name": recipe.objective.name, **recipe.objective.hyperparameters},
-        "objective_file_sha256": rundir.objective_digest(recipe),
-    }
 
 
 def run_arguments(recipe: Recipe, run: Path, world: int) -> RLOOConfig:
@@ -146,39 +140,22 @@ def build_trainer(
     """Model, judge and trainer of a recipe. `args` must exist first: with ZeRO-3 it makes loading shard."""
     model = load_model(**model_arguments(recipe), trainable_adapter=recipe.lora is None)
     adapted = recipe.lora is not None or is_peft_model(model)
-    reward, oracle = recipe.reward, recipe.oracle
+    objective, reward, oracle = objective_of(recipe), recipe.reward, recipe.oracle
     trainer = OnlinePreferenceTrainer(
         model,
-        _objective(recipe),
+        objective,
         args,
         prompts.dataset,
         tokenizer,
         rollouts(recipe),
         reward=None if reward is None else get_reward(reward.name, **reward.options),
         oracle=None if oracle is None else get_oracle(oracle.name, **oracle.options),
-        **_reference(recipe, args, adapted),
+        **frozen_models(recipe, args, objective, adapted),
         peft_config=adapter_config(recipe),
         layout=recipe.training.layout,
         callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
     )
     return compact(trainer)
-
-
-def _reference(recipe: Recipe, args: RLOOConfig, adapted: bool) -> dict[str, Any]:
-    """A reference that the trainer cannot make from the policy: another model, or under ZeRO-3 the start again."""
-    section = recipe.reference
-    if section.name_or_path is not None:
-        named = section.model_dump(include={"name_or_path", "adapter", "revision"})
-        try:
-            model = load_model(**model_arguments(recipe) | named).requires_grad_(False)
-        except UserError as error:
-            raise UserError(str(error).replace("model.", "reference.", 1)) from error
-        return {"ref_model": model, "start_is_reference": False}
-    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    reads = {"reference", "ref_calibration"} & set(_objective(recipe).needs)
-    if not zero3 or adapted or not reads:
-        return {}
-    return {"ref_model": load_model(**model_arguments(recipe)).requires_grad_(False), "start_is_reference": True}
 
 
 def _train_in(
@@ -200,61 +177,25 @@ def _train_in(
         say(state, f"  {line}")
     say(state, f"[2/3] model: {recipe.model.name_or_path}")
     args = run_arguments(recipe, run, state.num_processes)
-    try:
+    with setting_up():
         trainer = build_trainer(recipe, args, prompts, tokenizer)
-    except (ValueError, ImportError, RuntimeError) as error:  # what PEFT, TRL and transformers say of a setting
-        raise UserError(f"cannot set up training: {' '.join(str(error).split())[:400]}") from error
-    order = trainer.order
-    replay = recipe.generation.replay
-    manifest = _manifest(recipe, state.num_processes) | {
+    order, replay = trainer.order, recipe.generation.replay
+    judge = trainer.reward or trainer.oracle
+    manifest = begun(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer)
+    manifest |= {
         "prompts": len(prompts.dataset),
-        "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps},
         "rollouts": {"per_epoch": order.rollouts_per_epoch, "steps": order.steps_per_rollout},
         "repeated_prompts": order.repeated,
-        "sharding": sharding(args, state),
         "chat": not isinstance(prompts.dataset[0]["prompt"], str),
         "rows": {"prompts": prompts.manifest()},
-        "data_fingerprint": fingerprint(prompts.dataset),
-        "judge": _described(trainer),
-        "frozen_weights": _digests(trainer),
-        "replay_sha256": None if replay is None else file_digest(Path(replay)),
-        "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
+        # Of all that the run learns from: samples that are replayed are data, too.
+        "data_fingerprint": fingerprint(prompts.dataset) + ("" if replay is None else file_digest(Path(replay))),
+        "judge": None if judge is None else judge.describe(),
+        "frozen_weights": trainer.frozen_digests,
     }
-    if checkpoint is not None:
-        rundir.refuse_other_sharding(run, manifest["sharding"], state.num_processes)
-        rundir.refuse_other_data(run, manifest["data_fingerprint"])
-        rundir.refuse_other_weights(run, manifest["frozen_weights"])
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_json(run / "manifest.json", manifest)
     repeats = f" (and {order.repeated} repeats, to fill the last rollout)" * bool(order.repeated)
-    say(state, f"[3/3] training: {len(prompts.dataset)} prompts{repeats}, objective {recipe.objective.name}")
-    pushes = recipe.training.push_to_hub and state.is_main_process
-    if pushes:
-        hub.claim(trainer)
+    what = f"{len(prompts.dataset)} prompts{repeats}, objective {recipe.objective.name}"
     set_up = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trained = time.perf_counter()
-    save_final(trainer, run, state)
-    manifest["wall_seconds"] = {
-        "setup": round(set_up - started, 1),
-        "training": round(trained - set_up, 1),
-        "total": round(time.perf_counter() - started, 1),
-    }
-    manifest["steps"] = trainer.state.global_step
-    if state.is_main_process:
-        write_json(run / "manifest.json", manifest)
-    if pushes:
-        print(f"uploaded {run / 'final'} to {hub.push(trainer, run / 'final')}", flush=True)
-
-
-def _described(trainer: OnlinePreferenceTrainer) -> str | None:
-    judge = trainer.reward or trainer.oracle
-    return None if judge is None else judge.describe()
-
-
-def _digests(trainer: OnlinePreferenceTrainer) -> dict[str, str]:
-    """Of a reference that is not the start."""
-    if trainer.start_is_reference or trainer.ref_model is None:
-        return {}
-    return {"reference": model_digest(trainer.ref_model)}
+    carry_out(trainer, recipe, run, state, checkpoint, manifest, what)
+    seconds = {"setup": set_up - started, "training": time.perf_counter() - set_up, "total": started}
+    conclude(trainer, recipe, run, state, manifest, seconds)

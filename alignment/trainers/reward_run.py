@@ -31,19 +31,21 @@ from alignment.models.reward_model import Facts, load_reward_model, settle_paddi
 from alignment.recipes import RewardModelRecipe
 from alignment.rewards.losses import RewardLoss
 from alignment.rewards.oracles import flip_labels
-from alignment.trainers import hub, rundir
+from alignment.trainers import rundir
 from alignment.trainers.collation import truncated
 from alignment.trainers.frozen import cache_file, frozen_logps, model_digest, rows_digest
 from alignment.trainers.launching import (
     adapter_config,
     begin,
+    carry_out,
     compact,
+    conclude,
     known,
+    manifest_of_batches,
     model_arguments,
     run_directory,
-    save_final,
     say,
-    sharding,
+    setting_up,
     tokenizer_arguments,
     trl_config,
 )
@@ -234,33 +236,25 @@ def _train_in(
         model.requires_grad_(False).score.requires_grad_(True)
     with without_trunk(model, frozen):
         trainer = build_trainer(recipe, args, model, facts, data, judged, tokenizer)
-        manifest = _manifest(recipe, args, state, tokenizer, data, both)
-        manifest |= {"data_fingerprint": digest, "frozen_weights": weights}
-        if checkpoint is not None:
-            rundir.refuse_other_sharding(run, manifest["sharding"], state.num_processes)
-            rundir.refuse_other_data(run, digest)
-            rundir.refuse_other_weights(run, weights)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            write_json(run / "manifest.json", manifest)
-        say(state, f"[3/3] training: {len(data)} pairs, {facts.kind}, {facts.outputs} outputs")
-        pushes = recipe.training.push_to_hub and state.is_main_process
-        if pushes:
-            hub.claim(trainer)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        manifest = known(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer)
+        manifest |= {
+            "pairs": len(data),
+            "repeated_pairs": -len(data) % recipe.training.global_batch_size,
+            "chat": not isinstance(data[0]["prompt"], str),
+            "rows": {prepared.role: prepared.manifest() for prepared in both},
+            "sources": [source for prepared in both for source in prepared.sources],
+            "data_fingerprint": digest,
+            "frozen_weights": weights,
+        }
+        what = f"{len(data)} pairs, {facts.kind}, {facts.outputs} outputs"
+        carry_out(trainer, recipe, run, state, checkpoint, manifest, what)
         facts = _measured(recipe, trainer, facts, data, judged)
         if judged is not None:
             scores = trainer.scores_of(judged)
             if state.is_main_process:
                 write_json_lines(run / HELD_OUT, held_out_rows(judged, scores))
     model.config.num_labels = facts.outputs
-    save_final(trainer, run, state, extra=facts.write)
-    manifest["wall_seconds"] = {"total": round(time.perf_counter() - started, 1)}
-    manifest["steps"] = trainer.state.global_step
-    if state.is_main_process:
-        write_json(run / "manifest.json", manifest)
-    if pushes:
-        print(f"uploaded {run / 'final'} to {hub.push(trainer, run / 'final')}", flush=True)
+    conclude(trainer, recipe, run, state, manifest, {"total": started}, extra=facts.write)
 
 
 def _model(recipe: RewardModelRecipe, args: RewardConfig, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> Any:
@@ -297,7 +291,7 @@ def build_trainer(
     peft = adapter_config(recipe)
     if peft is not None:
         peft.task_type, peft.modules_to_save = "SEQ_CLS", ["score"]
-    try:
+    with setting_up():
         trainer = RewardModelTrainer(
             model,
             facts,
@@ -310,30 +304,7 @@ def build_trainer(
             group_by_length=recipe.training.group_by_length,
             callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
         )
-    except (ValueError, ImportError, RuntimeError) as error:  # what PEFT, TRL and transformers say of a setting
-        raise UserError(f"cannot set up training: {' '.join(str(error).split())[:400]}") from error
-    compact(trainer)
-    return trainer
-
-
-def _manifest(
-    recipe: RewardModelRecipe,
-    args: RewardConfig,
-    state: PartialState,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Dataset,
-    both: list[Prepared],
-) -> dict[str, Any]:
-    return known(recipe, state.num_processes) | {
-        "pairs": len(data),
-        "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps},
-        "sharding": sharding(args, state),
-        "repeated_pairs": -len(data) % recipe.training.global_batch_size,
-        "chat": not isinstance(data[0]["prompt"], str),
-        "rows": {prepared.role: prepared.manifest() for prepared in both},
-        "sources": [source for prepared in both for source in prepared.sources],
-        "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
-    }
+    return compact(trainer)
 
 
 def _with_features(recipe: RewardModelRecipe, state: PartialState, model: Any, data: Dataset) -> Dataset:

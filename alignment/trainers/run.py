@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig
 
 from alignment.data import overlap
@@ -25,7 +25,7 @@ from alignment.data.pipeline import Prepared, fingerprint, prepare, prepare_rows
 from alignment.data.preferences import read_prompts, read_rows
 from alignment.data.sampled import best_against_worst, with_label_noise
 from alignment.errors import UserError
-from alignment.files import write_json, write_json_lines
+from alignment.files import write_json_lines
 from alignment.models import load_model, load_tokenizer
 from alignment.models.gguf import cache_root
 from alignment.models.sampling import prompt_ids, sample
@@ -33,18 +33,20 @@ from alignment.objectives import get_objective
 from alignment.objectives.base import Objective, reads_reference
 from alignment.recipes import Recipe
 from alignment.rewards import get_oracle, get_reward
-from alignment.trainers import hub, rundir
+from alignment.trainers import rundir
 from alignment.trainers.frozen import weights_digest
 from alignment.trainers.launching import (
     adapter_config,
     begin,
+    carry_out,
     compact,
+    conclude,
     known,
+    manifest_of_batches,
     model_arguments,
     run_directory,
-    save_final,
     say,
-    sharding,
+    setting_up,
     tokenizer_arguments,
     trl_config,
 )
@@ -104,7 +106,12 @@ def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> l
     return rows
 
 
-def _manifest(recipe: Recipe, world: int) -> dict[str, Any]:
+def objective_of(recipe: Recipe) -> Objective:
+    """The recipe's objective with its hyper-parameters."""
+    return get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
+
+
+def begun(recipe: Recipe, world: int) -> dict[str, Any]:
     """What is known of a run before it begins."""
     return known(recipe, world) | {
         "objective": {"name": recipe.objective.name, **recipe.objective.hyperparameters},
@@ -121,7 +128,7 @@ def given_rows(recipe: Recipe, role: str, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _row_settings(recipe: Recipe) -> dict[str, Any]:
-    objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
+    objective = objective_of(recipe)
     return {
         "max_length": recipe.data.max_length,
         "max_rejected_share": recipe.data.max_rejected_share,
@@ -190,7 +197,7 @@ def build_trainer(
         train_dataset=data,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        **_frozen_models(recipe, args, objective, adapted),
+        **frozen_models(recipe, args, objective, adapted),
         precompute=recipe.reference.precompute,
         peft_config=adapter_config(recipe),
         layout=recipe.training.layout,
@@ -201,7 +208,7 @@ def build_trainer(
     return compact(trainer)
 
 
-def _frozen_models(recipe: Recipe, args: DPOConfig, objective: Objective, adapted: bool) -> dict[str, Any]:
+def frozen_models(recipe: Recipe, args: TrainingArguments, objective: Objective, adapted: bool) -> dict[str, Any]:
     """Models that the trainer cannot make from the policy: another reference, and under ZeRO-3, whose sharded
     parameters cannot be copied, the start loaded a second time."""
     found: dict[str, Any] = {}
@@ -242,7 +249,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     state = begin(recipe)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))
     given, held_out = (given_rows(recipe, role, tokenizer) for role in ("train", "eval"))
-    with run_directory(recipe, state, resume, _manifest(recipe, state.num_processes)) as checkpoint:
+    with run_directory(recipe, state, resume, begun(recipe, state.num_processes)) as checkpoint:
         _train_in(run, recipe, state, tokenizer, given, held_out, checkpoint, started)
     return run
 
@@ -266,46 +273,23 @@ def _train_in(
     say(state, f"[2/3] model and reference: {recipe.model.name_or_path}")
     args = run_arguments(recipe, run, state.num_processes)
     args.eval_on_start = args.eval_on_start and checkpoint is None  # the start was evaluated when the run began
-    try:
+    with setting_up():
         trainer = build_trainer(recipe, args, data, held_out.dataset if held_out else None, tokenizer)
-    except (ValueError, ImportError, RuntimeError) as error:  # what PEFT, TRL and transformers say of a setting
-        raise UserError(f"cannot set up training: {' '.join(str(error).split())[:400]}") from error
     pairs = len(trainer.train_dataset)  # type: ignore[arg-type]  # a Dataset, by our constructor
-    manifest = _manifest(recipe, state.num_processes) | {
+    repeated = -pairs % recipe.training.global_batch_size
+    manifest = begun(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer)
+    manifest |= {
         "pairs": pairs,
-        "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps},
-        "sharding": sharding(args, state),
-        "repeated_pairs": -pairs % recipe.training.global_batch_size,
+        "repeated_pairs": repeated,
         "chat": not isinstance(data[0]["prompt"], str),
         "rows": {p.role: p.manifest() for p in both},
         "sources": [source for p in both for source in p.sources],
         "data_fingerprint": fingerprint(data),
         "frozen_weights": trainer.frozen_digests,
         **({"degraded_copies": trainer.copy_facts} if trainer.copy_facts else {}),
-        "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
     }
-    if checkpoint is not None:
-        rundir.refuse_other_sharding(run, manifest["sharding"], state.num_processes)
-        rundir.refuse_other_data(run, manifest["data_fingerprint"])
-        rundir.refuse_other_weights(run, trainer.frozen_digests)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_json(run / "manifest.json", manifest)
-    repeats = f" (and {manifest['repeated_pairs']} repeats, to fill the last batch)" * bool(manifest["repeated_pairs"])
-    say(state, f"[3/3] training: {pairs} pairs{repeats}, objective {recipe.objective.name}")
-    pushes = recipe.training.push_to_hub and state.is_main_process
-    if pushes:
-        hub.claim(trainer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trained = time.perf_counter()
-    save_final(trainer, run, state)
-    manifest["wall_seconds"] = {
-        "preferences": round(sampled - started, 1),
-        "training": round(trained - sampled, 1),
-        "total": round(time.perf_counter() - started, 1),
-    }
-    manifest["steps"] = trainer.state.global_step
-    if state.is_main_process:
-        write_json(run / "manifest.json", manifest)
-    if pushes:
-        print(f"uploaded {run / 'final'} to {hub.push(trainer, run / 'final')}", flush=True)
+    repeats = f" (and {repeated} repeats, to fill the last batch)" * bool(repeated)
+    what = f"{pairs} pairs{repeats}, objective {recipe.objective.name}"
+    carry_out(trainer, recipe, run, state, checkpoint, manifest, what)
+    seconds = {"preferences": sampled - started, "training": time.perf_counter() - sampled, "total": started}
+    conclude(trainer, recipe, run, state, manifest, seconds)

@@ -8,7 +8,6 @@ Not here: which tokens are learned (`alignment.data.supervised`), what runs have
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,22 @@ from trl import SFTConfig, SFTTrainer
 
 from alignment.data.pipeline import Prepared, fingerprint, write_rejected
 from alignment.data.supervised import prepare_supervised, refuse_overlap
-from alignment.errors import UserError
-from alignment.files import write_json
 from alignment.models import load_model, load_tokenizer
 from alignment.recipes import SftRecipe
-from alignment.trainers import hub, rundir
+from alignment.trainers import rundir
 from alignment.trainers.collation import LengthGroupedSampler
 from alignment.trainers.launching import (
     adapter_config,
     begin,
+    carry_out,
     compact,
+    conclude,
     known,
+    manifest_of_batches,
     model_arguments,
     run_directory,
-    save_final,
     say,
-    sharding,
+    setting_up,
     tokenizer_arguments,
     trl_config,
 )
@@ -166,39 +165,17 @@ def _train_in(
     say(state, f"[2/3] model: {recipe.model.name_or_path}")
     args = trl_config(SFTConfig, recipe, run, state.num_processes)
     args.eval_on_start = args.eval_on_start and checkpoint is None  # the start was evaluated when the run began
-    try:
+    with setting_up():
         trainer = build_trainer(recipe, args, rows.dataset, held_out.dataset if held_out else None, tokenizer)
-    except (ValueError, ImportError, RuntimeError) as error:  # what PEFT, TRL and transformers say of a setting
-        raise UserError(f"cannot set up training: {' '.join(str(error).split())[:400]}") from error
     count = len(rows.dataset)
     repeated = -count % recipe.training.global_batch_size
-    manifest = known(recipe, state.num_processes) | {
-        "batch": {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps},
-        "sharding": sharding(args, state),
+    manifest = known(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer)
+    manifest |= {
         "repeated_rows": repeated,
         "rows": {prepared.role: prepared.manifest() for prepared in both},
         "sources": [source for prepared in both for source in prepared.sources],
         "data_fingerprint": fingerprint(rows.dataset),
-        "template_hash": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
     }
-    if checkpoint is not None:
-        rundir.refuse_other_sharding(run, manifest["sharding"], state.num_processes)
-        rundir.refuse_other_data(run, manifest["data_fingerprint"])
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_json(run / "manifest.json", manifest)
     repeats = f" (and {repeated} repeats, to fill the last batch)" * bool(repeated)
-    say(state, f"[3/3] training: {count} rows{repeats}")
-    pushes = recipe.training.push_to_hub and state.is_main_process
-    if pushes:
-        hub.claim(trainer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    save_final(trainer, run, state)
-    manifest |= {
-        "wall_seconds": {"total": round(time.perf_counter() - started, 1)},
-        "steps": trainer.state.global_step,
-    }
-    if state.is_main_process:
-        write_json(run / "manifest.json", manifest)
-    if pushes:
-        print(f"uploaded {run / 'final'} to {hub.push(trainer, run / 'final')}", flush=True)
+    carry_out(trainer, recipe, run, state, checkpoint, manifest, f"{count} rows{repeats}")
+    conclude(trainer, recipe, run, state, manifest, {"total": started})
