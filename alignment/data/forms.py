@@ -33,7 +33,7 @@ from alignment.data.preferences import (
 from alignment.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from alignment.recipes.sections import SourceSection
+    from alignment.recipes.rows import SourceSection
 
 Row = dict[str, Any]
 PEEKED = 50  # rows that a source's form is told from

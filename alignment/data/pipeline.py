@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from alignment.recipes.sections import SourceSection
+    from alignment.recipes.rows import SourceSection
 
 Row = dict[str, Any]
 _TOKENISED_AT_ONCE = 1000
@@ -187,7 +187,7 @@ def prepare_rows(
     calibration: bool = False,
 ) -> Prepared:
     """`prepare` for rows in memory, in the preference form; `source` is what messages call them."""
-    from alignment.recipes.sections import SourceSection
+    from alignment.recipes.rows import SourceSection
 
     section = SourceSection(name=source, format="preference", ties="soft")
     part = _read(source, section, numbered(rows), bool(tokenizer.chat_template))

@@ -16,7 +16,7 @@ from alignment.data.preferences import EMPTY, MISSING_FIELD, NOT_TEXT, PROMPT_TO
 from alignment.data.reading import raw_rows
 from alignment.errors import UserError, nearest
 from alignment.models.sampling import prompt_ids
-from alignment.recipes.sections import HubPromptsSection, SourceSection
+from alignment.recipes.rows import HubPromptsSection, SourceSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

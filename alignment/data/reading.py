@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from alignment.errors import UserError, nearest
 from alignment.files import iterate_json_lines, parse_json, read_text
-from alignment.recipes.sections import DATA_ENDINGS, SourceSection
+from alignment.recipes.rows import DATA_ENDINGS, SourceSection
 
 Row = dict[str, Any]
 

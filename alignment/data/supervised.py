@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from alignment.recipes.sections import SourceSection
+    from alignment.recipes.rows import SourceSection
 
 Row = dict[str, Any]
 IGNORED = -100  # the label of a token that is not learned, torch's own

@@ -17,7 +17,8 @@ from alignment.files import PACKAGE_SCHEME, package_file
 from alignment.recipes.document import Origin, Problem, RecipeError
 from alignment.recipes.loading import AnyRecipe, Recipe, load_any
 from alignment.recipes.registries import judge_files
-from alignment.recipes.sections import ObjectiveSection, SourceSection
+from alignment.recipes.rows import SourceSection
+from alignment.recipes.sections import ObjectiveSection
 from alignment.recipes.trl_keys import REPORTERS
 
 # Of which Python packages one must be there (`kernels` fetches the same kernel from the hub); all others need none.

@@ -18,20 +18,18 @@ from alignment.recipes.document import Document, KeyPath, Origin, Problem, Recip
 from alignment.recipes.merge import COMMAND_LINE, apply_overrides, read_with_bases
 from alignment.recipes.on_policy import on_policy_problems
 from alignment.recipes.reward_model import RewardDataSection, RewardModelSection, RewardTrainingSection
+from alignment.recipes.rows import DataSection
+from alignment.recipes.schema import OpenSection, Section, error
 from alignment.recipes.sections import (
-    DataSection,
     EvaluationSection,
     GenerationSection,
     LoraSection,
     ModelSection,
     ObjectiveSection,
-    OpenSection,
     OracleSection,
     ReferenceSection,
     RewardSection,
     RolloutSection,
-    Section,
-    error,
 )
 from alignment.recipes.supervised import SftDataSection, SftSection, SftTrainingSection
 from alignment.recipes.training import TrainingSection

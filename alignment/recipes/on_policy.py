@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import InitErrorDetails
 
-from alignment.recipes.sections import RolloutSection, error
+from alignment.recipes.schema import error
+from alignment.recipes.sections import RolloutSection
 
 if TYPE_CHECKING:
     from alignment.objectives.base import Objective

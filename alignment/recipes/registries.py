@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import InitErrorDetails
 
 from alignment.errors import UserError, nearest
-from alignment.recipes.sections import ObjectiveSection, error
+from alignment.recipes.schema import error
+from alignment.recipes.sections import ObjectiveSection
 
 if TYPE_CHECKING:
     from alignment.rewards.registry import Kind

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from alignment.recipes.sections import PreferenceRows, Section, Sources, Text, option, refused_at
+from alignment.recipes.rows import PreferenceRows, Sources
+from alignment.recipes.schema import Section, Text, option, refused_at
 from alignment.recipes.training import BaseTrainingSection
 from alignment.recipes.trl_keys import PASSED_THROUGH, REFUSED
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from alignment.recipes.sections import Section, Sources, option
+from alignment.recipes.rows import Sources
+from alignment.recipes.schema import Section, option
 from alignment.recipes.training import BaseTrainingSection
 from alignment.recipes.trl_keys import PASSED_THROUGH, REFUSED
 

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_vali
 from pydantic_core import InitErrorDetails
 
 from alignment.errors import nearest
-from alignment.recipes.sections import Names, OpenSection, Text, error, option
+from alignment.recipes.schema import Names, OpenSection, Text, error, option
 from alignment.recipes.trl_keys import PASSED_THROUGH, REFUSED, REPORTERS, SCHEDULER_NEEDS, LrScheduler
 
 # Ours; everything else in the section goes to DPOConfig.

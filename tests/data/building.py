@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from alignment.data.pipeline import Prepared, prepare
-from alignment.recipes.sections import SourceSection
+from alignment.recipes.rows import SourceSection
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im|>", "<|turn|>")
 # Chat markup in the way of Llama 3: BOS once, every message closed by EOS and a line end.

@@ -12,7 +12,7 @@ from alignment.errors import UserError
 from alignment.models import load_tokenizer
 from alignment.recipes import RecipeError, load_recipe
 from alignment.recipes.inspection import check, explain
-from alignment.recipes.sections import HubPromptsSection
+from alignment.recipes.rows import HubPromptsSection
 
 ROWS = [{"question": f"my dog is {i}", "result": f"{i}"} for i in range(4)]
 

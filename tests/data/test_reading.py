@@ -11,7 +11,7 @@ import pytest
 
 from alignment.data.reading import raw_rows
 from alignment.errors import UserError
-from alignment.recipes.sections import DATA_ENDINGS, SourceSection
+from alignment.recipes.rows import DATA_ENDINGS, SourceSection
 from tests.data.building import write
 
 ROWS = [{"prompt": f"line\u2028separator {i}", "chosen": 'a "b",\nc', "rejected": "ü"} for i in range(3)]

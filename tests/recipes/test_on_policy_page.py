@@ -12,7 +12,8 @@ import yaml
 
 from alignment.objectives import list_objectives
 from alignment.recipes import load_recipe
-from alignment.recipes.sections import AnswerSection, HubPromptsSection, RolloutSection
+from alignment.recipes.rows import HubPromptsSection
+from alignment.recipes.sections import AnswerSection, RolloutSection
 from alignment.trainers.rollout import Record
 from tests.recipes.conftest import ROOT
 
