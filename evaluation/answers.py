@@ -23,10 +23,12 @@ from typing import Annotated, Any
 if __package__ in (None, ""):  # started as `python evaluation/answers.py`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import numpy as np
 import typer
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import read_json_object
+from evaluation.statistics import Interval, bootstrap_means, percentile_interval
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def measure(
     Raises:
         UserError: no sample of any prompt has the marker.
     """
+    from scipy.special import logsumexp
+
     from alignment.models.sampling import sample
 
     prompts = [row["prompt"] for row in rows]
@@ -100,25 +104,26 @@ def measure(
     flat = [x for group in valid for x in group]
     if not flat:
         raise UserError(f"none of {len(rows) * samples} samples has the marker {marker!r}; nothing can be scored")
-    per_token = [_mean([logp / tokens for logp, tokens, _ in group]) for group in valid]
-    kept = [value for value in per_token if not math.isnan(value)]
-    mixed = [(_log_mean_exp([logp for logp, _, _ in group], samples)) / group[0][1] for group in valid if group]
+    scored_prompts = [group for group in valid if group]
+    per_token = [_mean([logp / tokens for logp, tokens, _ in group]) for group in scored_prompts]
+    # log of the mean of all chains' probabilities, of which the invalid ones' are 0
+    mixed = [(logsumexp([x[0] for x in group]) - math.log(samples)) / group[0][1] for group in scored_prompts]
     accuracy = [_mean(group) for group in right]
-    low, high = _interval(kept, seed, resamples)
+    accuracies, logs = (_interval(values, seed, resamples) for values in (accuracy, per_token))
     return Answers(
-        len(rows),
-        samples,
-        _mean([_right(group[0].text, row, marker) for group, row in zip(best, rows, strict=True)]),
-        _mean(accuracy),
-        _interval(accuracy, seed, resamples),
-        math.exp(-_mean(kept)),
-        (math.exp(-high), math.exp(-low)),
-        math.exp(-_mean(mixed)),
-        _mean([logp for logp, _, _ in flat]),
-        _mean(kept),
-        _mean([float(length) for _, _, length in flat]),
-        len(flat) / (len(rows) * samples),
-        sum(not group for group in valid),
+        prompts=len(rows),
+        samples=samples,
+        greedy=_mean([_right(group[0].text, row, marker) for group, row in zip(best, rows, strict=True)]),
+        sampled=accuracies.estimate,
+        sampled_interval=(accuracies.low, accuracies.high),
+        perplexity=math.exp(-logs.estimate),
+        perplexity_interval=(math.exp(-logs.high), math.exp(-logs.low)),
+        perplexity_n=math.exp(-_mean(mixed)),
+        log_prob=_mean([logp for logp, _, _ in flat]),
+        log_prob_per_token=logs.estimate,
+        chain_length=_mean([float(length) for _, _, length in flat]),
+        valid=len(flat) / (len(rows) * samples),
+        unscored=len(rows) - len(scored_prompts),
     )
 
 
@@ -132,52 +137,36 @@ def _scored(
     model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], drawn: Any, marker: str, separator: str, batch: int
 ) -> list[list[tuple[float, int, int] | None]]:
     """Of every sample (log pi(a*|z), tokens of a*, tokens of z); None for a format failure."""
-    import torch
-
     from alignment.models.sampling import prompt_ids
+    from alignment.rewards.implicit import token_logps
     from alignment.trainers.chains import cut_chain, forced_answer
-    from alignment.trainers.scoring import branch_tokens, build_rows, forward_rows
 
     found: list[list[tuple[float, int, int] | None]] = [[None] * len(group) for group in drawn]
-    jobs: list[tuple[int, int, list[int], list[int], list[int], int]] = []
+    jobs = []  # where it stands; prompt; chain and answer; tokens of either
     for i, (row, group) in enumerate(zip(rows, drawn, strict=True)):
+        prompt = prompt_ids(tokenizer, row["prompt"])
         for j, one in enumerate(group):
             chain = cut_chain(one.ids, marker, tokenizer)
             if chain is not None and chain[0]:
                 tail, before = forced_answer(tokenizer, chain[1], separator, str(row["answer"]))
-                jobs.append((i, j, prompt_ids(tokenizer, row["prompt"]), chain[0], tail, before))
-    jobs.sort(key=lambda job: len(job[2]) + len(job[3]) + len(job[4]))  # like lengths together: little padding
-    pad = int(tokenizer.pad_token_id or 0)
-    with torch.no_grad():
-        for start in range(0, len(jobs), batch):
-            part = jobs[start : start + batch]
-            inputs = build_rows([job[2] for job in part], [[job[3] + job[4]] for job in part], pad, "shared_prefix")
-            inputs = {key: value.to(model.device) for key, value in inputs.items()}
-            logps = branch_tokens(forward_rows(model, model.config, model.dtype, inputs).logits, inputs, 1)[:, 0]
-            for (i, j, _, z, tail, before), tokens in zip(part, logps.double(), strict=True):
-                first, last = len(z) + before, len(z) + len(tail)
-                found[i][j] = (float(tokens[first:last].sum()), last - first, len(z))
+                jobs.append((i, j, prompt, chain[0] + tail, len(chain[0]), len(tail) - before))
+    jobs.sort(key=lambda job: len(job[2]) + len(job[3]))  # like lengths together: little padding
+    for start in range(0, len(jobs), batch):
+        part = jobs[start : start + batch]
+        logps = token_logps(model, [(prompt, text) for _, _, prompt, text, _, _ in part]).double()
+        for (i, j, _, text, length, answer), tokens in zip(part, logps, strict=True):
+            found[i][j] = (float(tokens[len(text) - answer : len(text)].sum()), answer, length)
     return found
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    return math.fsum(values) / len(values)
 
 
-def _log_mean_exp(values: Sequence[float], n: int) -> float:
-    """log of the mean of n probabilities, of which those that are not given are 0."""
-    top = max(values)
-    return top + math.log(sum(math.exp(v - top) for v in values) / n)
-
-
-def _interval(values: Sequence[float], seed: int, resamples: int) -> tuple[float, float]:
+def _interval(values: Sequence[float], seed: int, resamples: int) -> Interval:
     """95 % percentile interval of the mean, prompts resampled."""
-    import numpy as np
-
-    array = np.asarray(values)
-    picks = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    low, high = np.quantile(array[picks].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+    draws = bootstrap_means(np.array(values)[:, None], resamples, np.random.default_rng(seed))
+    return percentile_interval(_mean(values), draws[:, 0])
 
 
 def main(
@@ -228,7 +217,8 @@ def main(
     print(f"chain        {found.chain_length:.1f} tokens")
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(main)
+
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
-    run_or_exit(lambda: app(standalone_mode=False))
+    run_or_exit(app)

@@ -24,30 +24,26 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from alignment.errors import UserError, run_or_exit
-from alignment.files import read_json_object, read_text, write_json, write_json_lines
+from alignment.files import read_json_object, write_json, write_json_lines
 from evaluation.best_of_n import default_ns, overoptimization_curves
+from evaluation.experiments import Strict, over_seeds, read_experiment
 from evaluation.overoptimization_page import write_result
 from evaluation.plans import Generation, ModelSource, say
 
 METHODS = ("single", "mean", "wco", "uwo")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Prompts(_Strict):
+class Prompts(Strict):
     """A text file of prompts, one a line, or its first `limit`."""
 
     file: str
     limit: int | None = Field(None, ge=1)
 
 
-class Experiment(_Strict):
+class Experiment(Strict):
     """The YAML file.
 
     Attributes:
@@ -78,18 +74,6 @@ class Experiment(_Strict):
     lam: float = Field(0.5, ge=0)
     max_new_tokens: int = Field(24, ge=1)
     batch_size: int = Field(128, ge=1)
-
-
-def read_experiment(path: Path) -> Experiment:
-    """UserError naming file and key for anything that is wrong."""
-    try:
-        return Experiment.model_validate(yaml.safe_load(read_text(path)))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    except ValidationError as failed:
-        first = failed.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: {where}: {first['msg']}, got {first['input']!r:.60}") from None
 
 
 def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
@@ -329,24 +313,14 @@ def summarise(runs: list[dict[str, Any]], which: str = "curves") -> list[dict[st
                     "seeds": len(of),
                     "gold_at_1": float(gold[:, 0].mean()),
                     "best_n": of[0][method][best]["n"],
-                    "best_gold": _over_seeds(gold[:, best]),
+                    "best_gold": over_seeds(gold[:, best]),
                     "largest_n": of[0][method][-1]["n"],
-                    "last_gold": _over_seeds(last),
-                    "lost": _over_seeds(last - gold[:, best]),
-                    "over_single": _over_seeds(last - single),
+                    "last_gold": over_seeds(last),
+                    "lost": over_seeds(last - gold[:, best]),
+                    "over_single": over_seeds(last - single),
                 }
             )
     return rows
-
-
-def _over_seeds(values: np.ndarray) -> dict[str, float | None]:
-    from scipy.stats import t
-
-    mean = float(values.mean())
-    if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None}
-    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def main(
@@ -355,7 +329,7 @@ def main(
     seeds: Annotated[int | None, typer.Option(min=1, help="Instead of the file's number.")] = None,
 ) -> None:
     """From a policy and a gold reward to the over-optimisation figure: pairs, ensembles, pool, best of n."""
-    settings = read_experiment(experiment)
+    settings = read_experiment(experiment, Experiment)
     if seeds is not None:
         settings = settings.model_copy(update={"seeds": seeds})
     folder = output or Path("runs") / f"overoptimization-{experiment.stem}"

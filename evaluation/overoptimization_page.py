@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from alignment.files import write_json, write_text
+from evaluation.experiments import cell
 
 COLOURS = {"single": "#d9631e", "mean": "#8a8f98", "wco": "#1f6fd6", "uwo": "#3b8f5a"}
 
@@ -54,16 +55,10 @@ def _table(summary: Sequence[Mapping[str, Any]]) -> list[str]:
         "|---" * 9 + "|",
     ]
     for row in summary:
-        cells = [f"{row['noise']:g}", row["method"], f"{row['gold_at_1']:.3f}", row["best_n"], _cell(row["best_gold"])]
-        cells += [row["largest_n"], _cell(row["last_gold"]), _cell(row["lost"]), _cell(row["over_single"])]
+        cells = [f"{row['noise']:g}", row["method"], f"{row['gold_at_1']:.3f}", row["best_n"], cell(row["best_gold"])]
+        cells += [row["largest_n"], cell(row["last_gold"]), cell(row["lost"]), cell(row["over_single"])]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
-
-
-def _cell(value: Mapping[str, Any]) -> str:
-    if value["low"] is None:
-        return f"{value['mean']:.3f}"
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def draw(result: Mapping[str, Any]) -> str:

@@ -26,28 +26,24 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from alignment.errors import UserError, run_or_exit
-from alignment.files import iterate_json_lines, read_json_object, read_text, write_json, write_text
+from alignment.files import iterate_json_lines, read_json_object, write_json, write_text
+from evaluation.experiments import Strict, cell, over_seeds, read_experiment
 
 SAMPLES = 8  # of each held-out prompt when policies are measured
 REPLIES = 40  # candidates for the best reply to a policy
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Arm(_Strict):
+class Arm(Strict):
     """One way to train: another recipe, or other keys."""
 
     recipe: str | None = None
     overrides: list[str] = []
 
 
-class Replication(_Strict):
+class Replication(Strict):
     """The YAML file.
 
     Attributes:
@@ -74,18 +70,6 @@ class Replication(_Strict):
     oracle: dict[str, Any] | None = None
     limit: int = Field(60, ge=2)
     at_kl: float | None = Field(None, gt=0)
-
-
-def read_replication(path: Path) -> Replication:
-    """UserError naming file and key for anything that is wrong."""
-    try:
-        return Replication.model_validate(yaml.safe_load(read_text(path)))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    except ValidationError as failed:
-        first = failed.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: {where}: {first['msg']}, got {first['input']!r:.60}") from None
 
 
 def run(replication: Replication, folder: Path) -> dict[str, Any]:
@@ -229,19 +213,13 @@ def _policy_numbers(
 
 
 def _log_probs(model: Any, tokenizer: Any, flat: Sequence[tuple[Any, Any]]) -> np.ndarray:
-    import torch
-
+    """`[n]` nats of (prompt, sample) pairs."""
     from alignment.models.sampling import prompt_ids
-    from alignment.trainers.scoring import build_rows, sequence_logps
+    from alignment.rewards.implicit import token_logps
 
-    found = []
-    with torch.no_grad():
-        for start in range(0, len(flat), 128):
-            part = flat[start : start + 128]
-            ids = [prompt_ids(tokenizer, prompt) for prompt, _ in part]
-            rows = build_rows(ids, [[one.ids] for _, one in part], int(tokenizer.pad_token_id or 0), "shared_prefix")
-            found.append(sequence_logps(model, model.config, model.dtype, rows, 1)[:, 0].double().numpy())
-    return np.concatenate(found)
+    rows = [(prompt_ids(tokenizer, prompt), one.ids) for prompt, one in flat]
+    parts = [token_logps(model, rows[i : i + 128]).double().sum(1).numpy() for i in range(0, len(rows), 128)]
+    return np.concatenate(parts)
 
 
 def _duels(replication: Replication, folder: Path, task: Path) -> dict[str, Any]:
@@ -268,8 +246,8 @@ def _duels(replication: Replication, folder: Path, task: Path) -> dict[str, Any]
         exploited.append(np.array(best) - 0.5)
     return {
         "arms": names,
-        "wins": [[_interval([w[i, j] for w in wins]) for j in range(len(names))] for i in range(len(names))],
-        "exploited": {name: _interval([e[i] for e in exploited]) for i, name in enumerate(names)},
+        "wins": [[over_seeds([w[i, j] for w in wins]) for j in range(len(names))] for i in range(len(names))],
+        "exploited": {name: over_seeds([e[i] for e in exploited]) for i, name in enumerate(names)},
     }
 
 
@@ -309,31 +287,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for name in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == name]
-        numbers = {k: _interval([row[k] for row in own]) for k in own[0] if k not in ("arm", "seed")}
+        numbers = {k: over_seeds([row[k] for row in own]) for k in own[0] if k not in ("arm", "seed")}
         found.append({"arm": name, "seeds": len(own), **numbers})
     return found
-
-
-def _interval(values: Sequence[float]) -> dict[str, float | None]:
-    from scipy import stats
-
-    array = np.asarray([value for value in values if not math.isnan(value)], dtype=float)
-    if not len(array):
-        return {"mean": None, "low": None, "high": None}
-    mean, n = float(array.mean()), len(array)
-    if n < 2:
-        return {"mean": mean, "low": None, "high": None}
-    half = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / math.sqrt(n))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def cell(found: Mapping[str, float | None], digits: int = 3) -> str:
-    """`0.52 [0.50, 0.54]`, without the interval where there is one seed."""
-    if found["mean"] is None:
-        return "–"
-    if found["low"] is None:
-        return f"{found['mean']:.{digits}f}"
-    return f"{found['mean']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -382,7 +338,7 @@ def main(
     seeds: Annotated[int | None, typer.Option(min=1, help="In place of the file's.")] = None,
 ) -> None:
     """Train arms with several seeds, and put what came of them side by side."""
-    asked = read_replication(replication)
+    asked = read_experiment(replication, Replication)
     if seeds is not None:
         asked = asked.model_copy(update={"seeds": seeds})
     folder = output or Path("runs") / f"replication-{replication.stem}"
@@ -395,7 +351,8 @@ def main(
     print(f"{folder / 'table.md'}, figure.svg")
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(main)
+
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command()(main)
-    run_or_exit(lambda: app(standalone_mode=False))
+    run_or_exit(app)

@@ -17,10 +17,12 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 if __package__ in (None, ""):  # started as `python evaluation/tiny.py`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import typer
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import write_json_lines, write_text
@@ -34,6 +36,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+TASKS = ("grammar", "arithmetic", "recite")
 SPECIAL = ["<|pad|>", "<|start|>", "<|end|>"]
 END = "<|end|>"
 MARKER = "Answer:"
@@ -176,11 +179,7 @@ def _build(
 
 
 def build(task: str, folder: Path) -> None:
-    """Model and prompts of a task, in `folder`; what is there already is left alone.
-
-    Raises:
-        UserError: there is no such task.
-    """
+    """Model and prompts of a task (of TASKS), in `folder`; a model that is there already is left alone."""
     if task == "grammar":
         split = {"prompts.txt": openings()[:120], "held_out.txt": openings()[120:]}
         for name, part in split.items():
@@ -188,8 +187,6 @@ def build(task: str, folder: Path) -> None:
         if not (folder / "model").is_dir():
             build_grammar(folder / "model")
         return
-    if task not in ("arithmetic", "recite"):
-        raise UserError(f"{task!r}: unknown task; arithmetic, recite or grammar")
     rows = (sums if task == "arithmetic" else lines)(random.Random(1), 300)
     write_json_lines(folder / "prompts.jsonl", rows[:200])
     write_json_lines(folder / "held_out.jsonl", rows[200:])
@@ -198,18 +195,21 @@ def build(task: str, folder: Path) -> None:
         _build(folder / "model", texts, vocabulary=len(SPECIAL) + 256, width=128, steps=steps)
 
 
-def main() -> None:
-    """Words: TASK FOLDER."""
-    words = sys.argv[1:]
-    if len(words) != 2 or words[0] in ("-h", "--help"):
-        print(__doc__)
-        raise SystemExit(0 if words and words[0] in ("-h", "--help") else 2)
-    task, folder = words[0], Path(words[1])
+def main(
+    task: Annotated[str, typer.Argument(help="grammar, arithmetic or recite.")],
+    folder: Annotated[Path, typer.Argument(help="Where model and prompts go.")],
+) -> None:
+    """Train a tiny model for a task and write its prompts: seconds to minutes."""
+    if task not in TASKS:
+        raise UserError(f"{task!r}: unknown task; one of {', '.join(TASKS)}")
     folder.mkdir(parents=True, exist_ok=True)
     print(f"training a tiny model for {task}: up to some minutes", flush=True)
     build(task, folder)
     print(folder / "model")
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(main)
+
 if __name__ == "__main__":
-    run_or_exit(main)
+    run_or_exit(app)

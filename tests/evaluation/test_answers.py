@@ -59,20 +59,16 @@ def test_numbers_are_those_of_a_plain_forward_pass(model):
 
 
 def test_the_program_prints_one_json_object_and_refuses_what_it_cannot_score(tiny, tmp_path):
-    import typer
-
-    app = typer.Typer()
-    app.command()(answers.main)
     file = tmp_path / "rows.jsonl"
     write_json_lines(file, ROWS[:2])
     given = [str(tiny), "--prompts", str(file), "--samples", "4", "--marker", MARKER, "--json"]
-    result = CliRunner().invoke(app, given)
+    result = CliRunner().invoke(answers.app, given)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["prompts"] == 2
-    refused = CliRunner().invoke(app, [*given[:6], "no such words", "--json"])
+    refused = CliRunner().invoke(answers.app, [*given[:6], "no such words", "--json"])
     assert isinstance(refused.exception, UserError) and "marker" in str(refused.exception)
     write_json_lines(file, [{"prompt": "x"}])
-    refused = CliRunner().invoke(app, given)
+    refused = CliRunner().invoke(answers.app, given)
     assert isinstance(refused.exception, UserError) and "row 1" in str(refused.exception)
 
 

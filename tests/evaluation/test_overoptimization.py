@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignment.errors import UserError
 from evaluation.best_of_n import best_of_n_curve
-from evaluation.overoptimization import METHODS, read_experiment, run, summarise
+from evaluation.experiments import read_experiment
+from evaluation.overoptimization import METHODS, Experiment, run, summarise
 from tests import tiny_lm
 
 SHIPPED = Path("recipes/overoptimization/smollm2.yaml")
@@ -118,7 +119,7 @@ def test_members_on_cached_features_score_as_the_exported_model(done):
 def test_it_goes_on_and_refuses_another_experiment(experiment, done):
     """A further seed: pairs, pool and what is trained are left as they are; another n is another experiment."""
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.suffix in (".jsonl", ".safetensors")}
-    settings = read_experiment(experiment)
+    settings = read_experiment(experiment, Experiment)
     result = run(settings.model_copy(update={"seeds": 3}), done)
     assert len(result["runs"]) == 6
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -140,7 +141,7 @@ def test_it_goes_on_and_refuses_another_experiment(experiment, done):
 
 
 def test_prompts_of_pairs_are_refused_in_the_pool(experiment, tmp_path):
-    settings = read_experiment(experiment)
+    settings = read_experiment(experiment, Experiment)
     with pytest.raises(UserError, match="24 prompts are in"):
         run(settings.model_copy(update={"pool": settings.pairs}), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -165,7 +166,7 @@ def test_the_summary_by_hand():
 
 
 def test_the_shipped_experiment_is_one():
-    settings = read_experiment(SHIPPED)
+    settings = read_experiment(SHIPPED, Experiment)
     assert settings.n >= 512 and settings.seeds >= 3 and settings.noise == [0.0, 0.25]
     assert Path(settings.pairs.file).is_file() and Path(settings.pool.file).is_file()
     assert Path(settings.reward_model).is_file()
@@ -182,4 +183,4 @@ def test_the_shipped_experiment_is_one():
 def test_mistakes_name_file_and_key(tmp_path, change, message):
     (tmp_path / "e.yaml").write_text(yaml.safe_dump({**yaml.safe_load(SHIPPED.read_text()), **change}))
     with pytest.raises(UserError, match=f"e.yaml: {message}"):
-        read_experiment(tmp_path / "e.yaml")
+        read_experiment(tmp_path / "e.yaml", Experiment)

@@ -10,7 +10,8 @@ import yaml
 from alignment.errors import UserError
 from alignment.objectives import registry
 from evaluation import replication
-from evaluation.replication import Replication, read_replication, reward_at, summarise
+from evaluation.experiments import cell, read_experiment
+from evaluation.replication import Replication, reward_at, summarise
 
 KIND = r"\b(kind|warm|good|nice|bright)\b"
 SHARED = [
@@ -97,7 +98,7 @@ def test_the_figure_and_the_shipped_files(done, tmp_path, root, monkeypatch):
     from alignment.recipes import load_recipe
 
     for file in sorted((root / "recipes" / "replications").glob("*.yaml")):
-        shipped = read_replication(file)
+        shipped = read_experiment(file, Replication)
         for name, arm in shipped.arms.items():
             load_recipe(arm.recipe or shipped.recipe, replication._overrides(shipped, arm, tmp_path, name, 0))
 
@@ -107,7 +108,7 @@ def test_summaries():
     (found,) = summarise(rows)
     half = 4.302652729911275 * 1.0 / math.sqrt(3)  # t(0.975, 2), standard deviation 1
     assert found["x"] == pytest.approx({"mean": 2.0, "low": 2 - half, "high": 2 + half})
-    assert found["y"] == {"mean": None, "low": None, "high": None} and replication.cell(found["y"]) == "–"
+    assert found["y"] == {"mean": None, "low": None, "high": None} and cell(found["y"]) == "–"
     curve = [{"kl": 0.0, "reward": 1.0}, {"kl": 4.0, "reward": 3.0}, {"kl": 6.0, "reward": 5.0}]
     assert reward_at(curve, 5.0) == 4.0 and math.isnan(reward_at(curve, 7.0))
 
@@ -116,7 +117,7 @@ def test_mistakes_in_the_file(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(asked().model_dump() | {"sedes": 2}))
     with pytest.raises(UserError, match="sedes"):
-        read_replication(file)
+        read_experiment(file, Replication)
     file.write_text("a: [")
     with pytest.raises(UserError, match="not valid YAML"):
-        read_replication(file)
+        read_experiment(file, Replication)
