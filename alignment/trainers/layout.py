@@ -9,13 +9,23 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import Trainer
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel, Trainer
 
-from alignment.trainers.scoring import ROW_KEYS, TOLERANCE, relative_gap, repaired, sequence_logps
+from alignment.errors import UserError
+from alignment.trainers.scoring import (
+    ROW_KEYS,
+    TOLERANCE,
+    Layout,
+    relative_gap,
+    repaired,
+    sequence_logps,
+    why_not_shared,
+)
 
 
 class LayoutTrainer(Trainer):
-    """Scores batches in the collator's layout; the attributes are set by `PreferenceTrainer`."""
+    """Scores batches in the collator's layout; the attributes are set by the trainers that build on it."""
 
     model: Any
     collator: Any
@@ -62,3 +72,26 @@ class LayoutTrainer(Trainer):
     def _any_process(self, flag: bool) -> bool:
         count = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(count, reduction="sum") > 0)
+
+    def _refuse_other_precision(self) -> None:
+        asked = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
+        if self.accelerator.mixed_precision != asked:
+            raise UserError(
+                f"training: the launcher's mixed precision is {self.accelerator.mixed_precision!r}, the recipe's is "
+                f"{asked!r}: set training.bf16 or training.fp16, or launch with --mixed_precision {asked}"
+            )
+
+
+def possible_layout(layout: Layout, model: PreTrainedModel, peft_config: Any) -> Layout:
+    """`layout`, or `paired`, with a warning, where this model is known not to take shared rows."""
+    if layout == "paired":
+        return layout
+    configs = list(model.peft_config.values()) if is_peft_model(model) else []
+    learned = [c for c in (*configs, peft_config) if c is not None and c.is_prompt_learning]
+    reason = why_not_shared(model.config)
+    if learned:
+        reason = f"{learned[0].peft_type.value} puts virtual tokens before the prompt"
+    if reason is None:
+        return layout
+    warnings.warn(f"layout shared_prefix is not possible ({reason}); using paired", stacklevel=3)
+    return "paired"

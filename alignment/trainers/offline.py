@@ -26,6 +26,7 @@ from alignment.objectives.base import Objective, reads_reference
 from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
 from alignment.trainers.collation import BRANCHES, FROZEN_COLUMNS, LengthGroupedSampler, PairCollator
 from alignment.trainers.degree import COLUMNS, DegreeTrainer
+from alignment.trainers.layout import possible_layout
 from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals
 from alignment.trainers.reference import ReferenceTrainer
 from alignment.trainers.scoring import (
@@ -33,7 +34,6 @@ from alignment.trainers.scoring import (
     Layout,
     relative_gap,
     scored_tokens,
-    why_not_shared,
 )
 
 
@@ -104,9 +104,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         self._layout_settled = self._begun = self._gradient_seen = False
         self._start: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
         data = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
-        if layout == "shared_prefix" and (reason := _why_not_shared(model, peft_config)):
-            warnings.warn(f"layout shared_prefix is not possible ({reason}); using paired", stacklevel=2)
-            layout = "paired"
+        layout = possible_layout(layout, model, peft_config)
         ref_model = self._plan_frozen(model, ref_model, start_model, peft_config, data, processing_class)
         self.collator = PairCollator(
             processing_class.pad_token_id, args.max_length, layout, self._calibrated, self.copied
@@ -137,14 +135,6 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         self.add_callback(EpochOrder(self))
         if self.aux_loss_enabled:
             warnings.warn("the router's auxiliary loss is not added: only the objective is trained", stacklevel=2)
-
-    def _refuse_other_precision(self) -> None:
-        asked = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
-        if self.accelerator.mixed_precision != asked:
-            raise UserError(
-                f"training: the launcher's mixed precision is {self.accelerator.mixed_precision!r}, the recipe's is "
-                f"{asked!r}: set training.bf16 or training.fp16, or launch with --mixed_precision {asked}"
-            )
 
     # --- data ---------------------------------------------------------------------------------------------------
 
@@ -372,14 +362,6 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             logs["eval_loss"] = found.pop("loss")
         self._metrics[mode].update({name: [value] for name, value in found.items()})
         super().log(logs, start_time)
-
-
-def _why_not_shared(model: PreTrainedModel, peft_config: Any) -> str | None:
-    configs = list(model.peft_config.values()) if is_peft_model(model) else []
-    for config in (*configs, peft_config):
-        if config is not None and config.is_prompt_learning:
-            return f"{config.peft_type.value} puts virtual tokens before the prompt"
-    return why_not_shared(model.config)
 
 
 def _agreement(chosen: torch.Tensor, rejected: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:

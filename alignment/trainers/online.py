@@ -31,6 +31,7 @@ from alignment.rewards.base import PreferenceOracle, RewardFunction
 from alignment.trainers import chains, judging
 from alignment.trainers.batches import RolloutCollator, group_logps, labelled_pairs, sample_pairs
 from alignment.trainers.drawing import Sampler
+from alignment.trainers.layout import possible_layout
 from alignment.trainers.lookahead import LookAheadTrainer
 from alignment.trainers.metrics import Totals
 from alignment.trainers.rollout import (
@@ -117,7 +118,7 @@ class OnlinePreferenceTrainer(LookAheadTrainer):
         self.collator = RolloutCollator(
             self.columns["prompt_ids"],
             int(processing_class.pad_token_id or 0),
-            layout,
+            possible_layout(layout, model, peft_config),
             self.kind,
             rollouts.calibration,
         )
@@ -132,6 +133,7 @@ class OnlinePreferenceTrainer(LookAheadTrainer):
             peft_config=peft_config,
             **more,
         )
+        self._refuse_other_precision()
         if reference is not None:
             self.ref_model = self._prepared(reference.requires_grad_(False))
         self._refuse_unfit()

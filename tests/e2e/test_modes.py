@@ -46,10 +46,7 @@ OTHERS = sorted(OFFLINE & {path.stem for path in QUICKSTART.glob("*.yaml")})
 OTHERS = [name for name in OTHERS if name not in FAMILIES]
 ADAPTERS = {"full": (), "lora": ("lora.r=4",)}
 STEPS, KILLED_AT = 6, 3
-SETTINGS = (
-    "data.sample=null",
-    "reward=null",
-    "evaluation=null",
+SHORT = (  # what every mode's runs share, of whatever kind they are
     "training.cpu_threads=1",
     "training.use_cpu=true",
     "training.global_batch_size=4",
@@ -57,8 +54,8 @@ SETTINGS = (
     "training.save_strategy=steps",
     f"training.save_steps={KILLED_AT}",
     "training.learning_rate=1e-3",
-    "training.warmup_steps=2",
 )
+SETTINGS = ("data.sample=null", "reward=null", "evaluation=null", *SHORT, "training.warmup_steps=2")
 SHARDED = ("--num_processes", "2", "--mixed_precision", "no")
 LAUNCHES = {
     "two": ("--config_file", "recipes/accelerate/cpu2.yaml"),

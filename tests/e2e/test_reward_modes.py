@@ -14,7 +14,17 @@ from safetensors.torch import load_file
 from alignment.files import write_json_lines
 from tests.e2e.conftest import finished, launched
 from tests.e2e.modes import carry_out
-from tests.e2e.test_modes import KILLED_AT, LAUNCHES, OF_THE_SPLIT, STEPS, no_compiler, pairs, straight, training_lines
+from tests.e2e.test_modes import (
+    KILLED_AT,
+    LAUNCHES,
+    OF_THE_SPLIT,
+    SHORT,
+    STEPS,
+    no_compiler,
+    pairs,
+    straight,
+    training_lines,
+)
 
 QUICK = "recipes/quickstart/reward_model.yaml"
 # Of real bases, with data, model and sizes of the tests.
@@ -50,13 +60,7 @@ def job(tiny: Path, folder: Path, mode: str, case: str, **more: Any) -> dict[str
         f"data.train={folder / 'rows.jsonl'}",
         f"data.eval={folder / 'held_out.jsonl'}",
         "training.eval_strategy=no",
-        "training.cpu_threads=1",
-        "training.use_cpu=true",
-        "training.global_batch_size=4",
-        f"training.max_steps={STEPS}",
-        "training.save_strategy=steps",
-        f"training.save_steps={KILLED_AT}",
-        "training.learning_rate=1e-3",
+        *SHORT,
         "training.warmup_steps=2",
         "training.logging_steps=1",
         f"training.output_dir={folder / mode / case}",

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as transformers_deepspeed
@@ -207,3 +208,19 @@ def test_trl_still_has_what_on_policy_training_relies_on(tiny, tmp_path):
     assert list(inspect.signature(unwrap_model_for_generation).parameters)[:2] == ["model", "accelerator"]
     assert hasattr(transformers_deepspeed, "_hf_deepspeed_config_weak_ref")
     assert read_json_object(tiny / "config.json")["eos_token_id"] == trainer.processing_class.eos_token_id
+
+
+def test_the_launchers_precision_must_be_the_recipes(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state()
+    with pytest.raises(UserError, match="launcher's mixed precision is 'bf16'"):
+        online(tiny, tmp_path, "p3o", reward=Kindness())
+    AcceleratorState._reset_state()
+
+
+def test_a_model_that_takes_no_shared_rows_gets_paired_ones(tiny, tmp_path):
+    model = load_model(str(tiny))
+    model.config._attn_implementation = "flash_attention_2"  # takes no 4-D mask
+    with pytest.warns(UserWarning, match="layout shared_prefix is not possible"):
+        trainer = online(tiny, tmp_path, "p3o", reward=Kindness(), model=model)
+    assert trainer.collator.layout == "paired"
