@@ -57,7 +57,7 @@ def test_an_edited_template_is_seen(root, tiny, tmp_path, chat):
     before = trained(root, model, chat, tmp_path / "run")
     assert before["template_hash"] == hashlib.sha256(template.encode()).hexdigest()
     (model / "chat_template.jinja").write_text(template.replace("assistant\n", "helper\n"))
-    with pytest.raises(UserError, match="--resume: the preference rows are not those"):
+    with pytest.raises(UserError, match="--resume: the rows are not those"):
         trained(root, model, chat, tmp_path / "run", resume=True)
 
 

@@ -278,7 +278,9 @@ def carry_out(
     say(state, f"[3/3] training: {announced}")
     if recipe.training.push_to_hub and state.is_main_process:
         hub.claim(trainer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.add_callback(rundir.StopWhenDone)
+    with contextlib.suppress(rundir.AllDone):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def conclude(

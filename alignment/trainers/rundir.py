@@ -131,7 +131,7 @@ def refuse_other_data(run: Path, fingerprint: str) -> None:
         UserError: the data's fingerprint is not the manifest's.
     """
     if read_json_object(run / "manifest.json").get("data_fingerprint", fingerprint) != fingerprint:
-        raise UserError(f"--resume: the preference rows are not those that {run} began with")
+        raise UserError(f"--resume: the rows are not those that {run} began with: other data, or other recorded samples")
 
 
 def refuse_other_weights(run: Path, digests: dict[str, str]) -> None:
@@ -224,6 +224,19 @@ class MetricsFile(TrainerCallback):
             numbers = {name: float(value) for name, value in logs.items()}
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(jsonable({"step": state.global_step, **numbers})) + "\n")
+
+
+class AllDone(Exception):
+    """Training is resumed at its last step: there is nothing left to do."""
+
+
+class StopWhenDone(TrainerCallback):
+    """Raises `AllDone` before the first step of a run whose checkpoint is its last: transformers looks at max_steps
+    only after a step, and would train one too many."""
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102 - transformers' hook
+        if 0 < state.max_steps <= state.global_step:
+            raise AllDone
 
 
 class CheckpointFiles(TrainerCallback):

@@ -137,3 +137,25 @@ def test_long_prompts_are_set_aside_and_other_samples_refused(root, grammar, tmp
             run_or_exit(lambda more=more: run(root, monkeypatch, more))
         assert stopped.value.code == 2 and message in said(capfd.readouterr().err)
         assert left(tmp_path) == before  # not even the step that the file would have had samples for
+
+
+def test_a_run_is_not_resumed_on_other_recorded_samples(root, grammar, tmp_path, monkeypatch, capfd):
+    prompts, kept = tmp_path / "prompts.jsonl", tmp_path / "kept.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in GOOD))
+    saving = ("training.save_strategy=steps", "training.save_steps=1")
+
+    def given(name: str, *more: str) -> list[str]:
+        return grammar.overrides(tmp_path / name, "data.sample=null", *overrides(prompts, *more))
+
+    run(root, monkeypatch, given("first"))
+    rows = [json.loads(line) for line in (tmp_path / "first" / "rollouts.jsonl").read_text().splitlines()]
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = given("run", f"generation.replay={kept}", *saving)
+    run(root, monkeypatch, again)
+    run(root, monkeypatch, [*again, "--resume"])  # nothing is left to do, and nothing is wrong
+    rows[0]["responses"].reverse()
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_or_exit(lambda: run(root, monkeypatch, [*again, "--resume"]))
+    assert stopped.value.code == 2 and "rows are not those" in said(capfd.readouterr().err)

@@ -14,7 +14,7 @@ from alignment.errors import UserError
 from alignment.files import read_json_object, write_json, write_text
 from alignment.recipes import load_recipe
 from alignment.trainers import rundir
-from alignment.trainers.run import _manifest
+from alignment.trainers.run import begun
 
 RECIPE = "recipes/quickstart/dpo.yaml"
 PLUGIN = """import torch.nn.functional as F
@@ -37,7 +37,7 @@ def run(root, tmp_path, monkeypatch) -> Path:
 
 
 def begin(run: Path, *overrides: str) -> None:
-    write_json(run / "manifest.json", _manifest(load_recipe(RECIPE, overrides), world=1))
+    write_json(run / "manifest.json", begun(load_recipe(RECIPE, overrides), world=1))
 
 
 def test_changes_without_effect_on_the_result_may_be_resumed_with(run):
@@ -91,7 +91,7 @@ def test_an_edited_objective_file_is_another_objective(run, tmp_path):
 def test_other_rows_are_refused(run):
     write_json(run / "manifest.json", {"data_fingerprint": "a"})
     rundir.refuse_other_data(run, "a")
-    with pytest.raises(UserError, match="preference rows are not those"):
+    with pytest.raises(UserError, match="the rows are not those"):
         rundir.refuse_other_data(run, "b")
 
 

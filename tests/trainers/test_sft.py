@@ -340,6 +340,18 @@ def test_n_steps_resumed_for_n_are_2n(recipe, tmp_path, lora):
         train(recipe(part, *settings, "training.learning_rate=2e-3"), resume=True)
 
 
+def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(recipe, tmp_path):
+    """transformers alone would take step 4: it looks at max_steps only after a step."""
+    settings = ["training.save_strategy=steps", "training.save_steps=3", "training.max_steps=3"]
+    run = train(recipe(tmp_path / "run", *settings))
+    (run / "final").rename(tmp_path / "whole")
+    train(recipe(run, *settings), resume=True)
+    assert len(series(run)) == 3
+    assert (run / "final" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
 def test_preference_training_starts_from_it(recipe, root, tmp_path, monkeypatch):
     sft = train(recipe(tmp_path / "sft", "training.max_steps=2"))
     pair = {"prompt": "my dog is", "chosen": " warm .", "rejected": " cold ."}
