@@ -131,7 +131,7 @@ def refuse_other_data(run: Path, fingerprint: str) -> None:
         UserError: the data's fingerprint is not the manifest's.
     """
     if read_json_object(run / "manifest.json").get("data_fingerprint", fingerprint) != fingerprint:
-        raise UserError(f"--resume: the rows are not those that {run} began with: other data, or other recorded samples")
+        raise UserError(f"--resume: the rows are not those {run} began with: other data, or other recorded samples")
 
 
 def refuse_other_weights(run: Path, digests: dict[str, str]) -> None:
