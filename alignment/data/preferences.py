@@ -18,11 +18,11 @@ from alignment.errors import UserError
 from alignment.files import iterate_json_lines, read_text
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-NUMBER_COLUMNS = ("reward_chosen", "reward_rejected", "prev_chosen", "prev_rejected", "margin", "label")
+# Numbers of each response of a pair: for both or for neither.
+TOGETHER = tuple((f"{name}_chosen", f"{name}_rejected") for name in ("reward", "preference", "score", "prev"))
+NUMBER_COLUMNS = (*(column for pair in TOGETHER for column in pair), "margin", "label")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 OPTIONAL_COLUMNS = (*ID_COLUMNS, *NUMBER_COLUMNS, "calibration", "calibration_ids")
-
-TOGETHER = (("reward_chosen", "reward_rejected"), ("prev_chosen", "prev_rejected"))
 # The beginning of chat messages that were written as text, as Python or JSON shows them.
 _WRITTEN = re.compile(r"""\s*\[?\s*\{\s*(['"])(?:(role|content)|from|value)\1\s*:""")
 
@@ -98,8 +98,9 @@ def canonical(row: dict[str, Any]) -> dict[str, Any]:
     if 0 < len(absent) < len(ID_COLUMNS):
         raise BadRow(MISSING_FIELD, f"token ids come together: {', '.join(absent)} missing")
     numbers = {c: _number(c, row[c]) for c in NUMBER_COLUMNS if c in row}
-    if not 0 <= numbers.get("label", 1.0) <= 1:
-        raise BadRow(BAD_NUMBER, f"label: {numbers['label']:g} is not a probability (0 to 1)")
+    for column in ("label", "preference_chosen", "preference_rejected"):
+        if not 0 <= numbers.get(column, 1.0) <= 1:
+            raise BadRow(BAD_NUMBER, f"{column}: {numbers[column]:g} is not a probability (0 to 1)")
     for one, other in (pair for given in TOGETHER for pair in (given, given[::-1])):
         if one in numbers and other not in numbers:
             raise BadRow(MISSING_FIELD, f"{other} is missing, and {one} is there")

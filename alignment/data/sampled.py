@@ -1,8 +1,9 @@
 """Preferences that the starting model provides itself: several samples per prompt, judged, best against worst.
 
 The controlled-sentiment experiment of the DPO paper (Rafailov et al. 2023, section 6), small. Each row keeps the token
-ids as they were drawn, both scores where a reward judged, and one more draw as `calibration`: the first of the
-prompt's samples, picked without looking at how it was judged, hence a plain sample of the starting model.
+ids as they were drawn, both scores where a reward judged, both strengths where an oracle did, and one more draw as
+`calibration`: the first of the prompt's samples, picked without looking at how it was judged, hence a plain sample of
+the starting model.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from alignment.data.preferences import TOGETHER
 from alignment.errors import UserError
 from alignment.models.sampling import Sample
 from alignment.rewards.oracles import Probability, flip_labels
 
 Score = Callable[[list[str], list[str]], list[float]]
+SCORES = ("score_chosen", "score_rejected")
 
 
 def best_against_worst(
@@ -31,8 +35,9 @@ def best_against_worst(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Pairs from judged samples: the best with the worst, then the next best with the next worst …
 
-    Give either `score` or `probability`. An oracle ranks a prompt's samples by `win_probabilities`, and its rows have
-    no `reward_chosen` and `reward_rejected`: there are none.
+    Give either `score` or `probability`. A reward's rows keep `reward_chosen` and `reward_rejected`. An oracle ranks a
+    prompt's samples by `Strength.win`, and its rows keep `preference_*` and, unless some log-odds among the rows are
+    infinite, `score_*` (a column is in all rows or in none).
 
     Args:
         prompts: n texts.
@@ -50,23 +55,30 @@ def best_against_worst(
         UserError: no pair is left.
     """
     texts = [[drawn.text for drawn in group] for group in samples]
+    oracle: list[list[Strength]] = []
     if score is not None and probability is None:
         values = _scores(prompts, texts, score)
     elif probability is not None and score is None:
-        values = win_probabilities(prompts, texts, probability)
+        oracle = compared(prompts, texts, probability)
+        values = [[strength.win for strength in group] for group in oracle]
     else:
         raise ValueError("give either score or probability")
     counts = {"samples": sum(map(len, samples)), "unscored": 0, "ties": 0, "pairs": 0}
     rows = []
     for i, (group, judged) in enumerate(zip(samples, values, strict=True)):
-        scored = [(value, drawn) for value, drawn in zip(judged, group, strict=True) if not math.isnan(value)]
+        scored = [j for j, value in enumerate(judged) if not math.isnan(value)]
         counts["unscored"] += len(group) - len(scored)
-        ranked = sorted(scored, key=lambda pair: pair[0], reverse=True)
+        ranked = sorted(scored, key=judged.__getitem__, reverse=True)
         for k in range(min(pairs_per_prompt, len(ranked) // 2)):
-            (high, best), (low, worst) = ranked[k], ranked[-1 - k]
-            if high - low <= min_gap or best.ids == worst.ids:
+            high, low = ranked[k], ranked[-1 - k]
+            best, worst = group[high], group[low]
+            if judged[high] - judged[low] <= min_gap or best.ids == worst.ids:
                 counts["ties"] += 1
                 continue
+            if oracle:
+                columns = oracle[i][high].columns("chosen") | oracle[i][low].columns("rejected")
+            else:
+                columns = {"reward_chosen": judged[high], "reward_rejected": judged[low]}
             rows.append(
                 {
                     "prompt": prompts[i],
@@ -77,9 +89,10 @@ def best_against_worst(
                     "chosen_ids": best.ids,
                     "rejected_ids": worst.ids,
                     "calibration_ids": group[0].ids,
-                    **({"reward_chosen": high, "reward_rejected": low} if score else {}),
+                    **columns,
                 }
             )
+    rows = without_infinite_scores(rows)
     counts["pairs"] = len(rows)
     if not rows:
         raise UserError("data.sample: no pair is left: every prompt's samples score alike; raise samples_per_prompt")
@@ -93,13 +106,63 @@ def _scores(prompts: Sequence[str], texts: Sequence[Sequence[str]], score: Score
     return [[float(next(values)) for _ in group] for group in texts]
 
 
-def win_probabilities(
-    prompts: Sequence[str], texts: Sequence[Sequence[str]], probability: Probability
-) -> list[list[float]]:
-    """Of each text, the mean of P(it > other) over the prompt's other texts that it could be compared with.
+@dataclass(frozen=True)
+class Strength:
+    """How one of a prompt's samples does against all of them, who stand for the policy that drew them.
 
-    One call of the oracle with each unordered pair once, since P(b, a) = 1 - P(a, b). NaN for a text without any
-    comparison, as of a single one, or with none but those with its own repetitions, which are 1/2 unasked.
+    Attributes:
+        win: mean of P(it > other) over the other samples that it could be compared with, for ranking; NaN where there
+            is none, or none but its own repetitions among texts that could not be compared.
+        preference: estimate of P(it > the policy): as `win`, with the sample itself, which counts 1/2.
+        score: mean log-odds of winning, with the sample itself, which counts 0; None where some are infinite.
+    """
+
+    win: float
+    preference: float
+    score: float | None
+
+    def columns(self, response: str) -> dict[str, float | None]:
+        """The columns of a row in which this sample is `response`, chosen or rejected."""
+        return {f"preference_{response}": self.preference, f"score_{response}": self.score}
+
+
+def without_infinite_scores(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as they are, or all without `score_*` if any lacks one: readers want a column in all or in none."""
+    if all(row.get(column, 0.0) is not None for row in rows for column in SCORES):
+        return rows
+    return [{name: value for name, value in row.items() if name not in SCORES} for row in rows]
+
+
+def strengths(texts: Sequence[str], comparisons: Sequence[tuple[int, int, float]]) -> list[Strength]:
+    """The strength of each of one prompt's samples.
+
+    Args:
+        texts: K samples.
+        comparisons: (i, j, P(i > j)), each unordered pair at most once; NaN: it could not be judged, and is left out.
+    """
+    found: list[list[tuple[str, float]]] = [[] for _ in texts]
+    for i, j, p in comparisons:
+        found[i].append((texts[j], p))
+        found[j].append((texts[i], 1.0 - p))
+    return [_strength(text, against) for text, against in zip(texts, found, strict=True)]
+
+
+def _strength(text: str, found: Sequence[tuple[str, float]]) -> Strength:
+    """From (other text, P(text > other)) of every comparison."""
+    judged = [p for _, p in found if not math.isnan(p)]
+    others = [p for other, p in found if other != text]
+    if not judged or (others and all(map(math.isnan, others))):
+        return Strength(math.nan, math.nan, None)
+    score = None
+    if all(0 < p < 1 for p in judged):
+        score = math.fsum(math.log(p) - math.log1p(-p) for p in judged) / (len(judged) + 1)
+    # Rounded, so that what is equal in exact arithmetic (0.7 + 0.3 and 0.5 + 0.5) is a tie here, too.
+    won = math.fsum(judged)
+    return Strength(round(won / len(judged), 12), round((won + 0.5) / (len(judged) + 1), 12), score)
+
+
+def compared(prompts: Sequence[str], texts: Sequence[Sequence[str]], probability: Probability) -> list[list[Strength]]:
+    """Strengths by prompt; one call of the oracle with each unordered pair once, since P(b, a) = 1 - P(a, b).
 
     Args:
         prompts: n texts.
@@ -110,24 +173,10 @@ def win_probabilities(
     answers = probability(
         [prompts[i] for i, _, _ in pairs], [texts[i][a] for i, a, _ in pairs], [texts[i][b] for i, _, b in pairs]
     )
-    won: list[list[list[tuple[str, float]]]] = [[[] for _ in group] for group in texts]
+    table: list[list[tuple[int, int, float]]] = [[] for _ in texts]
     for (i, a, b), p in zip(pairs, answers, strict=True):
-        won[i][a].append((texts[i][b], p))
-        won[i][b].append((texts[i][a], 1.0 - p))
-    return [
-        [_mean_win(text, found) for text, found in zip(group, founds, strict=True)]
-        for group, founds in zip(texts, won, strict=True)
-    ]
-
-
-def _mean_win(text: str, found: Sequence[tuple[str, float]]) -> float:
-    """Mean of the probabilities in (other text, P(text > other)) that are numbers."""
-    judged = [p for _, p in found if not math.isnan(p)]
-    others = [p for other, p in found if other != text]
-    if not judged or (others and all(map(math.isnan, others))):
-        return math.nan
-    # Rounded, so that what is equal in exact arithmetic (0.7 + 0.3 and 0.5 + 0.5) is a tie here, too.
-    return round(math.fsum(judged) / len(judged), 12)
+        table[i].append((a, b, p))
+    return [strengths(group, asked) for group, asked in zip(texts, table, strict=True)]
 
 
 def with_label_noise(
@@ -135,14 +184,14 @@ def with_label_noise(
 ) -> tuple[list[dict[str, Any]], int]:
     """Rows of which each has chosen and rejected exchanged with `probability`, and how many have.
 
-    Token ids and rewards travel with their responses, so a flipped row's `reward_chosen` is the lower one. Which rows
+    Token ids and numbers travel with their responses, so a flipped row's `reward_chosen` is the lower one. Which rows
     are flipped depends on their numbers and `seed` alone (`alignment.rewards.oracles.flip_labels`).
     """
     flips = flip_labels(range(len(rows)), probability, seed)
     return [_flipped(row) if flip else row for row, flip in zip(rows, flips, strict=True)], sum(flips)
 
 
-_SWAPPED = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"), ("reward_chosen", "reward_rejected"))
+_SWAPPED = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"), *TOGETHER)
 
 
 def _flipped(row: dict[str, Any]) -> dict[str, Any]:

@@ -25,17 +25,13 @@ from scipy.special import expit
 from scipy.stats import rankdata
 
 from alignment.data.overlap import prompt_hash
+from alignment.data.preferences import TOGETHER
 from alignment.errors import UserError
 
 Row = dict[str, Any]
 Floats = NDArray[np.float64]
 
-_SWAPPED = (
-    ("chosen", "rejected"),
-    ("chosen_ids", "rejected_ids"),
-    ("reward_chosen", "reward_rejected"),
-    ("prev_chosen", "prev_rejected"),
-)
+_SWAPPED = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"), *TOGETHER)
 
 
 # Margins of models that have not seen the rows

@@ -52,7 +52,7 @@ from alignment.trainers.launching import (
 )
 from alignment.trainers.offline import PreferenceTrainer
 
-SAMPLES_FORMAT = "1"  # part of the cache key: raise it when the same settings give other pairs
+SAMPLES_FORMAT = "2"  # part of the cache key: raise it when the same settings give other pairs
 
 
 def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 from scipy.stats import binomtest
 
 from alignment.data.preferences import canonical
-from alignment.data.sampled import best_against_worst, win_probabilities, with_label_noise
+from alignment.data.sampled import Strength, best_against_worst, strengths, with_label_noise
 from alignment.errors import UserError
 from alignment.models import load_tokenizer
 from alignment.models.sampling import Sample
@@ -148,7 +149,8 @@ def test_an_oracle_ranks_by_mean_probability_of_winning():
 
 def test_repeated_samples_weigh_as_often_as_they_were_drawn():
     """aab: a has (.5 + .8) / 2 = .65, b .2."""
-    assert win_probabilities(["p"], ["aab"], by_table({("a", "b"): 0.8})) == [[0.65, 0.65, 0.2]]
+    found = strengths("aab", [(0, 1, 0.5), (0, 2, 0.8), (1, 2, 0.8)])
+    assert [one.win for one in found] == [0.65, 0.65, 0.2]
 
 
 @pytest.mark.parametrize("p", [1.0, 0.7, 0.9, 1 / 3])
@@ -179,6 +181,85 @@ def test_an_oracle_s_rows_have_no_rewards_and_each_pair_is_asked_once():
     assert [pair[0] for pair in asked] == ["p", "p", "p", "q"]
     assert [(row["chosen"], row["rejected"]) for row in rows] == [("a", "c"), ("c", "d")]
     assert all("reward_chosen" not in row and canonical(row) == row for row in rows)
+
+
+# S of a general preference model (log-odds, already divided by tau) and a policy with probabilities .5, .3, .2.
+# Against that policy, by a reference calculation: P(y > policy), and S @ policy by hand.
+S = {("a", "b"): 2.0, ("a", "c"): -1.0, ("b", "c"): 1.0}
+AGAINST_POLICY = {"a": (0.56803, 0.4), "b": (0.35581, -0.8), "c": (0.54621, 0.2)}
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def all_pairs(texts, table) -> list[tuple[int, int, float]]:
+    places = list(itertools.combinations(range(len(texts)), 2))
+    answers = by_table(table)(None, [texts[i] for i, _ in places], [texts[j] for _, j in places])
+    return [(i, j, p) for (i, j), p in zip(places, answers, strict=True)]
+
+
+def test_samples_in_the_policy_s_shares_have_the_policy_s_expectations():
+    """Ten samples, five a, three b, two c: with itself counted as a tie, a sample meets exactly the policy."""
+    texts = "abacabbaca"
+    found = strengths(texts, all_pairs(texts, {pair: sigmoid(s) for pair, s in S.items()}))
+    for text, strength in zip(texts, found, strict=True):
+        preference, score = AGAINST_POLICY[text]
+        assert strength.preference == pytest.approx(preference, abs=5e-6)
+        assert strength.score == pytest.approx(score, abs=1e-12)
+
+
+def test_samples_beat_themselves_half_the_time_and_by_no_odds():
+    """Whatever the judge: of all samples against all, E[P] = 1/2 and E[log-odds] = 0."""
+    generator = random.Random(3)
+    for texts in ("ab", "abc", "abcde", "abacd"):
+        table = {pair: generator.uniform(0.01, 0.99) for pair in itertools.combinations("abcde", 2)}
+        found = strengths(texts, all_pairs(texts, table))
+        assert math.fsum(one.preference for one in found) / len(texts) == pytest.approx(0.5, abs=1e-11)
+        assert math.fsum(one.score for one in found) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_comparison_that_could_not_be_judged_is_left_out_of_strengths():
+    """a - c unknown: a meets b and itself, (.9 + .5)/2 and log 9/2; b meets all three; d has met nobody."""
+    nan = math.nan
+    pairs_ = [(0, 1, 0.9), (2, 0, nan), (2, 1, 0.5), (3, 0, nan), (1, 3, nan)]
+    a, b, c, d = strengths("abcd", pairs_)
+    assert a == Strength(0.9, 0.7, pytest.approx(math.log(9) / 2))
+    assert b == Strength(0.3, pytest.approx(1.1 / 3), pytest.approx(-math.log(9) / 3))
+    assert c == Strength(0.5, 0.5, 0.0)
+    assert math.isnan(d.win) and math.isnan(d.preference) and d.score is None
+
+
+def test_certain_wins_have_no_log_odds():
+    """a always beats b: neither has finite ones; c, which has met only a, has."""
+    a, b, c = strengths("abc", [(0, 1, 1.0), (0, 2, 0.75)])
+    assert a == Strength(0.875, 0.75, None) and b == Strength(0.0, 0.25, None)
+    assert c == Strength(0.25, 0.375, pytest.approx(-math.log(3) / 2))
+
+
+def test_rows_of_an_oracle_keep_both_strengths_and_noise_takes_them_along():
+    table = {("a", "b"): 0.9, ("a", "c"): 0.4, ("b", "c"): 0.7}
+    rows, _ = best_against_worst(["p"], [[1, 2]], [drawn("abc")], probability=by_table(table))
+    wanted = {
+        "preference_chosen": pytest.approx(1.8 / 3),
+        "preference_rejected": pytest.approx(1.3 / 3),
+        "score_chosen": pytest.approx((math.log(9) + math.log(2 / 3)) / 3),
+        "score_rejected": pytest.approx((-math.log(9) + math.log(7 / 3)) / 3),
+    }
+    assert {name: value for name, value in rows[0].items() if name in wanted} == wanted
+    (flipped,), _ = with_label_noise(rows, 1.0, 0)
+    assert (flipped["chosen"], flipped["rejected"]) == ("b", "a")
+    for name in ("preference", "score"):
+        assert flipped[f"{name}_chosen"] == wanted[f"{name}_rejected"]
+        assert flipped[f"{name}_rejected"] == wanted[f"{name}_chosen"]
+
+
+def test_one_certain_answer_takes_the_scores_from_all_rows():
+    """A column is in all rows or in none: the reader would drop the rows without it."""
+    table = {("a", "b"): 1.0, ("c", "d"): 0.8}
+    rows, _ = best_against_worst(["p", "q"], [[1], [2]], [drawn("ab"), drawn("cd")], probability=by_table(table))
+    assert [(r["preference_chosen"], r["preference_rejected"]) for r in rows] == [(0.75, 0.25), (0.65, 0.35)]
+    assert not {name for row in rows for name in row if name.startswith("score")}
 
 
 @pytest.mark.parametrize("given", [{}, {"score": by_text({}), "probability": by_table({})}])
