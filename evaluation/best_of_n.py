@@ -3,9 +3,9 @@
     python evaluation/best_of_n.py sample MODEL --prompts prompts.txt --n 512 --pool pools/sft
     python evaluation/best_of_n.py curves --pool pools/sft --gold regex --gold-key pattern=good --proxy runs/ensemble
 
-The first half is the estimator, pure functions on arrays; the second is the program. Samples and scores on disk are
-`evaluation.pools`, tables and plots are `evaluation.best_of_n_page`, the ensemble's aggregate is
-`alignment.rewards.aggregate`. docs/best_of_n.md explains the numbers.
+The first half is the estimator, pure functions on arrays; the second is the program. Samples on disk are
+`alignment.models.pools`, their scores `evaluation.pools`, tables and plots `evaluation.best_of_n_page`, the ensemble's
+aggregate `alignment.rewards.aggregate`. docs/best_of_n.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -327,11 +327,12 @@ def sample_command(
     ] = None,
 ) -> None:
     """Draw n samples of every prompt into a folder. Run it again to go on after an interruption."""
+    from alignment.models.sampling import Generation
     from evaluation.files import locate_prompts
-    from evaluation.plans import Generation, ModelSource
-    from evaluation.pools import sample_pool
+    from evaluation.plans import ModelSource
+    from evaluation.pools import sample_source
 
-    made = sample_pool(
+    made = sample_source(
         ModelSource(model, {"name_or_path": model, "dtype": dtype}),
         [prompt.text for prompt in locate_prompts(prompts, limit)],
         pool,

@@ -28,10 +28,11 @@ from pydantic import Field
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import read_json_object, write_json, write_json_lines
+from alignment.models.sampling import Generation
 from evaluation.best_of_n import default_ns, overoptimization_curves
 from evaluation.experiments import Strict, over_seeds, read_experiment
 from evaluation.overoptimization_page import write_result
-from evaluation.plans import Generation, ModelSource, say
+from evaluation.plans import ModelSource, say
 
 METHODS = ("single", "mean", "wco", "uwo")
 
@@ -164,10 +165,10 @@ def _pairs(experiment: Experiment, folder: Path, prompts: list[str], gold: Any) 
     file, counted = folder / "pairs.jsonl", folder / "pairs.json"
     if counted.is_file():
         return file, {key: int(value) for key, value in read_json_object(counted).items()}
-    from evaluation.pools import sample_pool
+    from evaluation.pools import sample_source
 
     generation = Generation(max_new_tokens=experiment.max_new_tokens, batch_size=experiment.batch_size)
-    draws = sample_pool(
+    draws = sample_source(
         _source(experiment), prompts, folder / "answers", experiment.samples_per_prompt, generation=generation, seed=2
     )
     rows: list[dict[str, Any]] = []
@@ -193,10 +194,10 @@ def _pairs(experiment: Experiment, folder: Path, prompts: list[str], gold: Any) 
 
 
 def _pool(experiment: Experiment, folder: Path, prompts: list[str], gold: Any) -> tuple[Any, np.ndarray]:
-    from evaluation.pools import identity_of, sample_pool, stored_scores
+    from evaluation.pools import identity_of, sample_source, stored_scores
 
     generation = Generation(max_new_tokens=experiment.max_new_tokens, batch_size=experiment.batch_size)
-    pool = sample_pool(_source(experiment), prompts, folder / "pool", experiment.n, generation=generation, seed=1)
+    pool = sample_source(_source(experiment), prompts, folder / "pool", experiment.n, generation=generation, seed=1)
     return pool, stored_scores(pool, identity_of(gold), gold.score, "gold")[0]
 
 

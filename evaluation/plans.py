@@ -14,23 +14,13 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.files import read_json_object
+from alignment.models.sampling import Generation
 from alignment.rewards import PreferenceOracle, RewardFunction, get_oracle, get_reward
 from evaluation.comparison import Comparison, Side, compare
 from evaluation.files import Prompt, locate_prompts, refuse_training_prompts
 
 RESAMPLES = 10_000
 BASELINE_SEED_OFFSET = 1_000_000  # the two sides must not share random numbers: their samples are independent draws
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How responses are drawn; the meaning of each is `alignment.models.sampling.sample`'s."""
-
-    max_new_tokens: int = 24
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    batch_size: int = 64
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import typer
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import jsonable, write_json, write_json_lines
+from alignment.models.sampling import Generation
 from alignment.recipes.document import RecipeError, parse_value
 from alignment.rewards import PreferenceOracle, RewardFunction, get_oracle, get_reward
 from alignment.rewards.registry import Kind, judge_fields
@@ -34,7 +35,6 @@ from evaluation.files import locate_prompts, read_outputs, shorten
 from evaluation.plans import (
     BASELINE_SEED_OFFSET,
     RESAMPLES,
-    Generation,
     ModelSource,
     Plan,
     plan_of_run,

@@ -1,6 +1,7 @@
 """Text from a model: n continuations per prompt, as token ids that are never decoded and encoded again.
 
-Not a server and not the on-policy trainer's path. Used by the self-sampled preferences and by the win rate.
+Not a server, not the on-policy trainer's path, and nothing on disk (`pools`). Used by pools, by the self-sampled
+preferences and by the win rate. Importing it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -10,12 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How responses are drawn; the meaning of each is `sample`'s."""
+
+    max_new_tokens: int = 24
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = 64
 
 
 @dataclass(frozen=True)
@@ -27,11 +38,17 @@ class Sample:
     finished: bool
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt: text as it stands, messages through the chat template with the generation prompt."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt | Sequence[int]) -> list[int]:
+    """Token ids of a prompt: text as it stands, messages through the chat template with the generation prompt.
+
+    Token ids are returned as they are.
+    """
     if isinstance(prompt, str):
         return list(tokenizer(prompt).input_ids)
-    encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    given: Any = prompt
+    if given and isinstance(given[0], int):
+        return list(given)
+    encoded: Any = tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=True, return_dict=True)
     return list(encoded["input_ids"])
 
 
@@ -120,11 +137,10 @@ class _Sampler:
         return Sample(ids, str(self.tokenizer.decode(ids, skip_special_tokens=True)), finished)
 
 
-@torch.no_grad()
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | Sequence[int]],
     n: int,
     *,
     max_new_tokens: int,
@@ -139,7 +155,7 @@ def sample(
 
     Args:
         model: a causal language model; its mode is restored afterwards.
-        prompts: texts, or chat messages.
+        prompts: texts, chat messages, or token ids.
         n: continuations per prompt.
         max_new_tokens: tokens; a continuation that has not ended by then is cut (`finished` is False).
         temperature: 0 means greedy: one continuation is computed and stands n times, since all would be the same.
@@ -151,6 +167,7 @@ def sample(
     Returns:
         One list of n samples per prompt, in the order of `prompts`.
     """
+    import torch
     from tqdm import tqdm
 
     greedy = temperature == 0
@@ -165,7 +182,7 @@ def sample(
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     bar = tqdm(total=len(prompts), desc=progress, disable=not progress)
-    with torch.random.fork_rng(devices=devices), own_defaults_only(model), bar:
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), own_defaults_only(model), bar:
         torch.manual_seed(seed)
         for start in range(0, len(order), per_batch):
             batch = order[start : start + per_batch]

@@ -20,9 +20,10 @@ from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, 
 from trl.trainer.utils import use_adapter
 
 from alignment.errors import UserError
+from alignment.models.digest import model_digest
 from alignment.objectives.base import Objective
 from alignment.trainers.collation import BRANCHES, truncated
-from alignment.trainers.frozen import frozen_logps, model_digest, rows_digest
+from alignment.trainers.frozen import frozen_logps, rows_digest
 from alignment.trainers.layout import LayoutTrainer
 from alignment.trainers.scoring import TOLERANCE
 

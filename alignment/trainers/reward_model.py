@@ -20,10 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl import RewardTrainer
 
 from alignment.errors import UserError
+from alignment.models.digest import gathered_parameter
 from alignment.models.reward_model import Facts, head_of, padded
 from alignment.rewards.losses import RewardLoss, general_score, unit
 from alignment.trainers.collation import LengthGroupedSampler, truncated
-from alignment.trainers.frozen import gathered_parameter
 from alignment.trainers.metrics import EpochOrder, Totals
 
 BRANCHES = ("chosen", "rejected")

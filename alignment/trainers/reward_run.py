@@ -27,13 +27,14 @@ from alignment.data.pipeline import Prepared, fingerprint, prepare, write_reject
 from alignment.errors import UserError
 from alignment.files import write_json, write_json_lines
 from alignment.models import load_tokenizer
+from alignment.models.digest import model_digest
 from alignment.models.reward_model import Facts, load_reward_model, settle_padding, trunk_features
 from alignment.recipes import RewardModelRecipe
 from alignment.rewards.losses import RewardLoss
 from alignment.rewards.oracles import flip_labels
 from alignment.trainers import rundir
 from alignment.trainers.collation import truncated
-from alignment.trainers.frozen import cache_file, frozen_logps, model_digest, rows_digest
+from alignment.trainers.frozen import cache_file, frozen_logps, rows_digest
 from alignment.trainers.launching import (
     adapter_config,
     begin,

@@ -27,6 +27,7 @@ from alignment.data.sampled import best_against_worst, with_label_noise
 from alignment.errors import UserError
 from alignment.files import write_json_lines
 from alignment.models import load_model, load_tokenizer
+from alignment.models.digest import weights_digest
 from alignment.models.gguf import cache_root
 from alignment.models.sampling import prompt_ids, sample
 from alignment.objectives import get_objective
@@ -34,7 +35,6 @@ from alignment.objectives.base import Objective, reads_reference
 from alignment.recipes import Recipe
 from alignment.rewards import get_oracle, get_reward
 from alignment.trainers import rundir
-from alignment.trainers.frozen import weights_digest
 from alignment.trainers.launching import (
     adapter_config,
     begin,

@@ -22,10 +22,11 @@ from alignment.errors import run_or_exit
 from alignment.launched import main, main_reward_model
 from alignment.models import load_tokenizer
 from alignment.models.reward_model import load_reward_model
+from alignment.models.sampling import Generation
 from alignment.trainers import launching
 from evaluation import best_of_n, held_out, overoptimization, win_rate
-from evaluation.plans import Generation, ModelSource
-from evaluation.pools import sample_pool
+from evaluation.plans import ModelSource
+from evaluation.pools import sample_source
 from tests.e2e.conftest import Grammar
 from tests.trainers.test_reward_model import without_pad_token
 
@@ -365,7 +366,7 @@ def judges(root, tiny, tmp_path_factory) -> dict[str, object]:
     """A pool, a classifier with two labels, a model without pad token, a run whose held-out rows are not there."""
     folder = tmp_path_factory.mktemp("judges")
     source = ModelSource(str(tiny), {"name_or_path": str(tiny), "dtype": "float32"})
-    sample_pool(source, ["my dog is"], folder / "pool", 4, generation=Generation(max_new_tokens=4), seed=1)
+    sample_source(source, ["my dog is"], folder / "pool", 4, generation=Generation(max_new_tokens=4), seed=1)
     model = load_reward_model(tiny, outputs=2, fresh_head=True)
     for name in ("two", "padless"):
         load_tokenizer(tiny).save_pretrained(folder / name)

@@ -1,4 +1,4 @@
-"""Pools on disk: what is drawn, going on after `kill -9`, refusals, stored scores, and the program end to end."""
+"""Scores beside a pool, and best-of-n's program end to end, `kill -9` included; samples: `models/test_pools.py`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from alignment.errors import UserError
+from alignment.models.sampling import Generation
 from alignment.rewards import get_reward
 from evaluation.best_of_n import app, default_ns, parse_ns
-from evaluation.plans import Generation, ModelSource
-from evaluation.pools import identity_of, open_pool, sample_pool, stored_scores
+from evaluation.plans import ModelSource
+from evaluation.pools import identity_of, sample_source, stored_scores
 from tests.tiny_lm import KIND_PATTERN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,7 +34,7 @@ PROMPTS = ["my dog is", "the cat was", "our house seems", "your book is", "my ri
 def draw(tiny, folder, n=7, prompts=PROMPTS, **keys):
     generation = Generation(max_new_tokens=8, batch_size=keys.pop("batch_size", 3))
     source = ModelSource(str(tiny), {"name_or_path": str(tiny), "dtype": "float32"})
-    return sample_pool(source, prompts, folder, n, generation=generation, **{"prompts_per_shard": 2, **keys})
+    return sample_source(source, prompts, folder, n, generation=generation, **{"prompts_per_shard": 2, **keys})
 
 
 @pytest.fixture(scope="module")
@@ -41,55 +44,6 @@ def pool(tiny, tmp_path_factory):
 
 def contents(folder):
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def test_exact_counts_and_what_a_row_holds(pool, tiny):
-    """5 prompts in shards of 2 make 2 + 2 + 1; 7 samples in calls of at most 3 are 7, and decode to their texts."""
-    from alignment.models import load_tokenizer
-
-    assert [len(block) for block in pool.shards] == [2, 2, 1]
-    assert sorted(p.name for p in (pool.folder / "shards").iterdir()) == [f"0000{i}.jsonl" for i in range(3)]
-    tokenizer, seen = load_tokenizer(tiny), []
-    for number in range(3):
-        prompts, responses = pool.read(number)
-        seen += prompts
-        for line in pool.file(number).read_text().splitlines():
-            row = json.loads(line)
-            assert [len(row[key]) for key in ("ids", "responses", "finished")] == [7, 7, 7]
-            for ids, text, finished in zip(row["ids"], row["responses"], row["finished"], strict=True):
-                assert tokenizer.decode(ids, skip_special_tokens=True) == text
-                assert finished == (ids[-1] == tokenizer.eos_token_id) and len(ids) <= 8
-        assert all(len(texts) == 7 for texts in responses)
-    assert seen == PROMPTS
-
-
-def test_parts_are_drawn_independently(tiny, tmp_path):
-    """One prompt in two shards, two calls each: were a seed used twice, the same 16 texts would stand twice."""
-    made = draw(tiny, tmp_path / "p", n=32, prompts=PROMPTS[:1] * 2, batch_size=16, prompts_per_shard=1)
-    texts = [made.read(number)[1][0] for number in range(2)]
-    parts = [tuple(t[start : start + 16]) for t in texts for start in (0, 16)]
-    assert len(set(parts)) == 4
-    again = draw(tiny, tmp_path / "q", n=32, prompts=PROMPTS[:1] * 2, batch_size=16, prompts_per_shard=1, seed=2)
-    assert again.read(0)[1] != made.read(0)[1]
-
-
-def test_a_pool_that_is_there_is_left_alone(pool, tiny):
-    before = {f: f.stat().st_mtime_ns for f in (pool.folder / "shards").iterdir()}
-    draw(tiny, pool.folder)
-    assert {f: f.stat().st_mtime_ns for f in (pool.folder / "shards").iterdir()} == before
-
-
-def test_only_what_is_missing_is_drawn_again_and_equal(tiny, tmp_path):
-    folder = tmp_path / "pool"
-    whole = contents(draw(tiny, folder).folder)
-    (folder / "shards" / "00001.jsonl").unlink()
-    (folder / "shards" / ".00001.jsonl.4242.tmp").write_text('{"prompt": "my d')  # a killed writer's
-    kept = (folder / "shards" / "00000.jsonl").stat().st_mtime_ns
-    with pytest.raises(UserError, match="1 of 3 shards are missing; run the same"):
-        open_pool(folder)
-    draw(tiny, folder)
-    assert contents(folder) == whole
-    assert (folder / "shards" / "00000.jsonl").stat().st_mtime_ns == kept
 
 
 @pytest.mark.slow
@@ -120,66 +74,20 @@ def test_kill_and_run_again(tiny, tmp_path):
     assert all(contents(killed)[name] == data for name, data in stand.items() if not name.endswith(".tmp"))
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"n": 8}, "n is 7 there and 8 now"),
-        ({"seed": 3}, "seed is 1 there and 3 now"),
-        ({"chat": True}, "chat is False there and True now"),
-        ({"batch_size": 4}, "batch_size is 3 there and 4 now"),
-        ({"prompts": PROMPTS[:4]}, "prompts is 5 there and 4 now"),
-        ({"prompts": [*PROMPTS[:4], "our shop is"]}, "prompts_sha256 is"),
-    ],
-)
-def test_other_settings_are_refused(pool, tiny, change, named):
-    with pytest.raises(UserError, match=re.escape(named)):
-        draw(tiny, pool.folder, **change)
+def test_chat_prompts_are_what_a_user_says(tiny, tmp_path):
+    made = draw(tiny, tmp_path / "pool", n=2, prompts=PROMPTS[:1], chat=True)
+    assert made.read(0)[0] == [[{"role": "user", "content": PROMPTS[0]}]]
 
 
-def test_other_weights_under_the_same_name_are_refused(tiny, tmp_path):
-    import shutil
-
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    shutil.copytree(tiny, tmp_path / "model")
-    draw(tmp_path / "model", tmp_path / "pool", n=1, prompts=PROMPTS[:1])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.01)
-    model.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="model_sha256 is"):
-        draw(tmp_path / "model", tmp_path / "pool", n=1, prompts=PROMPTS[:1])
-
-
-def test_what_is_no_pool_is_refused(tiny, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists and is not a pool"):
-        draw(tiny, tmp_path)
-    with pytest.raises(UserError, match="no manifest.json there"):
-        open_pool(tmp_path / "nowhere")
-    source = ModelSource(str(tiny), {"name_or_path": str(tiny)})
-    with pytest.raises(UserError, match="temperature: must be above 0"):
-        sample_pool(source, PROMPTS, tmp_path / "new", 4, generation=Generation(temperature=0.0))
-
-
-def test_a_damaged_shard_is_named(tiny, tmp_path):
-    made = draw(tiny, tmp_path / "pool", prompts=PROMPTS[:2])
-    row = json.loads(made.file(0).read_text().splitlines()[0])
-    made.file(0).write_text(json.dumps(row) + "\n")
-    with pytest.raises(UserError, match=r"00000.jsonl: 1 prompts instead of 2; delete the file"):
-        made.read(0)
-    made.file(0).write_text(json.dumps({**row, "responses": row["responses"][:6]}) + "\n")
-    with pytest.raises(UserError, match=r"00000.jsonl:1: 7 samples are needed"):
-        made.read(0)
-
-
-def test_two_processes_at_once(pool, tiny):
-    """The lock is held by this process's first handle; a second one is told so."""
-    from evaluation.pools import _alone
-
-    with _alone(pool.folder), pytest.raises(UserError, match="another process is writing there"):
-        draw(tiny, pool.folder)
+def test_chat_without_a_template_is_refused(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "plain")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = None
+    (tmp_path / "plain" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(tmp_path / "plain")
+    with pytest.raises(UserError, match="no chat template; use --no-chat"):
+        draw(tmp_path / "plain", tmp_path / "pool", chat=True)
+    assert not (tmp_path / "pool").exists()
 
 
 def test_scores_are_kept_per_shard_and_nan_survives(tiny, tmp_path):
@@ -279,8 +187,6 @@ def test_program_member_scores_are_the_models(pool, ensemble):
 
 
 def test_identity_follows_keys_and_contents(ensemble, tmp_path):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     from alignment.rewards.scored import _loaded
