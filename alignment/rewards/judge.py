@@ -5,7 +5,8 @@
       base_url: http://127.0.0.1:8000/v1
       model: Qwen/Qwen2.5-7B-Instruct
 
-Here is what is asked and how an answer is read; sending, retrying and keeping answers is in `judge_client`.
+Here is what is asked and how an answer is read; keeping answers is in `judge_client`, sending and retrying in
+`alignment.http`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from alignment.errors import UserError
 from alignment.files import read_text
+from alignment.http import JsonServer, is_endpoint, is_variable
 from alignment.rewards.base import Prompt, prompt_text
 from alignment.rewards.judge_client import ChatClient, Reply
 from alignment.rewards.oracles import symmetric
@@ -170,10 +171,10 @@ class LLMJudge:
     def _client(self) -> ChatClient:
         from alignment.models.gguf import cache_root
 
+        manners = {key: getattr(self, key) for key in ("api_key_env", "timeout", "retries", "concurrency")}
         return ChatClient(
-            base_url=self.base_url.rstrip("/"),
+            JsonServer(self.base_url.rstrip("/"), where=f"oracle {self.name}", **manners),
             cache=Path(self.cache).expanduser() if self.cache else cache_root() / self.name,
-            **{key: getattr(self, key) for key in ("api_key_env", "timeout", "retries", "concurrency")},
         )
 
     def probability(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float]:
@@ -288,7 +289,7 @@ def _checks(judge: LLMJudge) -> list[tuple[str, str, bool]]:
     floats = (int, float)
     return [
         ("model", "the endpoint's name of the model", _is_text(judge.model)),
-        ("base_url", "http://HOST… or https://HOST… without user, ? or #", _is_endpoint(judge.base_url)),
+        ("base_url", "http://HOST… or https://HOST… without user, ? or #", is_endpoint(judge.base_url)),
         (
             "template",
             "a text file",
@@ -306,7 +307,7 @@ def _checks(judge: LLMJudge) -> list[tuple[str, str, bool]]:
         (
             "api_key_env",
             "the NAME, in capitals, of an environment variable, never the key",
-            _is_variable(judge.api_key_env),
+            is_variable(judge.api_key_env),
         ),
     ]
 
@@ -315,24 +316,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _is_endpoint(url: Any) -> bool:
-    if not isinstance(url, str):
-        return False
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises for one that is no number
-    except ValueError:
-        return False
-    plain = not (parts.username or parts.password or parts.query or parts.fragment or re.search(r"\s", url))
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
-
-
 def _is_json_object(value: Any) -> bool:
     try:
         return isinstance(value, Mapping) and isinstance(json.dumps(dict(value), allow_nan=False), str)
     except (TypeError, ValueError):
         return False
-
-
-def _is_variable(name: Any) -> bool:
-    return name is None or (isinstance(name, str) and re.fullmatch(r"[A-Z_][A-Z0-9_]*", name) is not None)
