@@ -1,4 +1,4 @@
-"""What draws a pool's samples: transformers on this process's device.
+"""What draws a pool's samples: transformers on this process's device, or vLLM; `endpoint` has the one behind HTTP.
 
 A backend is asked by `pools.sample_pool`, block by block. It says what decides its samples, which goes into the pool's
 manifest; files, seeds of blocks and processes are the pool's business.
@@ -7,11 +7,15 @@ manifest; files, seeds of blocks and processes are the pool's business.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
+from alignment.errors import UserError
 from alignment.models.sampling import Generation, Prompt, Sample, sample
 
 
@@ -87,3 +91,67 @@ class TransformersBackend:
         self, prompts: Sequence[Prompt], ids: Sequence[list[int]], n: int, generation: Generation, seed: int
     ) -> list[list[Sample]]:
         return sample(self._model, self.tokenizer, ids, n, **asdict(generation), seed=seed)
+
+
+@dataclass
+class VllmBackend:
+    """The model in vLLM's engine, inside this process.
+
+    Written after vLLM's documentation and not run by this project, whose tests have no vLLM: draw a few samples and
+    look at them first. Under `accelerate launch` each process has an engine of its own; how they share GPUs is
+    yours to arrange (one plain process is the simple way).
+
+    Attributes:
+        load: arguments of `alignment.models.load_model`: name, dtype, revision, trust_remote_code; no adapter and no
+            quantisation.
+        tokenizer: of the model.
+
+    Raises:
+        UserError: vLLM is not installed, or `load` has what is not passed on to it.
+    """
+
+    load: Mapping[str, Any]
+    tokenizer: Any
+    _engine: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError("vLLM is not installed: `pip install vllm` where it runs, or sample without it")
+        passed = ("name_or_path", "dtype", "revision", "trust_remote_code")
+        if others := sorted(key for key, value in self.load.items() if value is not None and key not in passed):
+            raise UserError(f"vLLM: model.{others[0]} is not passed on to it; `alignment export` merges adapters")
+
+    def describe(self) -> dict[str, Any]:
+        """How the model is loaded."""
+        return {"backend": "vllm", **{k: v for k, v in self.load.items() if k != "name_or_path"}}
+
+    def open(self, device: Any, main: bool) -> dict[str, Any]:
+        """Start the engine. The weights are its own: the manifest has their name and vLLM's version, no SHA-256."""
+        import vllm
+
+        from alignment.models.loading import resolve_path
+
+        given = {key: value for key, value in self.load.items() if key != "name_or_path" and value is not None}
+        self._engine = vllm.LLM(model=resolve_path(self.load["name_or_path"]), **given)
+        return {"vllm": vllm.__version__}
+
+    def draw(
+        self, prompts: Sequence[Prompt], ids: Sequence[list[int]], n: int, generation: Generation, seed: int
+    ) -> list[list[Sample]]:
+        """Token ids in and out; vLLM keeps the end token in the ids that it gives."""
+        import vllm
+
+        settings = {"n": n, "temperature": generation.temperature, "top_p": generation.top_p}
+        settings |= {"top_k": generation.top_k or -1, "max_tokens": generation.max_new_tokens}
+        seeds = np.random.SeedSequence(seed).generate_state(len(ids))  # equal prompts are drawn independently
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in ids],
+            [vllm.SamplingParams(**settings, seed=int(each)) for each in seeds],
+            use_tqdm=False,
+        )
+        return [[self._sample(each) for each in output.outputs] for output in outputs]
+
+    def _sample(self, output: Any) -> Sample:
+        ids = list(output.token_ids)
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return Sample(ids, text, output.finish_reason == "stop")

@@ -10,9 +10,7 @@ import contextlib
 import datetime
 import hashlib
 import math
-import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,10 +25,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from alignment.errors import UserError
 from alignment.files import write_json
 from alignment.models.loading import settle_accelerator
+from alignment.processes import WAIT_HOURS, set_threads
 from alignment.recipes import AnyRecipe
 from alignment.trainers import hub, rundir
-
-WAIT_HOURS = 24
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
@@ -70,20 +67,6 @@ def plan_batches(global_batch: int, per_device: int, world: int) -> tuple[int, i
     share = global_batch // world
     fitting = max(d for d in range(1, min(per_device, share) + 1) if share % d == 0)
     return fitting, share // fitting
-
-
-def set_threads(wanted: int | None, state: PartialState) -> None:
-    """CPU threads of this process. `accelerate launch` exports OMP_NUM_THREADS=1 unless told otherwise: that cannot be
-    told from a wish, and is undone (training.cpu_threads=1 is the wish); any other exported number is kept."""
-    if state.device.type != "cpu":
-        return
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if wanted is None and (by_accelerate or "OMP_NUM_THREADS" not in os.environ):
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        wanted = max(1, cores // local)
-    if wanted is not None:
-        torch.set_num_threads(wanted)
 
 
 def say(state: PartialState, text: str) -> None:
