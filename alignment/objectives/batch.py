@@ -24,6 +24,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "calibration_length": ("calibration_length",),
     "reward": ("reward_chosen", "reward_rejected"),
     "preference": ("preference_chosen", "preference_rejected"),
+    "score": ("score_chosen", "score_rejected"),
     "degree": ("degree_logits", "degree_labels"),
 }
 WHY: dict[str, str] = {
@@ -35,6 +36,7 @@ WHY: dict[str, str] = {
     "calibration_length": "number of completion tokens of the calibration response",
     "reward": "scalar scores of the two responses by a reward model",
     "preference": "probabilities that each response beats the policy",
+    "score": "mean log-odds with which each response beats the policy's samples",
     "degree": "degree logits of degraded copies, from a classification head on the policy, and their labels",
 }
 POLICY_COLUMNS = ("chosen", "rejected", "calibration")  # the columns that carry a gradient
@@ -101,7 +103,8 @@ class PairLogps(Columns):
         prev_chosen, prev_rejected: under the previous iterate (INPO).
         calibration, ref_calibration, calibration_length: a third response per prompt (VPO, RPO).
         reward_chosen, reward_rejected: scalar scores.
-        preference_chosen, preference_rejected: P(response beats the policy).
+        preference_chosen, preference_rejected: P(response beats the policy that sampled the pair).
+        score_chosen, score_rejected: mean log-odds of the response against that policy's samples.
         degree_logits, degree_labels: of K degraded copies per pair and N degrees, `[B, K, N]` and integers `[B, K]`
             (-1: there is no such copy); SPO only.
         label: probability that `chosen` is the better response; absent is 1 for every pair.
@@ -126,6 +129,8 @@ class PairLogps(Columns):
     reward_rejected: Tensor | None = None
     preference_chosen: Tensor | None = None
     preference_rejected: Tensor | None = None
+    score_chosen: Tensor | None = None
+    score_rejected: Tensor | None = None
     degree_logits: Tensor | None = None
     degree_labels: Tensor | None = None
     label: Tensor | None = None

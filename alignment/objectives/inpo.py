@@ -28,7 +28,7 @@ class INPO(Objective):
             "Swapping previous and reference is invisible in the first iteration, where they coincide.",
             "Best-of-K against worst-of-K pairs are not independent draws: a larger, biased step.",
         ),
-        collisions=("eta is the INVERSE step here; EGPO's eta is the step and rpo's a likelihood weight.",),
+        collisions=("eta is the INVERSE step here; sppo's and gpo's is the step, rpo's a likelihood weight.",),
         settings=({"eta": 0.5, "tau": 0.2}, {"eta": 0.1, "tau": 0.0}, {"eta": 0.1, "tau": 0.1}),
     )
     eta: float = hyper("inverse step size; the target is 1/(2 eta)", default=0.005, gt=0, source="paper, grid search")

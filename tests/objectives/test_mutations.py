@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from alignment.objectives import PairLogps, objective_class
 from alignment.objectives.conformance import run_check
 from alignment.objectives.reward_aware_rpo import bernoulli_kl
+from alignment.objectives.sppo import regressed
 
 DPO, IPO, Robust, RPO, INPO, VPO, FDPO, NvidiaRPO, SimPO, ORPO, CPO, DPOP, SPO = map(
     objective_class,
     ("dpo", "ipo", "robust", "rpo", "inpo", "vpo", "f_dpo", "reward_aware_rpo", "simpo", "orpo", "cpo", "dpop", "spo"),
 )
+SPPO, GPO = map(objective_class, ("sppo", "gpo"))
 
 
 class FlippedSign(DPO):
@@ -154,6 +156,63 @@ class PenaltyOutside(DPOP):
 class PenaltyOnRejected(DPOP):
     def pair_loss(self, batch):
         return -F.logsigmoid(self.beta * (batch.margin - self.lam * F.relu(-batch.log_ratio_rejected)))
+
+
+class TowardsTheLoser(SPPO):
+    def pair_loss(self, batch):
+        return regressed(
+            batch, self.eta * (0.5 - batch.preference_chosen), self.eta * (0.5 - batch.preference_rejected)
+        )
+
+
+class WinsWithoutHalf(SPPO):
+    def pair_loss(self, batch):
+        return regressed(batch, self.eta * batch.preference_chosen, self.eta * batch.preference_rejected)
+
+
+class OnlyTheWinner(SPPO):
+    def pair_loss(self, batch):
+        return (batch.log_ratio_chosen - self.eta * (batch.preference_chosen - 0.5)) ** 2
+
+
+class SumOverResponses(SPPO):
+    def pair_loss(self, batch):
+        return 2 * super().pair_loss(batch)
+
+
+class ReferenceOfTheOther(SPPO):
+    def pair_loss(self, batch):
+        return super().pair_loss(replace(batch, ref_chosen=batch.ref_rejected, ref_rejected=batch.ref_chosen))
+
+
+class PreviousForReference(SPPO):
+    def pair_loss(self, batch):
+        return super().pair_loss(replace(batch, ref_chosen=batch.prev_chosen, ref_rejected=batch.prev_rejected))
+
+
+class InverseStep(SPPO):
+    def pair_loss(self, batch):
+        return SPPO(eta=1 / self.eta).pair_loss(batch)
+
+
+class MarginOfBoth(SPPO):
+    def pair_loss(self, batch):
+        return (batch.margin - self.eta * (batch.preference_chosen - batch.preference_rejected)) ** 2 / 2
+
+
+class TableMinusItsTranspose(GPO):
+    def pair_loss(self, batch):
+        return GPO(eta=2 * self.eta).pair_loss(batch)
+
+
+class OddsForLogOdds(GPO):
+    def pair_loss(self, batch):
+        return regressed(batch, self.eta * batch.score_chosen.exp(), self.eta * batch.score_rejected.exp())
+
+
+class WinsForLogOdds(GPO):
+    def pair_loss(self, batch):
+        return SPPO(eta=self.eta).pair_loss(batch)
 
 
 class IgnoredLabel(RPO):
@@ -325,6 +384,17 @@ MUTANTS = [
     (PenaltyOutside, "paper bounds"),
     (PenaltyOnRejected, "golden paper"),
     (Unvalidated, "hyperparameters"),
+    (TowardsTheLoser, "golden paper start_law direction"),
+    (WinsWithoutHalf, "golden paper start_law"),
+    (OnlyTheWinner, "golden paper start_law bounds"),
+    (SumOverResponses, "golden paper start_law bounds"),
+    (ReferenceOfTheOther, "golden paper start_law"),
+    (PreviousForReference, "golden paper columns"),
+    (InverseStep, "golden paper start_law"),
+    (MarginOfBoth, "golden paper start_law bounds"),
+    (TableMinusItsTranspose, "golden paper start_law"),
+    (OddsForLogOdds, "golden paper start_law"),
+    (WinsForLogOdds, "golden paper columns"),
     *((mutant, "labels") for mutant in (IgnoredLabel, LabelOfRejected, HardenedLabel, AveragedLabel, LabelAsWeight)),
     *((mutant, "labels") for mutant in (ReferenceNotSwapped, LengthsNotSwapped, LabelledRewards)),
     (SumOverCopies, "golden paper start_law"),
@@ -357,6 +427,12 @@ def test_the_suite_catches(mutant, checks: str) -> None:
         (EtaWithoutBeta, "= vpo offline + constant"),
         (SignOfOptimism, "signs"),
         (PenaltyOnRejected, "two regions"),
+        (WinsWithoutHalf, "ties pull to the reference"),
+        (TowardsTheLoser, "0 at its targets"),
+        (OnlyTheWinner, "exchanged responses"),
+        (ReferenceOfTheOther, "constant on a response"),
+        (TableMinusItsTranspose, "score P - 1/2 = sppo"),
+        (OddsForLogOdds, "unit of the score"),
         (HardenedLabel, "soft label = smoothing"),
         (LabelAsWeight, "soft label moves the target"),
         (SumOverCopies, "slope by the logits"),

@@ -111,6 +111,18 @@ def inpo(point: Point, h: Point) -> Any:
     return mp.log(odds[""] / target) ** 2
 
 
+def sppo(point: Point, h: Point) -> Any:
+    """The logarithm of how far pi/ref is, as a factor, from the Gibbs weight of the response, unnormalised."""
+    off = [_u(point, y) / mp.exp(point[f"preference_{y}"] - mpf(1) / 2) ** h["eta"] for y in ("chosen", "rejected")]
+    return sum(mp.log(factor) ** 2 for factor in off) / 2
+
+
+def gpo(point: Point, h: Point) -> Any:
+    """As sppo; the weight is a power of the geometric mean of the odds of winning."""
+    off = [_u(point, y) / mp.exp(point[f"score_{y}"]) ** h["eta"] for y in ("chosen", "rejected")]
+    return sum(mp.log(factor) ** 2 for factor in off) / 2
+
+
 def _geometric_mean(point: Point, response: str) -> Any:
     return mp.root(_p(point, response), point[f"{response}_length"])
 
@@ -153,7 +165,9 @@ def spo(point: Point, h: Point) -> Any:
 
 FORMULAS: dict[str, Callable[[Point, Point], Any]] = {
     formula.__name__: formula
-    for formula in (dpo, robust, ipo, hinge, rpo, reward_aware_rpo, f_dpo, vpo, inpo, simpo, orpo, cpo, dpop, spo)
+    for formula in (
+        *(dpo, robust, ipo, hinge, rpo, reward_aware_rpo, f_dpo, vpo, inpo, sppo, gpo, simpo, orpo, cpo, dpop, spo),
+    )
 }
 
 

@@ -95,6 +95,19 @@ def _robust(h: dict[str, Any], row: Row) -> Law:
     return LOG2, -slope, slope, 0.0
 
 
+def _to_targets(chosen: float, rejected: float) -> Law:
+    """Log-ratios of 0 against these targets."""
+    return (chosen**2 + rejected**2) / 2, -chosen, -rejected, 0.0
+
+
+def _sppo(h: dict[str, Any], row: Row) -> Law:
+    return _to_targets(*(h["eta"] * row[f"preference_{y}"] - h["eta"] / 2 for y in ("chosen", "rejected")))
+
+
+def _gpo(h: dict[str, Any], row: Row) -> Law:
+    return _to_targets(*(h["eta"] * row[f"score_{y}"] for y in ("chosen", "rejected")))
+
+
 def _spo(h: dict[str, Any], row: Row) -> Law:
     base = h | {name.removeprefix("base_"): value for name, value in h.items() if name.startswith("base_")}
     value, *slopes_ = START_LAWS[h["base"]](base, row)
@@ -111,6 +124,8 @@ START_LAWS: dict[str, Callable[[dict[str, Any], Row], Law]] = {
     "f_dpo": _f_dpo,
     "vpo": _vpo,
     "inpo": lambda h, row: (1 / (4 * h["eta"] ** 2), -1 / h["eta"], 1 / h["eta"], 0.0),
+    "sppo": _sppo,
+    "gpo": _gpo,
     "simpo": _simpo,
     "orpo": _orpo,
     "cpo": _cpo,
@@ -164,6 +179,8 @@ BOUNDS: dict[str, list[Bound]] = {
         ({"beta": _B, "alpha": 0.5, "mode": "online"}, None, _B, _B),
     ],
     "inpo": [({"eta": 0.1}, 0.0, _INF, _INF)],
+    "sppo": [({"eta": 2.0}, 0.0, _INF, _INF)],
+    "gpo": [({"eta": 2.0}, 0.0, _INF, _INF)],
     "simpo": [({}, 0.0, 2.0 / 7, 2.0 / 13)],
     "orpo": [({}, 0.0, _INF, _INF)],
     "cpo": [({"beta": _B}, 0.0, _B + 1, _B)],
@@ -200,6 +217,11 @@ def _linear_slope(h: dict[str, Any], columns: Columns, loss: torch.Tensor, slope
     return (rest - rest[0]).abs() <= 1e-9
 
 
+def _own_slope(h: dict[str, Any], columns: Columns, loss: torch.Tensor, slope: Columns) -> torch.Tensor:
+    rest = [slope[y] - (columns[y] - columns[f"ref_{y}"]) for y in ("chosen", "rejected")]
+    return torch.stack([(offset - offset[0]).abs() <= 1e-9 for offset in rest]).all(0)
+
+
 def _all_or_nothing(h: dict[str, Any], columns: Columns, loss: torch.Tensor, slope: Columns) -> torch.Tensor:
     return slope["chosen"] == -h["beta"] * (h["beta"] * _margin(columns) < 1).to(DOUBLE)
 
@@ -224,6 +246,8 @@ CLAIMS: dict[str, list[tuple[dict[str, Any], str, Holds]]] = {
     "hinge": [({"beta": _B}, "slope beta before beta m = 1, 0 after", _all_or_nothing)],
     "ipo": [({}, "slope linear in m", _linear_slope)],
     "inpo": [({"eta": 0.1}, "slope linear in h", _linear_slope)],
+    "sppo": [({"eta": 2.0}, "slope linear in the response's own z", _own_slope)],
+    "gpo": [({"eta": 2.0}, "slope linear in the response's own z", _own_slope)],
     "rpo": [({"beta": _B, "eta": 0.5}, "|dL/ds_w| >= eta beta at every margin", _never_lets_go)],
     "robust": [({"beta": _B, "label_smoothing": 0.1}, "slope tends to -beta e/(1-2e)", _limit_of_slope)],
 }

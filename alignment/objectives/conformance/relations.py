@@ -207,6 +207,59 @@ def inpo_default_tau(cls: Make) -> None:
     close(cls(eta=0.3).loss(_pairs()), cls(eta=0.3, tau=0.1).loss(_pairs()), "default tau", rtol=1e-12)
 
 
+def sppo_ties(cls: Make) -> None:
+    """Responses that win half the time pull back to the reference: half the squared distance, whatever the step."""
+    batch = _pairs()
+    half = torch.full_like(batch.chosen, 0.5)
+    tied = with_columns(batch, preference_chosen=half, preference_rejected=half)
+    apart = torch.stack([batch.chosen - batch.column("ref_chosen"), batch.rejected - batch.column("ref_rejected")])
+    for eta in (0.5, 1000.0):
+        close(cls(eta=eta).loss(tied), apart.square().sum(0) / 2, f"loss of ties at eta = {eta:g}")
+
+
+def exchangeable(cls: Make) -> None:
+    """The two responses are regressed alike: which one is called chosen changes nothing, and so no label does."""
+    batch, objective = _pairs(), cls(eta=2.0)
+    names = [name for name in batch.columns() if "chosen" in name]
+    swap = {name: batch.column(name.replace("chosen", "rejected")) for name in names}
+    swap |= {name.replace("chosen", "rejected"): batch.column(name) for name in names}
+    close(objective.loss(with_columns(batch, **swap)), objective.loss(batch), "exchanged responses", rtol=1e-13)
+    soft = with_columns(batch, label=torch.linspace(0, 1, len(batch.chosen), dtype=DOUBLE))
+    close(objective.loss(soft), objective.loss(batch), "soft labels", rtol=1e-13)
+
+
+def gpo_sppo(cls: Make) -> None:
+    """A log-odds of P - 1/2 is sppo's target."""
+    batch = _pairs()
+    names = ("chosen", "rejected")
+    better = {f"score_{name}": batch.column(f"preference_{name}") - 0.5 for name in names}
+    _same(cls(eta=3.0), get_objective("sppo", eta=3.0), with_columns(batch, **better))
+
+
+def gpo_unit(cls: Make) -> None:
+    """Only eta times the score matters: odds squared at half the step are the same target."""
+    batch = _pairs()
+    double = {f"score_{name}": 2 * batch.column(f"score_{name}") for name in ("chosen", "rejected")}
+    close(cls(eta=1.5).loss(with_columns(batch, **double)), cls(eta=3.0).loss(batch), "odds squared, half the step")
+
+
+def met_targets(cls: Make) -> None:
+    """Loss and slopes are 0 where each log-ratio is its target; then the rewards are P - 1/2, or the scores."""
+    batch = _pairs()
+    for eta in (0.5, 40.0):
+        objective = cls(eta=eta)
+        offset, kind = (0.5, "preference") if "preference" in objective.needs else (0.0, "score")
+        better = [batch.column(f"{kind}_{name}") - offset for name in ("chosen", "rejected")]
+        met = with_columns(
+            batch,
+            chosen=batch.column("ref_chosen") + eta * better[0],
+            rejected=batch.column("ref_rejected") + eta * better[1],
+        )
+        close(objective.loss(met), torch.zeros_like(batch.chosen), "loss at the targets", atol=1e-20)
+        for reward, wanted in zip(objective.rewards(met), better, strict=True):
+            close(reward, wanted, "reward at the targets", atol=1e-10)
+
+
 def simpo_is_dpo(cls: Make) -> None:
     """gamma = 0 and one token each: dpo with a uniform reference."""
     batch = _pairs()
@@ -420,6 +473,19 @@ RELATIONS: dict[str, dict[str, Relation]] = {
         "tau = eta: ipo": equals({"eta": 0.2, "tau": 0.2}, "ipo", {"tau": 0.2}),
         "default tau": inpo_default_tau,
         "prompt constant": ignores_shift(*POLICY, eta=0.1),
+    },
+    "sppo": {
+        "ties pull to the reference": sppo_ties,
+        "exchanged responses": exchangeable,
+        "0 at its targets": met_targets,
+        "constant on a response": ignores_shift("chosen", "ref_chosen", eta=2.0),
+    },
+    "gpo": {
+        "score P - 1/2 = sppo": gpo_sppo,
+        "unit of the score": gpo_unit,
+        "exchanged responses": exchangeable,
+        "0 at its targets": met_targets,
+        "constant on a response": ignores_shift("rejected", "ref_rejected", eta=2.0),
     },
     "simpo": {"one token = dpo": simpo_is_dpo},
     "orpo": {"lam 0 = NLL": orpo_nll},
