@@ -102,6 +102,42 @@ def train(
 
 
 @app.command()
+def iterate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    accelerate_config: Annotated[
+        Path | None, typer.Option("--accelerate-config", help="Of the stages; such as recipes/accelerate/zero3.yaml.")
+    ] = None,
+) -> None:
+    """Train in iterations: sample, judge, pair, train, and again.
+
+    The recipe has an `iterate` section. What is complete is skipped: the same command goes on where it was stopped,
+    and ends with the same files. Each stage is a process of its own; with --accelerate-config those that sample, score
+    and train are launched by accelerate.
+    """
+    from alignment.recipes import RecipeError, load_iterate_recipe
+    from alignment.recipes.inspection import what_is_missing
+    from alignment.recipes.launch import read_launch
+
+    loaded = load_iterate_recipe(recipe, overrides or ())
+    if problems := what_is_missing(loaded):
+        raise RecipeError(problems)
+    if accelerate_config is not None:
+        read_launch(accelerate_config)
+    from alignment.pipeline.driver import run
+
+    folder = run(loaded, accelerate_config)
+    from evaluation.report import write_report
+
+    for training in sorted(folder.glob("iteration-*/train")):
+        write_report(training)
+    typer.echo(f"last iterate: {folder / 'final'}")
+    typer.echo(f"report: {write_report(folder)}")
+    if loaded.evaluation is not None:
+        typer.echo(f"win rate over the base: python evaluation/win_rate.py {folder}")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")]) -> None:
     """Write a run's report.html.
 
@@ -285,12 +321,12 @@ def data_strength(
     other way round, the next 20 % get soft labels, the highest 10 % smoothed ones, unless you say otherwise.
     """
     from alignment.data.strength import Bands
-    from alignment.recipes import RecipeError, SftRecipe, load_any
+    from alignment.recipes import IterateRecipe, RecipeError, SftRecipe, load_any
     from alignment.recipes.inspection import what_is_missing
 
     loaded = load_any(recipe, overrides or ())
-    if isinstance(loaded, SftRecipe):
-        raise UserError(f"{recipe}: supervised fine-tuning has no preferences")
+    if isinstance(loaded, SftRecipe | IterateRecipe):
+        raise UserError(f"{recipe}: no preferences are given there (data.train, data.sample)")
     if problems := what_is_missing(loaded):
         raise RecipeError(problems)
     from alignment.rewards.data_quality import mend

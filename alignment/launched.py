@@ -35,9 +35,9 @@ REWARD_MODEL_HELP = """Train a reward model, or an ensemble, from a recipe with 
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Words (argv unless given): RECIPE [section.key=value …] [--resume]."""
-    _launch(argv, load_recipe, "alignment.trainers.run", str(__doc__))
+def main(argv: Sequence[str] | None = None, report: bool = True) -> None:
+    """Words (argv unless given): RECIPE [section.key=value …] [--resume]. Without `report` there is no page."""
+    _launch(argv, load_recipe, "alignment.trainers.run", str(__doc__), report)
 
 
 def main_sft(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +50,9 @@ def main_reward_model(argv: Sequence[str] | None = None) -> None:
     _launch(argv, load_reward_model_recipe, "alignment.trainers.reward_run", REWARD_MODEL_HELP)
 
 
-def _launch(argv: Sequence[str] | None, load: Callable[..., AnyRecipe], trainer: str, text: str) -> None:
+def _launch(
+    argv: Sequence[str] | None, load: Callable[..., AnyRecipe], trainer: str, text: str, report: bool = True
+) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     resume = "--resume" in words
     words = [w for w in words if w != "--resume"]
@@ -72,7 +74,7 @@ def _launch(argv: Sequence[str] | None, load: Callable[..., AnyRecipe], trainer:
     run = importlib.import_module(trainer).train(recipe, resume=resume)
     # Left to the interpreter's end, gloo's threads now and then abort a process that has done all its work.
     PartialState().destroy_process_group()
-    if PartialState().is_main_process:
+    if report and PartialState().is_main_process:
         _report(run)
 
 

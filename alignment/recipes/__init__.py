@@ -9,10 +9,13 @@ Builds nothing from a recipe: models, data and trainers are made by those who re
 from alignment.recipes.document import Origin, Problem, RecipeError
 from alignment.recipes.loading import (
     AnyRecipe,
+    EveryRecipe,
+    IterateRecipe,
     Recipe,
     RewardModelRecipe,
     SftRecipe,
     load_any,
+    load_iterate_recipe,
     load_recipe,
     load_reward_model_recipe,
     load_sft_recipe,
@@ -20,6 +23,8 @@ from alignment.recipes.loading import (
 
 __all__ = [
     "AnyRecipe",
+    "EveryRecipe",
+    "IterateRecipe",
     "Origin",
     "Problem",
     "Recipe",
@@ -27,6 +32,7 @@ __all__ = [
     "RewardModelRecipe",
     "SftRecipe",
     "load_any",
+    "load_iterate_recipe",
     "load_recipe",
     "load_reward_model_recipe",
     "load_sft_recipe",

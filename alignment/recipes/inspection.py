@@ -15,7 +15,8 @@ from typing import Any
 from alignment.errors import UserError
 from alignment.files import PACKAGE_SCHEME, package_file
 from alignment.recipes.document import Origin, Problem, RecipeError
-from alignment.recipes.loading import AnyRecipe, Recipe, load_any
+from alignment.recipes.iterate import CheckpointSection
+from alignment.recipes.loading import EveryRecipe, IterateRecipe, Recipe, load_any
 from alignment.recipes.registries import judge_files
 from alignment.recipes.rows import SourceSection
 from alignment.recipes.sections import ObjectiveSection
@@ -44,7 +45,7 @@ def check(path: str | Path, overrides: Sequence[str] = ()) -> list[Problem]:
     return what_is_missing(recipe)
 
 
-def what_is_missing(recipe: AnyRecipe) -> list[Problem]:
+def what_is_missing(recipe: EveryRecipe) -> list[Problem]:
     """One problem per local file or Python package that the recipe needs and that is not there."""
     problems = []
     for dotted, message in (*_missing_files(recipe), *_missing_packages(recipe)):
@@ -53,25 +54,29 @@ def what_is_missing(recipe: AnyRecipe) -> list[Problem]:
     return sorted(problems)
 
 
-def _missing_files(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
-    data = recipe.data
-    files = {}
+def _missing_files(recipe: EveryRecipe) -> Iterator[tuple[str, str]]:
+    files: dict[str, str | None] = {}
     if isinstance(recipe, Recipe):
         files["data.sample.prompts"] = recipe.data.sample.prompts if recipe.data.sample else None
-        asked = recipe.data.prompts.name if recipe.data.prompts else None
-        files["data.prompts"] = asked if isinstance(asked, str) else None  # else of the hub: nothing to look for
         files["generation.replay"] = recipe.generation.replay
+    if isinstance(recipe, Recipe | IterateRecipe):
+        asked = recipe.data.prompts or []
+        named = [source.name for source in (asked if isinstance(asked, list) else [asked])]
+        local = [name for name in named if isinstance(name, str)]  # of the hub there is nothing to look for
+        files["data.prompts"] = next((name for name in local if not Path(name).is_file()), None)
         files["evaluation.prompts"] = recipe.evaluation.prompts if recipe.evaluation else None
         files |= judge_files("reward", recipe.reward.model_dump()) if recipe.reward else {}
         files |= judge_files("oracle", recipe.oracle.model_dump()) if recipe.oracle else {}
     for dotted, name in files.items():
         if name is not None and not Path(name).is_file():
             yield dotted, f"{name}: no such file (looked in {Path.cwd()})"
-    given: list[tuple[str, list[SourceSection] | None]] = [("data.train", data.train), ("data.eval", data.eval)]
+    given: list[tuple[str, list[SourceSection] | None]] = []
+    if not isinstance(recipe, IterateRecipe):
+        given = [("data.train", recipe.data.train), ("data.eval", recipe.data.eval)]
     for dotted, sources in given:
-        for source in sources or ():
-            if source.is_local and not source.path.exists():
-                yield dotted, f"{source.name}: no such file (looked in {Path.cwd()})"
+        for rows in sources or ():
+            if rows.is_local and not rows.path.exists():
+                yield dotted, f"{rows.name}: no such file (looked in {Path.cwd()})"
     if recipe.model.adapter is not None and not Path(recipe.model.adapter).is_dir():
         yield "model.adapter", f"{recipe.model.adapter}: no such folder"
     if recipe.lora is not None and (Path(recipe.model.name_or_path) / "adapter_config.json").is_file():
@@ -80,6 +85,8 @@ def _missing_files(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
             f"trains a fresh adapter, and {recipe.model.name_or_path} is an adapter already: give one of them",
         )
     yield from (("model.name_or_path", message) for message in _missing_model(recipe.model.name_or_path))
+    if isinstance(recipe, IterateRecipe) and isinstance(recipe.reference, CheckpointSection):
+        yield from (("reference.checkpoint", message) for message in _missing_model(recipe.reference.checkpoint))
     reference = recipe.reference if isinstance(recipe, Recipe) else None
     if reference is not None and reference.name_or_path is not None:
         yield from (("reference.name_or_path", message) for message in _missing_model(reference.name_or_path))
@@ -87,7 +94,7 @@ def _missing_files(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
             yield "reference.adapter", f"{reference.adapter}: no such folder"
 
 
-def _missing_packages(recipe: AnyRecipe) -> Iterator[tuple[str, str]]:
+def _missing_packages(recipe: EveryRecipe) -> Iterator[tuple[str, str]]:
     reporters = recipe.training.report_to
     named = [
         ("training.report_to", name, REPORTERS) for name in ([reporters] if isinstance(reporters, str) else reporters)
@@ -113,7 +120,7 @@ def _missing_model(name: str) -> Iterator[str]:
         yield f"{name}: no such folder"
 
 
-def explain(recipe: AnyRecipe) -> str:
+def explain(recipe: EveryRecipe) -> str:
     """Every value of the recipe, one line each: key, value, and the file and line or the default's source."""
     rows = [(dotted, _yaml(value), _origin(recipe, dotted)) for dotted, value in flatten(recipe.resolved())]
     key_width = max(len(key) for key, _, _ in rows)
@@ -121,7 +128,7 @@ def explain(recipe: AnyRecipe) -> str:
     return "\n".join(f"{key:<{key_width}}  {value:<{value_width}}  {origin}" for key, value, origin in rows)
 
 
-def _origin(recipe: AnyRecipe, dotted: str) -> str:
+def _origin(recipe: EveryRecipe, dotted: str) -> str:
     """Where a value was written, or its default's source; a key without default was written in its section's place."""
     if (place := recipe.origin(dotted)) is not None:
         return str(place)
@@ -129,7 +136,7 @@ def _origin(recipe: AnyRecipe, dotted: str) -> str:
     return f"default: {source}" if source else str(recipe.origin(dotted.rpartition(".")[0]) or "")
 
 
-def diff(first: AnyRecipe, second: AnyRecipe) -> str:
+def diff(first: EveryRecipe, second: EveryRecipe) -> str:
     """The resolved values in which two recipes differ, with the origin of each; empty if there are none."""
     before, after = dict(flatten(first.resolved())), dict(flatten(second.resolved()))
     lines = []
@@ -140,7 +147,7 @@ def diff(first: AnyRecipe, second: AnyRecipe) -> str:
     return "\n".join(lines)
 
 
-def _side(recipe: AnyRecipe, dotted: str, value: Any) -> str:
+def _side(recipe: EveryRecipe, dotted: str, value: Any) -> str:
     return "absent" if value is _MISSING else f"{_yaml(value)} ({recipe.origin(dotted) or 'default'})"
 
 
@@ -153,10 +160,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def default_source(recipe: AnyRecipe, dotted: str) -> str:
+def default_source(recipe: EveryRecipe, dotted: str) -> str:
     """Where a default comes from: the schema's word for it, or the objective's card."""
     section, _, key = dotted.partition(".")
-    if section == "objective" and isinstance(recipe, Recipe) and key not in type(recipe.objective).model_fields:
+    if (
+        isinstance(recipe, Recipe | IterateRecipe)
+        and section == "objective"
+        and key not in ObjectiveSection.model_fields
+    ):
         return _hyperparameter_source(recipe.objective, key)
     model: Any = recipe
     *path, last = dotted.split(".")

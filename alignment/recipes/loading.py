@@ -1,6 +1,7 @@
 """`load_recipe`: a file and the command line's overrides in, a checked `Recipe` or a `RecipeError` out.
 
-`load_sft_recipe` and `load_reward_model_recipe` do the same for the other kinds, `load_any` takes any.
+`load_sft_recipe`, `load_reward_model_recipe` and `load_iterate_recipe` do the same for the other kinds, `load_any`
+takes any.
 No weights, no data and no accelerator are touched.
 """
 
@@ -15,6 +16,13 @@ from pydantic_core import InitErrorDetails
 
 from alignment.errors import nearest
 from alignment.recipes.document import Document, KeyPath, Origin, Problem, RecipeError
+from alignment.recipes.iterate import (
+    IterateDataSection,
+    IterateReference,
+    IterateSection,
+    iterate_problems,
+    iteration_sections,
+)
 from alignment.recipes.merge import COMMAND_LINE, apply_overrides, read_with_bases
 from alignment.recipes.on_policy import on_policy_problems
 from alignment.recipes.reward_model import RewardDataSection, RewardModelSection, RewardTrainingSection
@@ -120,7 +128,39 @@ class RewardModelRecipe(_Root):
         return self
 
 
-AnyRecipe = Recipe | SftRecipe | RewardModelRecipe
+class IterateRecipe(_Root):
+    """A checked recipe of iterative training. Attributes are the sections."""
+
+    objective: ObjectiveSection = Field(description="The loss of one iteration and its hyper-parameters.")
+    model: ModelSection = Field(description="The base: what the first iteration samples and trains.")
+    reference: IterateReference | None = Field(
+        None,
+        description="fixed: the base in every iteration; previous: the iterate that sampled; {checkpoint: PATH}. "
+        "Default: none; must be said where the objective reads a reference.",
+    )
+    lora: LoraSection | None = Field(None, description="Train adapters only. Default: all weights are trained.")
+    data: IterateDataSection = Field(description="The prompts.")
+    generation: GenerationSection = Field(
+        default_factory=GenerationSection, description="How the iterates are sampled. Default: see its keys."
+    )
+    iterate: IterateSection = Field(description="How the iterations follow each other.")
+    reward: RewardSection | None = Field(None, description="What scores samples. Default: none.")
+    oracle: OracleSection | None = Field(None, description="What compares two samples. Default: none.")
+    training: TrainingSection = Field(description="How the optimiser runs in each iteration.")
+    evaluation: EvaluationSection | None = Field(
+        None, description="Win rate of the last iterate over the base. Default: none."
+    )
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> IterateRecipe:
+        if problems := list(iterate_problems(self)):
+            raise ValidationError.from_exception_data("recipe", problems)
+        Recipe.model_validate(iteration_sections(self, self.training.output_dir, 1))  # complains at the same keys
+        return self
+
+
+AnyRecipe = Recipe | SftRecipe | RewardModelRecipe  # of one run
+EveryRecipe = AnyRecipe | IterateRecipe
 
 
 def _unjudged(recipe: Recipe) -> Iterator[InitErrorDetails]:
@@ -139,14 +179,22 @@ def _unjudged(recipe: Recipe) -> Iterator[InitErrorDetails]:
     elif recipe.reward is not None and recipe.oracle is not None and asking:
         named = " and ".join(".".join(place) for _, place in asking)
         yield error(f"excludes reward: {named} can have one judge; remove one section", "oracle")
-    elif recipe.oracle is not None and recipe.data.sample is not None:
+    elif recipe.data.sample is not None:
         from alignment.objectives import get_objective
 
-        if "reward" in get_objective(recipe.objective.name, **recipe.objective.hyperparameters).needs:
+        objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
+        if recipe.oracle is not None and "reward" in objective.needs:
             yield error(
                 f"objective {recipe.objective.name!r} reads the rewards of the two responses, and an oracle has none: "
                 "sample with a reward section",
                 "oracle",
+            )
+        wins = objective.card.batch == "pairs" and {"preference", "score"} & {*objective.needs}
+        if recipe.reward is not None and wins:
+            yield error(
+                f"objective {recipe.objective.name!r} reads probabilities of winning, and a reward gives none: write "
+                "oracle: {name: bradley_terry, reward: {...}} around it",
+                "reward",
             )
 
 
@@ -184,9 +232,14 @@ def _idle_reference(recipe: Recipe) -> Iterator[InitErrorDetails]:
 _PROGRAMS = {
     "sft": ("is supervised fine-tuning", "scripts/sft.py"),
     "reward_model": ("is a reward model", "scripts/train_reward_model.py"),
+    "iterate": ("is iterative training", "scripts/iterate.py"),
     "objective": ("is preference training", "scripts/train.py"),
 }
-_KINDS: dict[str, type[AnyRecipe]] = {"sft": SftRecipe, "reward_model": RewardModelRecipe}
+_KINDS: dict[str, type[EveryRecipe]] = {
+    "sft": SftRecipe,
+    "reward_model": RewardModelRecipe,
+    "iterate": IterateRecipe,
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -204,6 +257,11 @@ def load_reward_model_recipe(path: str | Path, overrides: Sequence[str] = ()) ->
     return _of_kind(RewardModelRecipe, path, overrides)
 
 
+def load_iterate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> IterateRecipe:
+    """Read and check a recipe of iterative training; see `load_any`."""
+    return _of_kind(IterateRecipe, path, overrides)
+
+
 def _of_kind(kind: type[Kind], path: str | Path, overrides: Sequence[str]) -> Kind:
     recipe = load_any(path, overrides)
     if isinstance(recipe, kind):
@@ -214,8 +272,8 @@ def _of_kind(kind: type[Kind], path: str | Path, overrides: Sequence[str]) -> Ki
     raise RecipeError([Problem(place, (section,), f"{what}: run python {program} {path}")])
 
 
-def load_any(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read and check a recipe: with a section `sft`, of supervised fine-tuning; with `reward_model`, of that.
+def load_any(path: str | Path, overrides: Sequence[str] = ()) -> EveryRecipe:
+    """Read and check a recipe; a section `sft`, `reward_model` or `iterate` says that it is of that kind.
 
     Args:
         path: the YAML file; its `extends` is followed.

@@ -26,13 +26,13 @@ from alignment.errors import UserError
 from alignment.files import write_json
 from alignment.models.loading import settle_accelerator
 from alignment.processes import WAIT_HOURS, set_threads
-from alignment.recipes import AnyRecipe
+from alignment.recipes import AnyRecipe, EveryRecipe
 from alignment.trainers import hub, rundir
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
 
-def begin(recipe: AnyRecipe) -> PartialState:
+def begin(recipe: EveryRecipe) -> PartialState:
     """The processes, connected; what can be refused before anything is read or written is refused here.
 
     Raises:
@@ -80,7 +80,7 @@ def model_arguments(recipe: AnyRecipe) -> dict[str, Any]:
     return recipe.model.model_dump()
 
 
-def tokenizer_arguments(recipe: AnyRecipe) -> dict[str, Any]:
+def tokenizer_arguments(recipe: EveryRecipe) -> dict[str, Any]:
     """Keyword arguments of `load_tokenizer` besides the name."""
     return recipe.model.model_dump(include={"adapter", "revision", "trust_remote_code"})
 

@@ -1,0 +1,174 @@
+"""Stage `judged`: what a reward or an oracle says of the samples, shard by shard.
+
+    judged/judge.json         who judges
+    judged/00000.jsonl        a row for each prompt of samples/shards/00000.jsonl
+
+A row has `considered`, the samples that take part, and either `rewards` (one for each sample, null: not scored) or
+`comparisons` [i, j, P(i > j)], in the order in which they were asked; of a tournament `finalists`, too. Which of them
+become a pair is decided in `pairing`. A judge that fails midway loses the shard at work and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from alignment.errors import UserError
+from alignment.files import iterate_json_lines, read_json_object, write_json, write_json_lines
+from alignment.models.pools import open_pool
+from alignment.recipes import IterateRecipe
+from alignment.rewards import get_oracle, get_reward
+
+Pair = tuple[int, int]
+# Asks for P(i > j) of each of (prompt, i, j), all prompts of a shard at once.
+Ask = Callable[[Sequence[tuple[int, int, int]]], list[float]]
+
+
+def judge_samples(recipe: IterateRecipe, samples: Path, out: Path) -> None:
+    """Judge every shard of a pool that is not judged yet.
+
+    Raises:
+        UserError: the judge cannot go on; or it is another one than that of the shards which are there.
+    """
+    reward = None if recipe.reward is None else get_reward(recipe.reward.name, **recipe.reward.options)
+    oracle = None if recipe.oracle is None else get_oracle(recipe.oracle.name, **recipe.oracle.options)
+    judge: Any = reward or oracle
+    described = {"judge": judge.describe(), "pairing": recipe.iterate.pairing}
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "judge.json").is_file() and read_json_object(out / "judge.json") != described:
+        raise UserError(
+            f"{out}: was begun by another judge: {read_json_object(out / 'judge.json')['judge']}; remove it"
+        )
+    write_json(out / "judge.json", described)
+    pool = open_pool(samples)
+    for number in tqdm(range(len(pool.shards)), desc="  judging", unit=" shards"):
+        file = out / f"{number:05d}.jsonl"
+        if file.is_file():
+            continue
+        rows = [row for _, row in iterate_json_lines(pool.file(number))]
+        write_json_lines(
+            file, _scored(recipe, rows, reward) if reward is not None else _compared(recipe, rows, oracle)
+        )
+
+
+def considered(row: dict[str, Any], drop_unfinished: bool) -> list[int]:
+    """Numbers of a prompt's samples that take part."""
+    return [i for i, finished in enumerate(row["finished"]) if finished or not drop_unfinished]
+
+
+def _scored(recipe: IterateRecipe, rows: Sequence[dict[str, Any]], reward: Any) -> list[dict[str, Any]]:
+    """Each sample's reward; of a tournament the comparisons that they decide, too."""
+    taking_part = [considered(row, recipe.iterate.unfinished == "drop") for row in rows]
+    places = [(p, i) for p, numbers in enumerate(taking_part) for i in numbers]
+    scores = reward.score([rows[p]["prompt"] for p, _ in places], [rows[p]["responses"][i] for p, i in places])
+    of = dict(zip(places, map(float, scores), strict=True))
+    found: list[dict[str, Any]] = [
+        {"considered": numbers, "rewards": [of.get((p, i), math.nan) for i in range(len(rows[p]["responses"]))]}
+        for p, numbers in enumerate(taking_part)
+    ]
+
+    def ask(pairs: Sequence[tuple[int, int, int]]) -> list[float]:
+        return [
+            _higher(_penalised(recipe, rows[p], found[p], i), _penalised(recipe, rows[p], found[p], j))
+            for p, i, j in pairs
+        ]
+
+    if recipe.iterate.pairing == "tournament":
+        for row, more in zip(found, tournaments(taking_part, recipe.iterate.samples, ask), strict=True):
+            row.update(more)
+    return found
+
+
+def _penalised(recipe: IterateRecipe, row: dict[str, Any], judged: dict[str, Any], i: int) -> float:
+    return penalised(judged["rewards"][i], len(row["ids"][i]), recipe.iterate.length_penalty)
+
+
+def penalised(reward: float | None, tokens: int, penalty: float) -> float:
+    """r - lambda |y|, with |y| in tokens (RLHF Workflow, F.a); NaN for what could not be scored."""
+    return math.nan if reward is None else reward - penalty * tokens
+
+
+def _higher(a: float, b: float) -> float:
+    """A comparison by reward: 1, 0, 1/2 for a tie, NaN where one could not be scored."""
+    return math.nan if math.isnan(a) or math.isnan(b) else 0.5 + 0.5 * ((a > b) - (a < b))
+
+
+def _compared(recipe: IterateRecipe, rows: Sequence[dict[str, Any]], oracle: Any) -> list[dict[str, Any]]:
+    taking_part = [considered(row, recipe.iterate.unfinished == "drop") for row in rows]
+
+    def ask(pairs: Sequence[tuple[int, int, int]]) -> list[float]:
+        texts = [(rows[p]["prompt"], rows[p]["responses"][i], rows[p]["responses"][j]) for p, i, j in pairs]
+        answers: list[float] = (
+            oracle.probability(*(list(column) for column in zip(*texts, strict=True))) if texts else []
+        )
+        return answers
+
+    if recipe.iterate.pairing == "tournament":
+        found = tournaments(taking_part, recipe.iterate.samples, ask)
+        return [{"considered": numbers, **row} for numbers, row in zip(taking_part, found, strict=True)]
+    if recipe.iterate.pairing == "iid":
+        wanted = [[(i, i + 1) for i in numbers if i % 2 == 0 and i + 1 in numbers] for numbers in taking_part]
+    else:
+        wanted = [list(itertools.combinations(numbers, 2)) for numbers in taking_part]
+    answers = iter(ask([(p, i, j) for p, pairs in enumerate(wanted) for i, j in pairs]))
+    return [
+        {"considered": numbers, "comparisons": [[i, j, next(answers)] for i, j in pairs]}
+        for numbers, pairs in zip(taking_part, wanted, strict=True)
+    ]
+
+
+# --- tournaments -----------------------------------------------------------------------------------------------------
+
+
+def bracket(entrants: Sequence[int]) -> Generator[list[Pair], list[float], Pair]:
+    """A tournament of 4, 8, 16 … entrants: yields rounds of pairs (i, j), takes P(i > j) of each.
+
+    A first round; then winners meet winners until one is left, and losers meet losers, of whom the loser advances;
+    last the final winner meets the final loser. 3K/2 - 1 comparisons, 11 for K = 8 (INPO, section 3). A tie keeps the
+    first of the two.
+
+    Returns:
+        The final winner and the final loser.
+    """
+    pairs = _in_pairs(entrants)
+    answers = yield pairs
+    winners = [a if p >= 0.5 else b for (a, b), p in zip(pairs, answers, strict=True)]
+    losers = [b if p >= 0.5 else a for (a, b), p in zip(pairs, answers, strict=True)]
+    while len(winners) > 1:
+        up, down = _in_pairs(winners), _in_pairs(losers)
+        answers = yield [*up, *down]
+        winners = [a if p >= 0.5 else b for (a, b), p in zip(up, answers[: len(up)], strict=True)]
+        losers = [a if p <= 0.5 else b for (a, b), p in zip(down, answers[len(up) :], strict=True)]
+    yield [(winners[0], losers[0])]
+    return winners[0], losers[0]
+
+
+def _in_pairs(entrants: Sequence[int]) -> list[Pair]:
+    return list(zip(entrants[::2], entrants[1::2], strict=True))
+
+
+def tournaments(taking_part: Sequence[Sequence[int]], k: int, ask: Ask) -> list[dict[str, Any]]:
+    """`comparisons` and `finalists` of each prompt, all prompts round by round; without finalists where fewer than k
+    samples take part, or a comparison could not be judged."""
+    found: list[dict[str, Any]] = [{"comparisons": [], "finalists": None} for _ in taking_part]
+    running = {p: bracket(numbers) for p, numbers in enumerate(taking_part) if len(numbers) == k}
+    rounds = {p: next(games) for p, games in running.items()}
+    while rounds:
+        answers = iter(ask([(p, i, j) for p, pairs in rounds.items() for i, j in pairs]))
+        following = {}
+        for p, pairs in rounds.items():
+            given = [next(answers) for _ in pairs]
+            found[p]["comparisons"] += [[i, j, answer] for (i, j), answer in zip(pairs, given, strict=True)]
+            if any(map(math.isnan, given)):
+                continue
+            try:
+                following[p] = running[p].send(given)
+            except StopIteration as ended:
+                found[p]["finalists"] = list(ended.value)
+        rounds = following
+    return found

@@ -1,0 +1,239 @@
+"""Stage `pairs`: which judged samples become preferences, and a count of everything that does not.
+
+    pairs/pairs.jsonl         rows of `alignment.data.preferences` with token ids, and where each came from
+    pairs/counts.json         samples, pairs, and what was dropped; the mean judgement of all samples
+
+Nothing is judged here: the same samples and judgements give the same pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment.data.sampled import strengths
+from alignment.errors import UserError
+from alignment.files import iterate_json_lines, read_json_object, write_json, write_json_lines
+from alignment.pipeline.judging import penalised
+from alignment.pipeline.prompts import seed_of
+from alignment.recipes import IterateRecipe
+from alignment.recipes.iterate import IterateSection
+from alignment.rewards.oracles import flip_labels
+
+Columns = dict[str, float]  # of one response: reward, or preference and score
+Choice = tuple[int, int, Columns, Columns]  # chosen, rejected, and their columns
+REASONS = ("short", "unjudged", "ties", "identical")
+
+
+def choices(
+    settings: IterateSection, row: dict[str, Any], judged: dict[str, Any], draw: Sequence[float], counts: Counter[str]
+) -> Iterator[Choice]:
+    """The pairs of one prompt.
+
+    Args:
+        row: of the pool: `ids`, `responses`, `finished`.
+        judged: of `judging`.
+        draw: numbers in [0, 1), one for each pair of an iid pairing, where labels are drawn.
+        counts: what is dropped is counted here by reason.
+    """
+    if settings.pairing == "tournament":
+        found = _of_tournament(settings, row, judged, counts)
+    elif settings.pairing == "iid":
+        found = _independent(settings, row, judged, draw, counts)
+    else:
+        found = _extremes(settings, row, judged, counts)
+    for chosen, rejected, better, worse in found:
+        if row["ids"][chosen] == row["ids"][rejected] or row["responses"][chosen] == row["responses"][rejected]:
+            counts["identical"] += 1
+            continue
+        yield chosen, rejected, better, worse
+
+
+def _columns(settings: IterateSection, row: dict[str, Any], judged: dict[str, Any]) -> dict[int, Columns]:
+    """The reward (less the length penalty) of each sample that could be scored; nothing where an oracle judged."""
+    if "rewards" not in judged:
+        return {}
+    values = {
+        i: penalised(judged["rewards"][i], len(row["ids"][i]), settings.length_penalty) for i in judged["considered"]
+    }
+    return {i: {"reward": value} for i, value in values.items() if not math.isnan(value)}
+
+
+def _extremes(
+    settings: IterateSection, row: dict[str, Any], judged: dict[str, Any], counts: Counter[str]
+) -> Iterator[Choice]:
+    """The best against the worst: of rewards, or of mean probabilities of winning."""
+    numbers = judged["considered"]
+    if len(numbers) < 2:
+        counts["short"] += 1
+        return
+    columns = _columns(settings, row, judged)
+    values = {i: c["reward"] for i, c in columns.items()}
+    if "comparisons" in judged:
+        place = {i: n for n, i in enumerate(numbers)}
+        asked = [(place[i], place[j], math.nan if p is None else p) for i, j, p in judged["comparisons"]]
+        for i, strength in zip(numbers, strengths([row["responses"][i] for i in numbers], asked), strict=True):
+            if not math.isnan(strength.win):
+                values[i] = strength.win
+                score = {} if strength.score is None else {"score": strength.score}
+                columns[i] = {"preference": strength.preference, **score}
+    if len(values) < 2:
+        counts["unjudged"] += 1
+        return
+    best, worst = max(values, key=values.__getitem__), min(reversed(values), key=values.__getitem__)
+    if values[best] - values[worst] <= settings.min_gap:
+        counts["ties"] += 1
+        return
+    yield best, worst, columns[best], columns[worst]
+
+
+def _of_tournament(
+    settings: IterateSection, row: dict[str, Any], judged: dict[str, Any], counts: Counter[str]
+) -> Iterator[Choice]:
+    """Winner and loser, if the winner really beats the loser when they meet."""
+    if judged["finalists"] is None:
+        counts["unjudged" if judged["comparisons"] else "short"] += 1
+        return
+    winner, loser = judged["finalists"]
+    _, _, p = judged["comparisons"][-1]
+    if p <= 0.5:
+        counts["ties" if p == 0.5 else "upset"] += 1
+        return
+    columns = _columns(settings, row, judged)
+    yield winner, loser, columns.get(winner, {}), columns.get(loser, {})
+
+
+def _independent(
+    settings: IterateSection, row: dict[str, Any], judged: dict[str, Any], draw: Sequence[float], counts: Counter[str]
+) -> Iterator[Choice]:
+    """Samples 1 and 2, 3 and 4, …; the label is the likelier one, or drawn with the probability."""
+    columns = _columns(settings, row, judged)
+    for k in range(len(row["ids"]) // 2):
+        i, j = 2 * k, 2 * k + 1
+        if i not in judged["considered"] or j not in judged["considered"]:
+            counts["short"] += 1
+            continue
+        if "comparisons" in judged:
+            p = {(a, b): p for a, b, p in judged["comparisons"]}[i, j]
+        else:
+            gap = columns[i]["reward"] - columns[j]["reward"] if i in columns and j in columns else math.nan
+            p = None if math.isnan(gap) else 0.5 + 0.5 * ((gap > 0) - (gap < 0))
+        if p is None or math.isnan(p):
+            counts["unjudged"] += 1
+        elif settings.labels == "likelier" and p == 0.5:
+            counts["ties"] += 1
+        else:
+            first = draw[k] < p if settings.labels == "drawn" else p > 0.5
+            a, b = (i, j) if first else (j, i)
+            yield a, b, columns.get(a, {}), columns.get(b, {})
+
+
+def write_pairs(recipe: IterateRecipe, folder: Path, iteration: int, out: Path) -> None:
+    """OUT/pairs.jsonl and OUT/counts.json from the samples and judgements of an iteration.
+
+    Raises:
+        UserError: no pair is left.
+    """
+    settings = recipe.iterate
+    counts: Counter[str] = Counter({"prompts": 0, "samples": 0, "unfinished": 0, **dict.fromkeys(REASONS, 0)})
+    calibration = _calibration(folder)
+    rows: list[dict[str, Any]] = []
+    judgements: list[float] = []
+    seed = seed_of(recipe.generation.seed, iteration, "labels")
+    for number, (row, judged) in enumerate(_judged_rows(folder)):
+        counts["prompts"] += 1
+        counts["samples"] += len(row["ids"])
+        counts["unfinished"] += len(row["ids"]) - sum(row["finished"])
+        judgements += [r for r in judged.get("rewards", ()) if r is not None]
+        draw = [_uniform(seed, number, k) for k in range(len(row["ids"]) // 2)]
+        for chosen, rejected, better, worse in choices(settings, row, judged, draw, counts):
+            rows.append(
+                {
+                    "prompt": row["prompt"],
+                    "chosen": row["responses"][chosen],
+                    "rejected": row["responses"][rejected],
+                    "prompt_ids": row["prompt_ids"],
+                    "chosen_ids": row["ids"][chosen],
+                    "rejected_ids": row["ids"][rejected],
+                    **{f"{name}_chosen": value for name, value in better.items()},
+                    **{f"{name}_rejected": value for name, value in worse.items()},
+                    **(calibration[number] if calibration else {}),
+                    "iteration": iteration,
+                    "prompt_number": number,
+                    "samples": [chosen, rejected],
+                }
+            )
+    if not rows:
+        raise UserError(f"iteration {iteration}: no pair is left of {dict(counts)}: {_remedy(counts)}")
+    rows = _as_chats(_with_noise(rows, settings.label_noise, seed, counts))
+    counts["pairs"] = len(rows)
+    mean = {"mean_reward": math.fsum(judgements) / len(judgements)} if judgements else {}
+    write_json_lines(out / "pairs.jsonl", rows)
+    identity = {"iteration": iteration, "judge": read_json_object(folder / "judged" / "judge.json")["judge"]}
+    model = read_json_object(folder / "samples" / "manifest.json")
+    identity |= {"sampler": {key: model[key] for key in ("model", "model_sha256", "seed") if key in model}}
+    write_json(out / "counts.json", identity | dict(counts) | mean | _texts(folder))
+    print("  " + ", ".join(f"{count} {name}" for name, count in counts.items() if count), flush=True)
+
+
+def _judged_rows(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    for file in sorted((folder / "judged").glob("*.jsonl")):
+        samples = iterate_json_lines(folder / "samples" / "shards" / file.name)
+        for (_, row), (_, judged) in zip(samples, iterate_json_lines(file), strict=True):
+            yield row, judged
+
+
+def _calibration(folder: Path) -> list[dict[str, Any]]:
+    """One response of the reference to each prompt, where they were drawn."""
+    files = sorted((folder / "calibration" / "shards").glob("*.jsonl"))
+    rows = [row for file in files for _, row in iterate_json_lines(file)]
+    return [{"calibration": row["responses"][0], "calibration_ids": row["ids"][0]} for row in rows]
+
+
+def _uniform(seed: int, prompt: int, pair: int) -> float:
+    """In [0, 1), the same for the same pair however the work is split."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {prompt} {pair}".encode()).digest()[:6], "big") / 2**48
+
+
+def _with_noise(
+    rows: list[dict[str, Any]], probability: float, seed: int, counts: Counter[str]
+) -> list[dict[str, Any]]:
+    """Rows with some labels turned round; what belongs to a response goes with it."""
+    flips = flip_labels([f"{row['prompt_number']}/{row['samples']}" for row in rows], probability, seed)
+    counts["flipped"] = sum(flips)
+    return [_turned(row) if flip else row for row, flip in zip(rows, flips, strict=True)]
+
+
+def _turned(row: dict[str, Any]) -> dict[str, Any]:
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    return {"_".join(other.get(part, part) for part in key.split("_")): value for key, value in row.items()} | {
+        "samples": row["samples"][::-1]
+    }
+
+
+def _as_chats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """To a prompt of messages belong answers of messages."""
+    if isinstance(rows[0]["prompt"], str):
+        return rows
+    answers = ("chosen", "rejected", "calibration")
+    return [row | {a: [{"role": "assistant", "content": row[a]}] for a in answers if a in row} for row in rows]
+
+
+def _texts(folder: Path) -> dict[str, float]:
+    """Mean tokens of a sample, and the share of different samples."""
+    rows = [row for row, _ in _judged_rows(folder)]
+    lengths = [len(ids) for row in rows for ids in row["ids"]]
+    different = {(number, text) for number, row in enumerate(rows) for text in row["responses"]}
+    return {"mean_tokens": sum(lengths) / len(lengths), "different": len(different) / len(lengths)}
+
+
+def _remedy(counts: Counter[str]) -> str:
+    if counts["short"] and counts["unfinished"]:
+        return "raise generation.max_new_tokens, or set iterate.unfinished: keep"
+    if counts["identical"] or counts["ties"]:
+        return "raise iterate.samples, or look whether the judge tells the responses apart"
+    return "look whether the judge can score these responses"
