@@ -23,6 +23,7 @@ from alignment.data.preferences import ID_COLUMNS, NUMBER_COLUMNS
 from alignment.errors import UserError
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective, reads_reference
+from alignment.objectives.batch import NEEDS
 from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
 from alignment.trainers.collation import BRANCHES, FROZEN_COLUMNS, LengthGroupedSampler, PairCollator
 from alignment.trainers.degree import COLUMNS, DegreeTrainer
@@ -35,6 +36,9 @@ from alignment.trainers.scoring import (
     relative_gap,
     scored_tokens,
 )
+
+JUDGED = ("reward", "preference", "score")  # what a judge has written into the rows
+HINTS = {"score": "; gpo needs log-odds, and an oracle that answers 0 or 1 has none: use sppo or a soft oracle"}
 
 
 class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
@@ -140,13 +144,21 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Token ids given with the data are used as they are; text is tokenised as TRL does. Lost rows are counted."""
-        for need, columns in (("reward", ("reward_chosen", "reward_rejected")), ("calibration", ("calibration",))):
-            missing = [c for c in columns if c not in dataset.column_names and f"{c}_ids" not in dataset.column_names]
-            if need in self.objective.needs and missing:
+        name = self.objective.card.name
+        for need in (need for need in (*JUDGED, "calibration") if need in self.objective.needs):
+            missing = [
+                c for c in NEEDS[need] if c not in dataset.column_names and f"{c}_ids" not in dataset.column_names
+            ]
+            if missing:
                 raise UserError(
-                    f"{dataset_name} data: objective {self.objective.card.name!r} needs column {missing[0]!r}, and "
-                    f"the rows have only {', '.join(dataset.column_names)}"
+                    f"{dataset_name} data: objective {name!r} needs column {missing[0]!r}, and the rows have only "
+                    f"{', '.join(dataset.column_names)}{HINTS.get(need, '')}"
                 )
+        if "score" in self.objective.needs and all(min(dataset[c]) > 0 for c in NEEDS["score"]):
+            raise UserError(
+                f"{dataset_name} data: objective {name!r} reads log-odds in score_chosen and score_rejected, and all "
+                "are above 0: they look like ratings"
+            )
         before = len(dataset)
         if set(ID_COLUMNS) <= set(dataset.column_names):
             if self._calibrated and "calibration_ids" not in dataset.column_names:
@@ -204,7 +216,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             # Iteration 1 of an iterative method: the previous iterate is the reference, unless the data bring it.
             columns |= {f"prev_{b}": inputs.get(f"prev_{b}", columns[f"ref_{b}"]) for b in BRANCHES[:2]}
         lengths = [f"{b}_length" for b in BRANCHES[: self._branches]]
-        for name in (*lengths, "reward_chosen", "reward_rejected", "label"):
+        for name in (*lengths, *(column for need in JUDGED for column in NEEDS[need]), "label"):
             if name in inputs:
                 columns[name] = inputs[name].to(policy.dtype)
         return PairLogps(**columns, **degrees)

@@ -22,7 +22,7 @@ from alignment.models import load_model, load_tokenizer
 from alignment.models.sampling import prompt_ids, sample
 from alignment.objectives import list_objectives, objective_class
 from alignment.recipes import load_recipe
-from alignment.rewards import get_reward
+from alignment.rewards import get_oracle, get_reward
 from alignment.trainers.run import train
 from evaluation.comparison import Side, compare
 from evaluation.plans import Plan, plan_of_run, sample_side
@@ -30,7 +30,7 @@ from tests import tiny_lm
 from tests.e2e.conftest import TRAINED_ON, Grammar
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart"
-ALL = sorted(path for path in QUICKSTART.glob("*.yaml") if path.stem not in ("sft", "reward_model"))
+ALL = sorted(path for path in QUICKSTART.glob("*.yaml") if path.stem not in ("sft", "reward_model", "iterate"))
 ON_POLICY = [path for path in ALL if load_recipe(path).data.prompts is not None]
 RECIPES = [path for path in ALL if path not in ON_POLICY]
 
@@ -65,12 +65,20 @@ SETTINGS += [pytest.param(setting, marks=pytest.mark.slow) for setting in VARIAN
 
 @pytest.fixture(scope="module")
 def held_out_pairs(grammar: Grammar, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of the starting model's samples on held-out openings: the fixed set on which the loss must fall."""
+    """Pairs of the starting model's samples on held-out openings: the fixed set on which the loss must fall.
+
+    Judged by the count of kind words and by its oracle, which agree on the pairs: rows have every judge's columns.
+    """
     model, tokenizer = load_model(grammar.model), load_tokenizer(grammar.model)
     prompts = grammar.held_out.read_text().split("\n")[:-1]
     samples = sample(model, tokenizer, prompts, 4, max_new_tokens=12, seed=5)
     encoded = [prompt_ids(tokenizer, p) for p in prompts]
-    rows, _ = best_against_worst(prompts, encoded, samples, get_reward("regex", pattern=tiny_lm.KIND_PATTERN).score)
+    reward = get_reward("regex", pattern=tiny_lm.KIND_PATTERN)
+    oracle = get_oracle("bradley_terry", reward={"name": "regex", "pattern": tiny_lm.KIND_PATTERN}, temperature=0.25)
+    scored, _ = best_against_worst(prompts, encoded, samples, reward.score)
+    judged, _ = best_against_worst(prompts, encoded, samples, probability=oracle.probability)
+    assert [(row["chosen"], row["rejected"]) for row in scored] == [(row["chosen"], row["rejected"]) for row in judged]
+    rows = [one | other for one, other in zip(scored, judged, strict=True)]
     file = tmp_path_factory.mktemp("pairs") / "held_out.jsonl"
     write_json_lines(file, rows)
     return file
@@ -95,8 +103,18 @@ def trained(grammar: Grammar, run: Path, setting: tuple[str, ...], *more: str) -
     recipe = next(path for path in RECIPES if path.stem == name)
     rate = GENTLER.get(" ".join(setting), LEARNING_RATE)
     epochs = [f"training.num_train_epochs={LONGER[name]}"] if name in LONGER else []
-    given = grammar.overrides(run, f"training.learning_rate={rate}", *epochs, *overrides, *more)
+    judge = judged_by_kindness(recipe)
+    given = grammar.overrides(run, f"training.learning_rate={rate}", *epochs, *judge, *overrides, *more)
     return train(load_recipe(recipe, given))
+
+
+JUDGED = f"{{name: regex, pattern: '{tiny_lm.KIND_PATTERN}'}}"
+
+
+def judged_by_kindness(recipe: Path) -> list[str]:
+    """Overrides that put the Bradley-Terry oracle of the count of kind words in the place of a recipe's oracle."""
+    oracle = f"oracle={{name: bradley_terry, temperature: 0.25, reward: {JUDGED}}}"
+    return [] if load_recipe(recipe).oracle is None else ["reward=null", oracle]
 
 
 def test_every_objective_has_a_quick_start():
@@ -120,15 +138,12 @@ def test_objective_learns(grammar, held_out_pairs, start, tmp_path, setting):
     )
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["objective"]["name"] == setting[0] and manifest["pairs"] > 100
-    result = compared(plan_of_run(run), start)
+    result = compared(plan_of_run(run, judge=get_reward("regex", pattern=tiny_lm.KIND_PATTERN)), start)
     assert result["prompts"] == len(tiny_lm.openings()) - TRAINED_ON
     assert result["interval"][0] > 0.5, result
     assert result["mean_score"]["difference_interval"][0] > 0, result
     losses = [row["eval_loss"] for row in read_rows(run / "metrics.jsonl") if "eval_loss" in row]
     assert len(losses) == 1 + LONGER.get(setting[0], 1) and losses[-1] < losses[0]
-
-
-JUDGED = f"{{name: regex, pattern: '{tiny_lm.KIND_PATTERN}'}}"
 
 
 @pytest.mark.parametrize(
@@ -141,14 +156,12 @@ JUDGED = f"{{name: regex, pattern: '{tiny_lm.KIND_PATTERN}'}}"
 )
 def test_on_policy_objective_learns(grammar, start, tmp_path, name):
     """From its quick start: the judge is the count of kind words, or its Bradley-Terry oracle."""
-    game = load_recipe(QUICKSTART / f"{name}.yaml").oracle is not None
-    oracle = f"oracle={{name: bradley_terry, temperature: 0.25, reward: {JUDGED}}}"
     given = grammar.overrides(
         tmp_path / "run",
         "data.sample=null",
         f"data.prompts={{name: {grammar.prompts}}}",
         f"training.learning_rate={LEARNING_RATE}",
-        *(["reward=null", oracle] if game else []),
+        *judged_by_kindness(QUICKSTART / f"{name}.yaml"),
     )
     run = train(load_recipe(QUICKSTART / f"{name}.yaml", given))
     manifest = json.loads((run / "manifest.json").read_text())

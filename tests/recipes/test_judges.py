@@ -88,6 +88,18 @@ def test_an_objective_that_reads_rewards_needs_a_reward(small):
     assert found.startswith("r.yaml:5: oracle: objective 'reward_aware_rpo' reads the rewards of the two responses")
 
 
+@pytest.mark.parametrize("name", ["sppo", "gpo"])
+def test_an_objective_that_reads_probabilities_of_winning_needs_an_oracle(small, name):
+    reward = small("data:", "reward:\n  name: vader\ndata:")
+    text = Path(reward).read_text().replace("train: pairs.jsonl", SAMPLE)
+    Path("r.yaml").write_text(text.replace("name: dpo\n  beta: 0.2", f"name: {name}"))
+    (found,) = problems("r.yaml")
+    assert found.startswith(f"r.yaml:5: reward: objective '{name}' reads probabilities of winning, and a reward gives")
+    assert "oracle: {name: bradley_terry, reward: {...}}" in found
+    Path("r.yaml").write_text(Path("r.yaml").read_text().replace("reward:\n  name: vader\ndata:", BRADLEY_TERRY))
+    assert load_recipe("r.yaml").objective.name == name
+
+
 @pytest.mark.parametrize(
     ("noise", "message"), [("-0.1", "must be >= 0"), ("1.5", "must be <= 1"), ("some", "expected")]
 )

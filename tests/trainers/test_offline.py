@@ -268,6 +268,30 @@ def test_missing_column_is_named(tiny, tmp_path):
         trainer_for(tiny, tmp_path, get_objective("vpo", beta=0.1, alpha=0.01, mode="online"))
 
 
+@pytest.mark.parametrize(("name", "column"), [("sppo", "preference"), ("gpo", "score")])
+def test_what_an_oracle_said_reaches_the_objective(tiny, tmp_path, name, column):
+    """At the start z is 0, so that the first loss is that of the targets alone: (.3^2 + .2^2) eta^2/2."""
+    half = 0.5 if name == "sppo" else 0.0
+    numbers = {f"{column}_chosen": half + 0.3, f"{column}_rejected": half - 0.2}
+    rows = [row | numbers for row in preferences().to_list()]
+    with pytest.raises(UserError, match=f"needs column '{column}_rejected'"):
+        bare = [{key: value for key, value in row.items() if key != f"{column}_rejected"} for row in rows]
+        trainer_for(tiny, tmp_path, name, train_dataset=Dataset.from_list(bare))
+    objective = get_objective(name, eta=10.0)
+    trainer = trainer_for(tiny, tmp_path, objective, train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(6.5, abs=1e-3)
+
+
+def test_scores_that_look_like_ratings_are_no_log_odds(tiny, tmp_path):
+    """UltraFeedback calls ratings from 1 to 10 score_chosen and score_rejected."""
+    rows = [row | {"score_chosen": 8.0, "score_rejected": 5.5} for row in preferences().to_list()]
+    with pytest.raises(UserError, match="all are above 0: they look like ratings"):
+        trainer_for(tiny, tmp_path, "gpo", train_dataset=Dataset.from_list(rows))
+    with pytest.raises(UserError, match="use sppo or a soft oracle"):
+        trainer_for(tiny, tmp_path, "gpo")
+
+
 def test_calibration_text_becomes_a_third_branch(tiny, tmp_path):
     rows = [row | {"calibration": " dull ."} for row in preferences().to_list()]
     objective = get_objective("vpo", beta=0.1, alpha=0.01, mode="online")
