@@ -72,11 +72,14 @@ def test_every_objective_has_a_quick_start_recipe_and_each_recipe_its_own_run_fo
     assert len({recipe.training.output_dir for recipe in recipes.values()}) == len(recipes)
 
 
+RUN_BY = r"(scripts/(train|sft|train_reward_model)\.py|alignment iterate)"
+
+
 def test_derived_recipes_stay_short_and_say_how_they_are_run():
     for path in SHIPPED:
         text = (ROOT / path).read_text()
         joined = re.sub(r" \\\n# +", " ", text)  # a command over several lines
-        assert text.startswith("# ") and re.search(rf"scripts/(train|sft|train_reward_model)\.py {path}", joined), path
+        assert text.startswith("# ") and re.search(rf"{RUN_BY} {path}", joined), path
         if "extends:" in text:
             said = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
             assert len(said) <= 20, path  # sources of values, in comments, may take what they need
