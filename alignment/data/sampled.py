@@ -92,7 +92,7 @@ def best_against_worst(
                     **columns,
                 }
             )
-    rows = without_infinite_scores(rows)
+    rows = scores_in_all_or_none(rows)
     counts["pairs"] = len(rows)
     if not rows:
         raise UserError("data.sample: no pair is left: every prompt's samples score alike; raise samples_per_prompt")
@@ -126,9 +126,9 @@ class Strength:
         return {f"preference_{response}": self.preference, f"score_{response}": self.score}
 
 
-def without_infinite_scores(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows as they are, or all without `score_*` if any lacks one: readers want a column in all or in none."""
-    if all(row.get(column, 0.0) is not None for row in rows for column in SCORES):
+def scores_in_all_or_none(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as they are, or all without `score_*` if any lacks one: readers drop rows without what others have."""
+    if all(row.get(column) is not None for row in rows for column in SCORES):
         return rows
     return [{name: value for name, value in row.items() if name not in SCORES} for row in rows]
 

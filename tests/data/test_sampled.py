@@ -10,7 +10,13 @@ import pytest
 from scipy.stats import binomtest
 
 from alignment.data.preferences import canonical
-from alignment.data.sampled import Strength, best_against_worst, strengths, with_label_noise
+from alignment.data.sampled import (
+    Strength,
+    best_against_worst,
+    scores_in_all_or_none,
+    strengths,
+    with_label_noise,
+)
 from alignment.errors import UserError
 from alignment.models import load_tokenizer
 from alignment.models.sampling import Sample
@@ -260,6 +266,10 @@ def test_one_certain_answer_takes_the_scores_from_all_rows():
     rows, _ = best_against_worst(["p", "q"], [[1], [2]], [drawn("ab"), drawn("cd")], probability=by_table(table))
     assert [(r["preference_chosen"], r["preference_rejected"]) for r in rows] == [(0.75, 0.25), (0.65, 0.35)]
     assert not {name for row in rows for name in row if name.startswith("score")}
+    whole = [{"score_chosen": 1.0, "score_rejected": -1.0}, {"score_chosen": 0.0, "score_rejected": -1.0}]
+    assert scores_in_all_or_none(whole) == whole
+    for lacking in ({"score_chosen": 1.0}, {"score_chosen": 1.0, "score_rejected": None}, {}):
+        assert scores_in_all_or_none([*whole, lacking]) == [{}, {}, {}]
 
 
 @pytest.mark.parametrize("given", [{}, {"score": by_text({}), "probability": by_table({})}])
