@@ -10,7 +10,8 @@ from transformers import Gemma2Config, GemmaConfig, GPTJConfig, LlamaConfig, Mis
 
 from alignment.doctor import plan
 from alignment.doctor.setting import from_recipe
-from alignment.recipes import load_recipe
+from alignment.recipes import IterateRecipe, Recipe, load_any, load_recipe
+from alignment.recipes.iterate import iteration_sections
 from alignment.recipes.launch import read_launch
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -38,9 +39,17 @@ SAID = re.compile(r"Memory: (\d+) GiB per GPU on (\d+) with (\w+\.yaml)")
 FILES = [file for file in sorted(RECIPES.glob("*/*.yaml")) if SAID.search(file.read_text())]
 
 
+def of_one_run(file: Path) -> Recipe:
+    """The recipe, or the one that an iteration of it trains by."""
+    recipe = load_any(file)
+    if isinstance(recipe, IterateRecipe):
+        return Recipe.model_validate(iteration_sections(recipe, recipe.training.output_dir, 1))
+    return load_recipe(file)
+
+
 def planned(file: Path, launch: str, world: int):
     name = next((name for name in MODELS if name in file.stem), "mistral")
-    return plan(MODELS[name], from_recipe(load_recipe(file), read_launch(RECIPES / "accelerate" / launch), world))
+    return plan(MODELS[name], from_recipe(of_one_run(file), read_launch(RECIPES / "accelerate" / launch), world))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
