@@ -92,8 +92,10 @@ class JsonServer:
             stack.callback(stop.set)  # Ctrl-C, too: nobody waits for a retry any more
             connection = Connection(self, http, key)
             futures = {pool.submit(self._one, connection, job, answer, stop): job for job in jobs}
-            bar = tqdm(as_completed(futures), total=len(futures), desc=progress, delay=2, disable=progress is None)
-            for done in bar:
+            arriving: Any = as_completed(futures)
+            if progress is not None:
+                arriving = tqdm(arriving, total=len(futures), desc=progress, delay=2)
+            for done in arriving:
                 answered, value = done.result()
                 if answered:
                     yield futures[done], value

@@ -119,7 +119,7 @@ class EndpointBackend:
             ids = choice.get("token_ids")
             if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
                 raise UserError(
-                    f"{self._server.where}: the server gives no token_ids; without server_ids texts are tokenised again"
+                    f"{self._server.where}: the server gives no token_ids; without server_ids texts are tokenised"
                 )
             return Sample(ids, text, finished)
         ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)

@@ -97,6 +97,11 @@ class Pool:
         rows = self.rows(shard)
         return [row["prompt"] for row in rows], [row["responses"] for row in rows]
 
+    def unfinished(self) -> int:
+        """How many samples of a complete pool were cut at the token limit."""
+        rows = (row for shard in range(len(self.shards)) for row in self.rows(shard))
+        return sum(not finished for row in rows for finished in row["finished"])
+
 
 def open_pool(folder: Path) -> Pool:
     """A complete pool.
@@ -191,9 +196,17 @@ def sample_pool(
                 remove_unfinished(part)
 
         _by_main(state, claim)
+        _warn_of_idle(Pool(folder, manifest), state)
         _draw(Pool(folder, manifest), backend, tokenizer, prompts, generation, state, progress)
-        state.wait_for_everyone()
     return open_pool(folder)
+
+
+def _warn_of_idle(pool: Pool, state: PartialState) -> None:
+    if state.is_main_process and len(pool.shards) < state.num_processes:
+        text = (
+            f"warning: {state.num_processes} processes share {len(pool.shards)} shards; fewer prompts per shard help"
+        )
+        print(text, file=sys.stderr, flush=True)
 
 
 def _by_main(state: PartialState, action: Callable[[], None]) -> None:
@@ -221,7 +234,7 @@ def _draw(
     state: PartialState,
     progress: str,
 ) -> None:
-    """Write this process's shards that are not there yet; the main process's bar counts everybody's."""
+    """Write this process's shards that are not there yet, and wait for the others'; the bar counts everybody's."""
     from tqdm import tqdm
 
     def there() -> int:
@@ -230,7 +243,8 @@ def _draw(
 
     total = pool.prompts * pool.n
     mine = [number for number in pool.missing() if number % state.num_processes == state.process_index]
-    with tqdm(total=total, initial=there(), desc=progress, unit="sample", disable=not state.is_main_process) as bar:
+    hidden = {} if state.is_main_process else {"disable": True}  # else TQDM_DISABLE counts
+    with tqdm(total=total, initial=there(), desc=progress, unit="sample", **hidden) as bar:
         for number in mine:
             given = [prompts[i] for i in pool.shards[number]]
             ids = [prompt_ids(tokenizer, prompt) for prompt in given]
@@ -245,6 +259,8 @@ def _draw(
             if state.is_main_process:
                 bar.n = there()
                 bar.refresh()
+        state.wait_for_everyone()
+        bar.n = there()
 
 
 def _row(prompt: Prompt, ids: list[int], samples: list[Sample]) -> dict[str, Any]:

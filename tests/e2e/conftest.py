@@ -68,9 +68,14 @@ def launched(
     **environment: str,
 ) -> Popen[str]:
     """`accelerate launch OPTIONS PROGRAM RECIPE OVERRIDES`, started, in a process group of its own."""
+    return launch(root, options, [program, recipe, "training.cpu_threads=1", *overrides], **environment)
+
+
+def launch(root: Path, options: list[str], words: list[str], **environment: str) -> Popen[str]:
+    """`accelerate launch OPTIONS WORDS`, started, in a process group of its own."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port(), *options]
     return Popen(
-        [*command, program, recipe, "training.cpu_threads=1", *overrides],
+        [*command, *words],
         cwd=root,
         env={**os.environ, **environment},
         stdout=PIPE,

@@ -1,4 +1,4 @@
-"""A small real HTTP endpoint for tests of the judge: threads, 127.0.0.1, whatever the test's function answers.
+"""A small real HTTP endpoint for tests of judge and sampler: threads, 127.0.0.1, whatever the test's function answers.
 
 No stub of our own code: bytes go through a socket. Not a language model either: what it "thinks" is `answer`.
 """
@@ -40,6 +40,7 @@ class Endpoint:
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)  # bodies
+    paths: list[str] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)  # names in lower case
     times: list[float] = field(default_factory=list)  # of arrival, seconds
     together: int = 0  # most requests under way at a time
@@ -53,7 +54,7 @@ def shown(body: dict[str, Any]) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def endpoint(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Endpoint]:
-    """Serve `answer(body, number of the request from 0)` at POST /v1/chat/completions; 404 for any other path."""
+    """POST /v1/completions and /v1/chat/completions give `answer(body, number of the request from 0)`, others 404."""
     lock, under_way = threading.Lock(), [0]
 
     class Handler(BaseHTTPRequestHandler):
@@ -65,11 +66,12 @@ def endpoint(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Endpoi
             with lock:
                 number = len(seen.requests)
                 seen.requests.append(body)
+                seen.paths.append(self.path)
                 seen.headers.append({name.lower(): value for name, value in self.headers.items()})
                 seen.times.append(time.monotonic())
                 under_way[0] += 1
                 seen.together = max(seen.together, under_way[0])
-            known = re.fullmatch("/v1/chat/completions", self.path)
+            known = re.fullmatch("/v1/(chat/)?completions", self.path)
             reply = answer(body, number) if known else Answer({"error": {"message": "Not Found"}}, status=404)
             time.sleep(reply.delay)
             with lock:

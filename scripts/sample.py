@@ -1,0 +1,108 @@
+"""Samples of a model, several per prompt, into a folder of JSONL shards: docs/sampling.md. Run again to go on.
+
+    python scripts/sample.py --model M --prompts prompts.txt --output pools/m --samples 8
+    accelerate launch --num_processes 8 scripts/sample.py --model M --prompts prompts.txt --output pools/m --samples 8
+    python scripts/sample.py --model M --prompts prompts.jsonl --output pools/m --endpoint http://127.0.0.1:8000/v1
+
+Only the command line: `alignment.models.pools` draws and writes, `evaluation` judges.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from alignment.errors import UserError, run_or_exit
+
+
+def read_prompts(path: Path, limit: int | None, chat: bool) -> list[Any]:
+    """Texts of a file, one a line, or each `prompt` of a .jsonl, a text or messages; with `chat`, all as messages."""
+    from alignment.data.preferences import is_messages
+    from alignment.data.preferences import read_prompts as read_lines
+    from alignment.files import iterate_json_lines
+
+    found: list[Any] = []
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        for where, row in iterate_json_lines(path):
+            prompt = row.get("prompt")
+            if not prompt or not (isinstance(prompt, str) or is_messages(prompt)):
+                raise UserError(f"{where}: prompt must be a text or a list of messages with role and content")
+            found.append(prompt)
+        if not found or len(found) < (limit or 0):
+            raise UserError(f"{path}: {len(found)} prompts, but {limit or 'some'} are asked for")
+    else:
+        found = list(read_lines(path, limit))
+    return [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in found[:limit]]
+
+
+def choose_backend(load: dict[str, Any], tokenizer: Any, vllm: bool, url: str | None, settings: dict[str, Any]) -> Any:
+    """What draws; None is transformers. `settings` are `EndpointBackend`'s, None where not given."""
+    from alignment.models.backends import VllmBackend
+    from alignment.models.endpoint import EndpointBackend
+
+    given = {key: value for key, value in settings.items() if value is not None}
+    if url is None and given:
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} without --endpoint: name the endpoint, or remove it")
+    if url is not None and vllm:
+        raise UserError("--vllm and --endpoint: one of them draws; remove the other")
+    if url is not None:
+        return EndpointBackend(url, given.pop("endpoint_model", load["name_or_path"]), tokenizer, **given)
+    return VllmBackend(load, tokenizer) if vllm else None
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Hub id, folder, adapter or GGUF file; with --endpoint, the tokenizer.")],
+    prompts: Annotated[Path, typer.Option(help="Text, one prompt a line; or .jsonl with `prompt`, text or messages.")],
+    output: Annotated[Path, typer.Option(help="Folder of the samples.")],
+    samples: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts. [all]")] = None,
+    chat: Annotated[bool, typer.Option(help="Texts go through the chat template as what a user says.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response; what is cut is unfinished.")] = 256,
+    temperature: Annotated[float, typer.Option(help="1 samples the model as trained; above 0.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0 is off.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses drawn at once; part of what a seed means.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of all samples.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Weights: float32, bfloat16, float16.")] = "float32",
+    prompts_per_shard: Annotated[
+        int | None, typer.Option(min=1, help="Per file: what a kill loses, and what processes share. [4,096 samples]")
+    ] = None,
+    cpu_threads: Annotated[int | None, typer.Option(min=1, help="Of each process. [its share of the cores]")] = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Draw with vLLM, where it is installed.")] = False,
+    endpoint: Annotated[str | None, typer.Option(help="Draw from an OpenAI-compatible server: URL to /v1.")] = None,
+    endpoint_model: Annotated[str | None, typer.Option(help="The server's name of the model. [--model]")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="NAME of the variable with the server's key. [none]")] = None,
+    server_ids: Annotated[
+        bool | None, typer.Option("--server-ids", help="Ask the server for token ids. [texts are tokenised]")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at a time. [8]")] = None,
+    retries: Annotated[int | None, typer.Option(min=0, help="Further tries of a request. [5]")] = None,
+) -> None:
+    """Draw samples of every prompt into a folder, with one process or all of an `accelerate launch`."""
+    given = read_prompts(prompts, limit, chat)
+    from alignment.models import load_tokenizer
+    from alignment.models.pools import sample_pool
+    from alignment.models.sampling import Generation
+    from alignment.processes import connect
+
+    tokenizer, load = load_tokenizer(model), {"name_or_path": model, "dtype": dtype}
+    if not tokenizer.chat_template and any(not isinstance(prompt, str) for prompt in given):
+        raise UserError(f"{model}: its tokenizer has no chat template; give prompts as texts, without --chat")
+    asked: dict[str, Any] = {"endpoint_model": endpoint_model, "api_key_env": api_key_env, "server_ids": server_ids}
+    asked |= {"concurrency": concurrency, "retries": retries}
+    backend = choose_backend(load, tokenizer, vllm, endpoint, asked)
+    generation = Generation(max_new_tokens, temperature, top_p, top_k, batch_size)
+    state = connect(cpu_threads)
+    keys: dict[str, Any] = {"generation": generation, "seed": seed, "prompts_per_shard": prompts_per_shard}
+    pool = sample_pool(load, tokenizer, given, output, samples, backend=backend, **keys)
+    state.destroy_process_group()  # left to the interpreter's end, gloo's threads now and then abort the process
+    if state.is_main_process:
+        total = pool.prompts * pool.n
+        print(f"{output}: {pool.prompts} prompts, {total} samples, {pool.unfinished()} unfinished")
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(main)
+
+if __name__ == "__main__":
+    run_or_exit(app)

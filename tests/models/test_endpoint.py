@@ -1,0 +1,182 @@
+"""Samples from a real HTTP server: what is asked, what is kept, and what happens when the server fails."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import socket
+import sys
+
+import pytest
+
+from alignment.errors import UserError
+from alignment.models import load_tokenizer
+from alignment.models.endpoint import EndpointBackend
+from alignment.models.pools import open_pool, sample_pool
+from alignment.models.sampling import Generation
+from tests.rewards.http_server import Answer, endpoint
+
+PROMPTS = ["my dog is", "the cat was", "our house seems", "your book is", "my river was"]
+SETTINGS = Generation(8, 0.7, 0.9, batch_size=2)
+KIND = (" kind .", " warm and good .", " cold")
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def completing(body, number):
+    """n texts that prompt and seed decide; a text without a full stop was cut."""
+    choices = []
+    for i in range(body["n"]):
+        text = KIND[(body["seed"] + i) % 3]
+        said = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
+        choices.append({"index": i, "finish_reason": "stop" if text.endswith(".") else "length", **said})
+        if body.get("return_token_ids"):
+            choices[-1]["token_ids"] = [7, 8, i]
+    return Answer({"object": "text_completion", "choices": choices})
+
+
+def draw(tiny, url, folder, n=3, prompts=PROMPTS, generation=SETTINGS, **keys):
+    tokenizer = load_tokenizer(tiny)
+    backend = EndpointBackend(url, "m", tokenizer, **{"retries": 1, **keys})
+    settings = {"generation": generation, "seed": 1, "prompts_per_shard": 2, "backend": backend}
+    return sample_pool({"name_or_path": str(tiny)}, tokenizer, prompts, folder, n, **settings)
+
+
+def contents(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_what_is_asked_and_what_is_kept(tiny, tmp_path):
+    tokenizer = load_tokenizer(tiny)
+    with endpoint(completing) as server:
+        pool = draw(tiny, server.url, tmp_path / "pool")
+    assert set(server.paths) == {"/v1/completions"}
+    first = server.requests[0]
+    settings = {"model": "m", "max_tokens": 8, "temperature": 0.7, "top_p": 0.9}
+    assert settings.items() <= first.items() and not {"top_k", "return_token_ids"} & set(first)
+    assert sorted((body["prompt"], body["n"]) for body in server.requests) == sorted(
+        (prompt, n) for prompt in PROMPTS for n in (2, 1)
+    )
+    assert len({body["seed"] for body in server.requests}) == 10
+    assert pool.manifest["backend"] == "endpoint" and pool.manifest["ids"] == "retokenised"
+    assert pool.manifest["base_url"] == server.url and pool.manifest["temperature"] == 0.7
+    rows = [row for shard in range(3) for row in pool.rows(shard)]
+    assert [row["prompt"] for row in rows] == PROMPTS
+    cut = 0
+    for row in rows:
+        assert row["prompt_ids"] == tokenizer(row["prompt"]).input_ids
+        for ids, text, finished in zip(row["ids"], row["responses"], row["finished"], strict=True):
+            assert text in KIND and finished == text.endswith(".")
+            plain = tokenizer(text, add_special_tokens=False).input_ids
+            assert ids == ([*plain, tokenizer.eos_token_id] if finished else plain)
+            cut += not finished
+    assert pool.unfinished() == cut > 0
+
+
+def test_the_same_again_and_messages_with_the_servers_ids(tiny, tmp_path):
+    said = [{"role": "user", "content": PROMPTS[0]}]
+    with endpoint(completing) as server:
+        one, two = (
+            draw(
+                tiny,
+                server.url,
+                tmp_path / name,
+                prompts=[said, said],
+                generation=Generation(8, top_k=5),
+                server_ids=True,
+            )
+            for name in "ab"
+        )
+    assert contents(one.folder) == contents(two.folder)
+    assert set(server.paths) == {"/v1/chat/completions"} and server.requests[0]["messages"] == said
+    assert server.requests[0]["top_k"] == 5 and one.manifest["ids"] == "server"
+    assert one.rows(0)[0]["ids"] == [[7, 8, 0], [7, 8, 1], [7, 8, 2]] and one.read(0)[0] == [said, said]
+    assert server.requests[0]["seed"] != server.requests[1]["seed"]
+
+
+def test_a_500_then_success(tiny, tmp_path):
+    with endpoint(lambda body, number: completing(body, number) if number else Answer("oops", status=500)) as server:
+        pool = draw(tiny, server.url, tmp_path / "pool", prompts=PROMPTS[:1])
+        assert len(server.requests) == 3 and pool.n == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda choices: choices[:1], "1 samples instead of n=2: the server does not heed n; batch size 1"),
+        (lambda choices: choices * 2, "4 samples instead of n=2"),
+        (lambda choices: [{**choices[0], "text": None}] * 2, "after 1 try: no completion but"),
+        (lambda choices: None, "after 1 try: no completion but"),
+    ],
+)
+def test_exact_counts_or_an_error(tiny, tmp_path, change, message):
+    def changed(body, number):
+        return Answer({"choices": change(completing(body, number).body["choices"])})
+
+    with endpoint(changed) as server, pytest.raises(UserError) as caught:
+        draw(tiny, server.url, tmp_path / "pool", retries=0, concurrency=1)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("pool/shards/*"))
+
+
+def test_ids_that_the_server_does_not_give(tiny, tmp_path):
+    def without(body, number):
+        return completing({**body, "return_token_ids": False}, number)
+
+    with endpoint(without) as server, pytest.raises(UserError, match="gives no token_ids; without server_ids"):
+        draw(tiny, server.url, tmp_path / "pool", server_ids=True)
+
+
+def test_the_key_is_sent_and_not_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMPLER_KEY", "sk-0123456789-very-secret")
+    with endpoint(completing) as server:
+        pool = draw(tiny, server.url, tmp_path / "pool", api_key_env="SAMPLER_KEY")
+    assert server.headers[0]["authorization"] == "Bearer sk-0123456789-very-secret"
+    assert not any(b"sk-0123456789" in data for data in contents(pool.folder).values())
+
+
+def program(root, monkeypatch, capsys, *words):
+    """Exit code, standard output and standard error of scripts/sample.py, run in this process."""
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path("scripts/sample.py", run_name="__main__")
+    return stopped.value.code or 0, *capsys.readouterr()
+
+
+def test_the_program_goes_on_after_the_server_was_down(root, tiny, tmp_path, monkeypatch, capsys):
+    """A server that dies after two shards: one line, code 2, two shards kept; up again: the rest is asked for."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    with socket.socket() as taken:  # a port where nothing answers
+        taken.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+
+    def words(url, folder):
+        given = ["--model", tiny, "--prompts", tmp_path / "p.txt", "--samples", 2, "--prompts-per-shard", 1]
+        return *given, "--output", tmp_path / folder, "--endpoint", url, "--endpoint-model", "m", "--retries", 0
+
+    code, out, err = program(root, monkeypatch, capsys, *words(dead, "none"))
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"error: sampling: base_url {dead}: no answer after 1 try: ConnectError")
+    assert err.endswith("Whole shards so far are kept, a re-run goes on from them\n")
+    down = True
+
+    def dying(body, number):
+        return Answer("gone", status=503) if down and number >= 2 else completing(body, number)
+
+    with endpoint(dying) as server:
+        code, out, err = program(root, monkeypatch, capsys, *words(server.url, "pool"))
+        assert code == 2 and "HTTP 503 gone" in err and len(list(tmp_path.glob("pool/shards/*"))) == 2
+        down = False
+        code, out, err = program(root, monkeypatch, capsys, *words(server.url, "pool"))
+        assert code == 0 and f"{tmp_path / 'pool'}: 5 prompts, 10 samples, " in out
+        assert len(server.requests) == 3 + 3
+        program(root, monkeypatch, capsys, *words(server.url, "straight"))
+    assert contents(tmp_path / "pool") == contents(tmp_path / "straight")
+    assert json.loads((tmp_path / "pool/manifest.json").read_text())["endpoint_model"] == "m"
+    assert open_pool(tmp_path / "pool").prompts == 5
