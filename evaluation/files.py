@@ -74,6 +74,28 @@ def read_outputs(path: Path) -> dict[str, tuple[str, list[str]]]:
     return outputs
 
 
+def read_pool(folder: Path) -> tuple[dict[str, tuple[str, list[str]]], dict[str, list[bool]]]:
+    """Responses by prompt of a pool of samples, as `read_outputs` gives them, and which of them are finished.
+
+    Equal prompts are further samples of one prompt. A chat is asked for as `prompt_text` spells it.
+
+    Raises:
+        UserError: no complete pool there.
+    """
+    from alignment.models.pools import open_pool
+
+    pool = open_pool(folder)
+    outputs: dict[str, tuple[str, list[str]]] = {}
+    finished: dict[str, list[bool]] = {}
+    for shard in range(len(pool.shards)):
+        for number, row in enumerate(pool.rows(shard), start=1):
+            where = f"{pool.file(shard)}:{number}"
+            prompt = prompt_text(row["prompt"], where)
+            outputs.setdefault(prompt, (where, []))[1].extend(row["responses"])
+            finished.setdefault(prompt, []).extend(row["finished"])
+    return outputs, finished
+
+
 def refuse_training_prompts(prompts: Sequence[Prompt], preferences: Path) -> int:
     """Refuse evaluation prompts that stand in the training data; they are compared with spaces collapsed.
 

@@ -1,7 +1,7 @@
 """Win rate of a model against a baseline on the same prompts, with a bootstrap interval over prompts.
 
     python -m evaluation.win_rate runs/dpo                                   # a trained run against its starting model
-    python -m evaluation.win_rate --a new.jsonl --b old.jsonl --reward vader   # two files of outputs
+    python -m evaluation.win_rate --a new.jsonl --b old.jsonl --reward vader   # files of outputs, or pools
     python -m evaluation.win_rate --model M --baseline B --prompts prompts.txt --reward length
     python -m evaluation.win_rate --a new.jsonl --b old.jsonl --oracle tabular --oracle-key table=table.json
 
@@ -31,7 +31,7 @@ from alignment.recipes.document import RecipeError, parse_value
 from alignment.rewards import PreferenceOracle, RewardFunction, get_oracle, get_reward
 from alignment.rewards.registry import Kind, judge_fields
 from evaluation.comparison import Comparison, Side, compare, describe
-from evaluation.files import locate_prompts, read_outputs, shorten
+from evaluation.files import locate_prompts, read_outputs, read_pool, shorten
 from evaluation.plans import (
     BASELINE_SEED_OFFSET,
     RESAMPLES,
@@ -52,20 +52,27 @@ def win_rate_of_files(
     resamples: int = RESAMPLES,
     seed: int = 1,
 ) -> Comparison:
-    """Compare two files of outputs (rows with `prompt` and `response`), joined by prompt.
+    """Compare two files of outputs (rows with `prompt` and `response`) or pools of samples, joined by prompt.
+
+    Args:
+        a, b: a .jsonl file, or the folder of a pool, which also knows which samples are finished.
 
     Raises:
-        UserError: a row is unusable, or a prompt stands in one file only.
+        UserError: a row is unusable, a pool incomplete, or a prompt stands on one side only.
     """
-    outputs_a, outputs_b = read_outputs(a), read_outputs(b)
+    read = [read_pool(side) if side.is_dir() else (read_outputs(side), None) for side in (a, b)]
+    (outputs_a, _), (outputs_b, _) = read
     for here, there, other in ((outputs_a, outputs_b, b), (outputs_b, outputs_a, a)):
         alone = [prompt for prompt in here if prompt not in there]
         if alone:
             raise UserError(
                 f"{here[alone[0]][0]}: prompt {shorten(alone[0])} is not in {other}; {len(alone)} such "
-                f"prompt{'' if len(alone) == 1 else 's'}; both files must answer the same prompts"
+                f"prompt{'' if len(alone) == 1 else 's'}; both sides must answer the same prompts"
             )
-    model, baseline = (Side(str(f), [out[p][1] for p in outputs_a]) for f, out in ((a, outputs_a), (b, outputs_b)))
+    model, baseline = (
+        Side(str(f), [out[p][1] for p in outputs_a], None if ended is None else [ended[p] for p in outputs_a])
+        for f, (out, ended) in zip((a, b), read, strict=True)
+    )
     return compare(list(outputs_a), model, baseline, judge, oracle=oracle, resamples=resamples, seed=seed)
 
 
@@ -223,9 +230,9 @@ Seed = Annotated[
 def main(
     run_dir: RunDir = None,
     a: Annotated[
-        OptionalPath, typer.Option(help="JSON lines with prompt and response: the system under test.")
+        OptionalPath, typer.Option(help="JSON lines with prompt and response, or a pool: the system under test.")
     ] = None,
-    b: Annotated[OptionalPath, typer.Option(help="The same prompts answered by the baseline.")] = None,
+    b: Annotated[OptionalPath, typer.Option(help="The same prompts answered by the baseline; file or pool.")] = None,
     model: Annotated[str | None, typer.Option(help="Model under test: hub id, folder, adapter or GGUF file.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Model that it is compared with.")] = None,
     prompts: Annotated[

@@ -12,6 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from alignment.errors import UserError
+from alignment.models import load_tokenizer
+from alignment.models.pools import sample_pool
+from alignment.models.sampling import Generation
 from alignment.rewards import get_reward
 from evaluation.comparison import Side, compare, describe
 from evaluation.files import Prompt, locate_prompts, refuse_training_prompts
@@ -67,6 +70,31 @@ def test_files_end_to_end(files, tmp_path):
         ("three", 1.0, 4.0),
     ]
     assert sorted(path.name for path in out.iterdir()) == ["samples.jsonl", "win_rate.json"]  # no temporary file left
+
+
+def test_pools_of_samples_are_sides(tiny, tmp_path):
+    """A pool against the file of its own texts: what is finished is known of the pool alone; a chat is its text."""
+    said = [[{"role": "user", "content": opening}] for opening in ("my dog is", "the cat was", "our house seems")]
+    generation = Generation(max_new_tokens=4)
+    pool = sample_pool(
+        {"name_or_path": str(tiny)}, load_tokenizer(tiny), said, tmp_path / "pool", 3, generation=generation, seed=1
+    )
+    asked, answers = pool.read(0)
+    rows = [
+        row for prompt, texts in zip(asked, answers, strict=True) for row in responses(prompt[0]["content"], *texts)
+    ]
+    file = write_rows(tmp_path / "b.jsonl", rows)
+    done = run("--a", pool.folder, "--b", file, "--reward", "length", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["win_rate"] == 0.5 and result["samples_per_prompt"] == {"model": [3, 3], "baseline": [3, 3]}
+    assert result["cut_at_token_limit"] == {"model": pytest.approx(pool.unfinished() / 9), "baseline": None}
+    assert pool.unfinished() > 0
+    both = win_rate_of_files(pool.folder, pool.folder, get_reward("length"), resamples=100)
+    assert both.result["win_rate"] == 0.5 and both.rows[0]["prompt"] == "my dog is"
+    pool.file(0).unlink()
+    done = run("--a", pool.folder, "--b", file, "--reward", "length")
+    assert done.returncode == 2 and "1 of 1 shards are missing" in done.stderr
 
 
 def test_module_form_prints_a_readable_block(files):
