@@ -253,10 +253,12 @@ def _models_of_run(run_dir: Path, model: Mapping[str, Any]) -> tuple[ModelSource
 
 
 def _overlap_notes(run_dir: Path, prompts: list[Prompt]) -> dict[str, Any]:
-    preferences = run_dir / "preferences.jsonl"
-    if not preferences.is_file():
-        note = f"not checked: {preferences} is absent, so training prompts are unknown"
+    """Of a run on pairs its preferences say what was trained on, of an iterative run its prompts."""
+    files = [run_dir / "preferences.jsonl", run_dir / "prompts" / "prompts.jsonl"]
+    trained_on = next((file for file in files if file.is_file()), None)
+    if trained_on is None:
+        note = f"not checked: {files[0]} is absent, so training prompts are unknown"
         return {"training_prompts": None, "overlap_note": note}
-    trained = refuse_training_prompts(prompts, preferences)
+    trained = refuse_training_prompts(prompts, trained_on)
     note = f"none of these prompts is among the {trained} training prompts"
     return {"training_prompts": trained, "overlap_note": note}

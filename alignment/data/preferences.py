@@ -19,7 +19,7 @@ from alignment.files import iterate_json_lines, read_text
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 # Numbers of each response of a pair: for both or for neither.
-TOGETHER = tuple((f"{name}_chosen", f"{name}_rejected") for name in ("reward", "preference", "score", "prev"))
+TOGETHER = tuple((f"{name}_chosen", f"{name}_rejected") for name in ("reward", "preference", "log_odds", "prev"))
 NUMBER_COLUMNS = (*(column for pair in TOGETHER for column in pair), "margin", "label")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 OPTIONAL_COLUMNS = (*ID_COLUMNS, *NUMBER_COLUMNS, "calibration", "calibration_ids")

@@ -20,7 +20,7 @@ from alignment.models.sampling import Sample
 from alignment.rewards.oracles import Probability, flip_labels
 
 Score = Callable[[list[str], list[str]], list[float]]
-SCORES = ("score_chosen", "score_rejected")
+LOG_ODDS = ("log_odds_chosen", "log_odds_rejected")
 
 
 def best_against_worst(
@@ -37,7 +37,7 @@ def best_against_worst(
 
     Give either `score` or `probability`. A reward's rows keep `reward_chosen` and `reward_rejected`. An oracle ranks a
     prompt's samples by `Strength.win`, and its rows keep `preference_*` and, unless some log-odds among the rows are
-    infinite, `score_*` (a column is in all rows or in none).
+    infinite, `log_odds_*` (a column is in all rows or in none).
 
     Args:
         prompts: n texts.
@@ -92,7 +92,7 @@ def best_against_worst(
                     **columns,
                 }
             )
-    rows = scores_in_all_or_none(rows)
+    rows = log_odds_in_all_or_none(rows)
     counts["pairs"] = len(rows)
     if not rows:
         raise UserError("data.sample: no pair is left: every prompt's samples score alike; raise samples_per_prompt")
@@ -114,23 +114,23 @@ class Strength:
         win: mean of P(it > other) over the other samples that it could be compared with, for ranking; NaN where there
             is none, or none but its own repetitions among texts that could not be compared.
         preference: estimate of P(it > the policy): as `win`, with the sample itself, which counts 1/2.
-        score: mean log-odds of winning, with the sample itself, which counts 0; None where some are infinite.
+        log_odds: mean log-odds of winning, with the sample itself, which counts 0; None where some are infinite.
     """
 
     win: float
     preference: float
-    score: float | None
+    log_odds: float | None
 
     def columns(self, response: str) -> dict[str, float | None]:
         """The columns of a row in which this sample is `response`, chosen or rejected."""
-        return {f"preference_{response}": self.preference, f"score_{response}": self.score}
+        return {f"preference_{response}": self.preference, f"log_odds_{response}": self.log_odds}
 
 
-def scores_in_all_or_none(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows as they are, or all without `score_*` if any lacks one: readers drop rows without what others have."""
-    if all(row.get(column) is not None for row in rows for column in SCORES):
+def log_odds_in_all_or_none(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, all without `log_odds_*` if any lacks one: readers drop rows without what others have."""
+    if all(row.get(column) is not None for row in rows for column in LOG_ODDS):
         return rows
-    return [{name: value for name, value in row.items() if name not in SCORES} for row in rows]
+    return [{name: value for name, value in row.items() if name not in LOG_ODDS} for row in rows]
 
 
 def strengths(texts: Sequence[str], comparisons: Sequence[tuple[int, int, float]]) -> list[Strength]:
@@ -153,12 +153,12 @@ def _strength(text: str, found: Sequence[tuple[str, float]]) -> Strength:
     others = [p for other, p in found if other != text]
     if not judged or (others and all(map(math.isnan, others))):
         return Strength(math.nan, math.nan, None)
-    score = None
+    log_odds = None
     if all(0 < p < 1 for p in judged):
-        score = math.fsum(math.log(p) - math.log1p(-p) for p in judged) / (len(judged) + 1)
+        log_odds = math.fsum(math.log(p) - math.log1p(-p) for p in judged) / (len(judged) + 1)
     # Rounded, so that what is equal in exact arithmetic (0.7 + 0.3 and 0.5 + 0.5) is a tie here, too.
     won = math.fsum(judged)
-    return Strength(round(won / len(judged), 12), round((won + 0.5) / (len(judged) + 1), 12), score)
+    return Strength(round(won / len(judged), 12), round((won + 0.5) / (len(judged) + 1), 12), log_odds)
 
 
 def compared(prompts: Sequence[str], texts: Sequence[Sequence[str]], probability: Probability) -> list[list[Strength]]:

@@ -24,7 +24,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "calibration_length": ("calibration_length",),
     "reward": ("reward_chosen", "reward_rejected"),
     "preference": ("preference_chosen", "preference_rejected"),
-    "score": ("score_chosen", "score_rejected"),
+    "log_odds": ("log_odds_chosen", "log_odds_rejected"),
     "degree": ("degree_logits", "degree_labels"),
 }
 WHY: dict[str, str] = {
@@ -36,7 +36,7 @@ WHY: dict[str, str] = {
     "calibration_length": "number of completion tokens of the calibration response",
     "reward": "scalar scores of the two responses by a reward model",
     "preference": "probabilities that each response beats the policy",
-    "score": "mean log-odds with which each response beats the policy's samples",
+    "log_odds": "mean log-odds with which each response beats the policy's samples",
     "degree": "degree logits of degraded copies, from a classification head on the policy, and their labels",
 }
 POLICY_COLUMNS = ("chosen", "rejected", "calibration")  # the columns that carry a gradient
@@ -104,7 +104,7 @@ class PairLogps(Columns):
         calibration, ref_calibration, calibration_length: a third response per prompt (VPO, RPO).
         reward_chosen, reward_rejected: scalar scores.
         preference_chosen, preference_rejected: P(response beats the policy that sampled the pair).
-        score_chosen, score_rejected: mean log-odds of the response against that policy's samples.
+        log_odds_chosen, log_odds_rejected: mean log-odds of the response against that policy's samples.
         degree_logits, degree_labels: of K degraded copies per pair and N degrees, `[B, K, N]` and integers `[B, K]`
             (-1: there is no such copy); SPO only.
         label: probability that `chosen` is the better response; absent is 1 for every pair.
@@ -129,8 +129,8 @@ class PairLogps(Columns):
     reward_rejected: Tensor | None = None
     preference_chosen: Tensor | None = None
     preference_rejected: Tensor | None = None
-    score_chosen: Tensor | None = None
-    score_rejected: Tensor | None = None
+    log_odds_chosen: Tensor | None = None
+    log_odds_rejected: Tensor | None = None
     degree_logits: Tensor | None = None
     degree_labels: Tensor | None = None
     label: Tensor | None = None

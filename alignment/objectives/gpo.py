@@ -18,7 +18,7 @@ class GPO(Objective):
         paper="Zhang et al. 2024, arXiv:2410.02197",
         equation="GPO's update with log Z ~ 0 (number not checked), on the two responses that the released data keep",
         formula="[(z_w - eta S_w)^2 + (z_l - eta S_l)^2]/2; S_y = mean over pi_t's y' of s(y > y')/tau,  z to pi_t",
-        needs=("reference", "score"),
+        needs=("reference", "log_odds"),
         reward="z/eta: regressed on S",
         bounds="loss >= 0; a response's slope grows linearly with its own z and does not read the other's",
         verified="update, S and step as our specification quotes the paper; that best and worst are kept, against the "
@@ -27,9 +27,8 @@ class GPO(Objective):
         pitfalls=(
             "The reference IS pi_t, the policy that sampled the pairs: `reference: previous` in `alignment iterate`.",
             "eta = 1000 times log-odds asks for thousands of nats: clip gradients, small rate, no fp16, stop early.",
-            "Log-odds are infinite where an oracle answers 0 or 1: such pairs have no score_chosen; sppo reads P.",
+            "Log-odds are infinite where an oracle answers 0 or 1: such pairs have no log_odds_chosen; sppo reads P.",
             "Their preprocessing takes table[i][j] - table[j][i] of a skew table: twice the log-odds, a doubled eta.",
-            "score_chosen and score_rejected are log-odds; UltraFeedback has ratings from 1 to 10 under these names.",
             "log Z ~ 0 is an approximation: it is near eta^2 var(S)/2, so no policy meets all targets exactly.",
             "Which response is called chosen does not matter, so labels and label noise do nothing: S is the label.",
         ),
@@ -43,7 +42,7 @@ class GPO(Objective):
 
     def pair_loss(self, batch: PairLogps) -> Tensor:
         return regressed(  # L with log Z ~ 0
-            batch, self.eta * batch.column("score_chosen"), self.eta * batch.column("score_rejected")
+            batch, self.eta * batch.column("log_odds_chosen"), self.eta * batch.column("log_odds_rejected")
         )
 
     def pair_rewards(self, batch: PairLogps) -> tuple[Tensor, Tensor]:

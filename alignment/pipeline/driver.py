@@ -163,7 +163,7 @@ def _summary(folder: Path, iteration: int) -> dict[str, Any]:
     place = iteration_folder(folder, iteration)
     counts = read_json_object(place / "pairs" / "counts.json")
     lines = [row for _, row in iterate_json_lines(place / "train" / "metrics.jsonl")]
-    trained = next((row for row in reversed(lines) if "loss" in row), {})
+    trained: dict[str, Any] = next((row for row in reversed(lines) if "loss" in row), {})
     found = {
         "step": iteration,
         "pairs": counts["pairs"],

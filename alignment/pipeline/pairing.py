@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.data.sampled import strengths
+from alignment.data.sampled import log_odds_in_all_or_none, strengths
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, read_json_object, write_json, write_json_lines
 from alignment.pipeline.judging import penalised
@@ -24,7 +24,7 @@ from alignment.recipes import IterateRecipe
 from alignment.recipes.iterate import IterateSection
 from alignment.rewards.oracles import flip_labels
 
-Columns = dict[str, float]  # of one response: reward, or preference and score
+Columns = dict[str, float]  # of one response: reward, or preference and log_odds
 Choice = tuple[int, int, Columns, Columns]  # chosen, rejected, and their columns
 REASONS = ("short", "unjudged", "ties", "identical")
 
@@ -79,8 +79,8 @@ def _extremes(
         for i, strength in zip(numbers, strengths([row["responses"][i] for i in numbers], asked), strict=True):
             if not math.isnan(strength.win):
                 values[i] = strength.win
-                score = {} if strength.score is None else {"score": strength.score}
-                columns[i] = {"preference": strength.preference, **score}
+                odds = {} if strength.log_odds is None else {"log_odds": strength.log_odds}
+                columns[i] = {"preference": strength.preference, **odds}
     if len(values) < 2:
         counts["unjudged"] += 1
         return
@@ -169,6 +169,7 @@ def write_pairs(recipe: IterateRecipe, folder: Path, iteration: int, out: Path) 
             )
     if not rows:
         raise UserError(f"iteration {iteration}: no pair is left of {dict(counts)}: {_remedy(counts)}")
+    rows = log_odds_in_all_or_none(rows) if recipe.oracle is not None else rows
     rows = _as_chats(_with_noise(rows, settings.label_noise, seed, counts))
     counts["pairs"] = len(rows)
     mean = {"mean_reward": math.fsum(judgements) / len(judgements)} if judgements else {}

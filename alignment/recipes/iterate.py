@@ -155,7 +155,7 @@ def _judged(recipe: IterateRecipe, objective: Objective) -> Iterator[InitErrorDe
     extra = set(objective.needs) - _NEEDS
     if "reward" in extra and recipe.reward is None:
         yield error(f"objective {name!r} reads rewards: judge with a reward section", "objective", "name")
-    if extra & {"preference", "score"}:
+    if extra & {"preference", "log_odds"}:
         if recipe.oracle is None:
             message = "probabilities: judge with an oracle, such as {name: bradley_terry, reward: …}"
             yield error(f"objective {name!r} reads {message}", "objective", "name")
@@ -181,7 +181,7 @@ def _referred(recipe: IterateRecipe, objective: Objective) -> Iterator[InitError
         yield error(
             "must be said: fixed (the base), previous (the iterate that sampled) or {checkpoint: PATH}", "reference"
         )
-    if {"preference", "score"} & set(objective.needs) and recipe.reference != "previous":
+    if {"preference", "log_odds"} & set(objective.needs) and recipe.reference != "previous":
         yield error(f"objective {name!r} compares with the policy that sampled: previous", "reference")
     if settings.start == "base" and recipe.reference == "previous":
         yield error(
@@ -195,7 +195,7 @@ def _referred(recipe: IterateRecipe, objective: Objective) -> Iterator[InitError
 
 def _steps(objective: Objective) -> bool:
     """Whether a loss is a step of its method only on samples of the very policy that it starts from."""
-    return bool({"previous", "preference", "score"} & set(objective.needs))
+    return bool({"previous", "preference", "log_odds"} & set(objective.needs))
 
 
 def _sampled(recipe: IterateRecipe, objective: Objective) -> Iterator[InitErrorDetails]:

@@ -189,7 +189,7 @@ def _unjudged(recipe: Recipe) -> Iterator[InitErrorDetails]:
                 "sample with a reward section",
                 "oracle",
             )
-        wins = objective.card.batch == "pairs" and {"preference", "score"} & {*objective.needs}
+        wins = objective.card.batch == "pairs" and {"preference", "log_odds"} & {*objective.needs}
         if recipe.reward is not None and wins:
             yield error(
                 f"objective {recipe.objective.name!r} reads probabilities of winning, and a reward gives none: write "

@@ -48,8 +48,8 @@ DATA_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 # What `columns` of a source may rename: the columns of all forms (`alignment.data.forms`).
 SOURCE_COLUMNS = (
     *("prompt", "chosen", "rejected", "calibration", "label"),
-    *("reward_chosen", "reward_rejected", "preference_chosen", "preference_rejected", "score_chosen"),
-    *("score_rejected", "prev_chosen", "prev_rejected", "margin"),
+    *("reward_chosen", "reward_rejected", "preference_chosen", "preference_rejected", "log_odds_chosen"),
+    *("log_odds_rejected", "prev_chosen", "prev_rejected", "margin"),
     *("conversations", "system", "instruction", "input", "output", "response1", "response2"),
     *(SFT_COLUMNS := ("completion", "messages", "text")),
 )

@@ -37,8 +37,8 @@ from alignment.trainers.scoring import (
     scored_tokens,
 )
 
-JUDGED = ("reward", "preference", "score")  # what a judge has written into the rows
-HINTS = {"score": "; gpo needs log-odds, and an oracle that answers 0 or 1 has none: use sppo or a soft oracle"}
+JUDGED = ("reward", "preference", "log_odds")  # what a judge has written into the rows
+HINTS = {"log_odds": "; gpo needs log-odds, and an oracle that answers 0 or 1 has none: use sppo or a soft oracle"}
 
 
 class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
@@ -154,11 +154,6 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
                     f"{dataset_name} data: objective {name!r} needs column {missing[0]!r}, and the rows have only "
                     f"{', '.join(dataset.column_names)}{HINTS.get(need, '')}"
                 )
-        if "score" in self.objective.needs and all(min(dataset[c]) > 0 for c in NEEDS["score"]):
-            raise UserError(
-                f"{dataset_name} data: objective {name!r} reads log-odds in score_chosen and score_rejected, and all "
-                "are above 0: they look like ratings"
-            )
         before = len(dataset)
         if set(ID_COLUMNS) <= set(dataset.column_names):
             if self._calibrated and "calibration_ids" not in dataset.column_names:

@@ -13,7 +13,7 @@ from alignment.data.preferences import canonical
 from alignment.data.sampled import (
     Strength,
     best_against_worst,
-    scores_in_all_or_none,
+    log_odds_in_all_or_none,
     strengths,
     with_label_noise,
 )
@@ -212,7 +212,7 @@ def test_samples_in_the_policy_s_shares_have_the_policy_s_expectations():
     for text, strength in zip(texts, found, strict=True):
         preference, score = AGAINST_POLICY[text]
         assert strength.preference == pytest.approx(preference, abs=5e-6)
-        assert strength.score == pytest.approx(score, abs=1e-12)
+        assert strength.log_odds == pytest.approx(score, abs=1e-12)
 
 
 def test_samples_beat_themselves_half_the_time_and_by_no_odds():
@@ -222,7 +222,7 @@ def test_samples_beat_themselves_half_the_time_and_by_no_odds():
         table = {pair: generator.uniform(0.01, 0.99) for pair in itertools.combinations("abcde", 2)}
         found = strengths(texts, all_pairs(texts, table))
         assert math.fsum(one.preference for one in found) / len(texts) == pytest.approx(0.5, abs=1e-11)
-        assert math.fsum(one.score for one in found) == pytest.approx(0.0, abs=1e-12)
+        assert math.fsum(one.log_odds for one in found) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_comparison_that_could_not_be_judged_is_left_out_of_strengths():
@@ -233,7 +233,7 @@ def test_a_comparison_that_could_not_be_judged_is_left_out_of_strengths():
     assert a == Strength(0.9, 0.7, pytest.approx(math.log(9) / 2))
     assert b == Strength(0.3, pytest.approx(1.1 / 3), pytest.approx(-math.log(9) / 3))
     assert c == Strength(0.5, 0.5, 0.0)
-    assert math.isnan(d.win) and math.isnan(d.preference) and d.score is None
+    assert math.isnan(d.win) and math.isnan(d.preference) and d.log_odds is None
 
 
 def test_certain_wins_have_no_log_odds():
@@ -249,13 +249,13 @@ def test_rows_of_an_oracle_keep_both_strengths_and_noise_takes_them_along():
     wanted = {
         "preference_chosen": pytest.approx(1.8 / 3),
         "preference_rejected": pytest.approx(1.3 / 3),
-        "score_chosen": pytest.approx((math.log(9) + math.log(2 / 3)) / 3),
-        "score_rejected": pytest.approx((-math.log(9) + math.log(7 / 3)) / 3),
+        "log_odds_chosen": pytest.approx((math.log(9) + math.log(2 / 3)) / 3),
+        "log_odds_rejected": pytest.approx((-math.log(9) + math.log(7 / 3)) / 3),
     }
     assert {name: value for name, value in rows[0].items() if name in wanted} == wanted
     (flipped,), _ = with_label_noise(rows, 1.0, 0)
     assert (flipped["chosen"], flipped["rejected"]) == ("b", "a")
-    for name in ("preference", "score"):
+    for name in ("preference", "log_odds"):
         assert flipped[f"{name}_chosen"] == wanted[f"{name}_rejected"]
         assert flipped[f"{name}_rejected"] == wanted[f"{name}_chosen"]
 
@@ -265,11 +265,11 @@ def test_one_certain_answer_takes_the_scores_from_all_rows():
     table = {("a", "b"): 1.0, ("c", "d"): 0.8}
     rows, _ = best_against_worst(["p", "q"], [[1], [2]], [drawn("ab"), drawn("cd")], probability=by_table(table))
     assert [(r["preference_chosen"], r["preference_rejected"]) for r in rows] == [(0.75, 0.25), (0.65, 0.35)]
-    assert not {name for row in rows for name in row if name.startswith("score")}
-    whole = [{"score_chosen": 1.0, "score_rejected": -1.0}, {"score_chosen": 0.0, "score_rejected": -1.0}]
-    assert scores_in_all_or_none(whole) == whole
-    for lacking in ({"score_chosen": 1.0}, {"score_chosen": 1.0, "score_rejected": None}, {}):
-        assert scores_in_all_or_none([*whole, lacking]) == [{}, {}, {}]
+    assert not {name for row in rows for name in row if name.startswith("log_odds")}
+    whole = [{"log_odds_chosen": 1.0, "log_odds_rejected": -1.0}, {"log_odds_chosen": 0.0, "log_odds_rejected": -1.0}]
+    assert log_odds_in_all_or_none(whole) == whole
+    for lacking in ({"log_odds_chosen": 1.0}, {"log_odds_chosen": 1.0, "log_odds_rejected": None}, {}):
+        assert log_odds_in_all_or_none([*whole, lacking]) == [{}, {}, {}]
 
 
 @pytest.mark.parametrize("given", [{}, {"score": by_text({}), "probability": by_table({})}])

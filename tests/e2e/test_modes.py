@@ -109,8 +109,8 @@ def pairs(start: int = 0, stop: int = 7) -> list[dict[str, Any]]:
             "reward_rejected": -1.0,
             "preference_chosen": 0.6 + 0.1 * (i % 4),
             "preference_rejected": 0.3,
-            "score_chosen": 0.5 + i % 4,
-            "score_rejected": -1.0,
+            "log_odds_chosen": 0.5 + i % 4,
+            "log_odds_rejected": -1.0,
         }
         for i, opening in enumerate(tiny_lm.openings()[start:stop])
     ]

@@ -133,8 +133,8 @@ def test_swapping_twice_is_the_same_batch_and_leaves_no_column_behind() -> None:
     values = {
         "chosen": 1.0, "rejected": 2.0, "ref_chosen": 3.0, "ref_rejected": 4.0, "prev_chosen": 5.0,
         "prev_rejected": 6.0, "chosen_length": 7.0, "rejected_length": 8.0, "reward_chosen": 9.0,
-        "reward_rejected": 10.0, "preference_chosen": 11.0, "preference_rejected": 12.0, "score_chosen": 16.0,
-        "score_rejected": 17.0, "calibration": 13.0, "ref_calibration": 14.0, "calibration_length": 15.0,
+        "reward_rejected": 10.0, "preference_chosen": 11.0, "preference_rejected": 12.0, "log_odds_chosen": 16.0,
+        "log_odds_rejected": 17.0, "calibration": 13.0, "ref_calibration": 14.0, "calibration_length": 15.0,
         "label": 0.75,
     }  # fmt: skip
     degrees = {"degree_logits": torch.zeros(1, 2, 3), "degree_labels": torch.tensor([[0, 2]])}

@@ -207,7 +207,7 @@ class TableMinusItsTranspose(GPO):
 
 class OddsForLogOdds(GPO):
     def pair_loss(self, batch):
-        return regressed(batch, self.eta * batch.score_chosen.exp(), self.eta * batch.score_rejected.exp())
+        return regressed(batch, self.eta * batch.log_odds_chosen.exp(), self.eta * batch.log_odds_rejected.exp())
 
 
 class WinsForLogOdds(GPO):
@@ -431,8 +431,8 @@ def test_the_suite_catches(mutant, checks: str) -> None:
         (TowardsTheLoser, "0 at its targets"),
         (OnlyTheWinner, "exchanged responses"),
         (ReferenceOfTheOther, "constant on a response"),
-        (TableMinusItsTranspose, "score P - 1/2 = sppo"),
-        (OddsForLogOdds, "unit of the score"),
+        (TableMinusItsTranspose, "log-odds P - 1/2 = sppo"),
+        (OddsForLogOdds, "unit of the log-odds"),
         (HardenedLabel, "soft label = smoothing"),
         (LabelAsWeight, "soft label moves the target"),
         (SumOverCopies, "slope by the logits"),

@@ -17,7 +17,7 @@ POLICY = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 ETA = 0.5
 AFTER = {"gpo": (0.59129, 0.19470, 0.21401), "sppo": (0.51673, 0.27882, 0.20445)}
 JUDGED = {"gpo": (0.4, -0.8, 0.2), "sppo": (0.56803, 0.35581, 0.54621)}
-COLUMN = {"gpo": "score", "sppo": "preference"}
+COLUMN = {"gpo": "log_odds", "sppo": "preference"}
 LOG_Z = 0.032304  # of gpo
 W, L = (torch.tensor(side) for side in zip(*itertools.permutations(range(3), 2), strict=True))
 

@@ -75,7 +75,7 @@ def test_an_oracle_ranks_by_mean_probability_of_winning():
     _, _, better, worse = next(iter(choices(section, row, judged, (), Counter())))
     assert better["preference"] == pytest.approx((0.9 + 0.6 + 0.5) / 3)  # itself included, as pi_t draws it, too
     assert worse["preference"] == pytest.approx((0.1 + 0.2 + 0.5) / 3)
-    assert better["score"] == pytest.approx((math.log(9) + math.log(1.5)) / 3)
+    assert better["log_odds"] == pytest.approx((math.log(9) + math.log(1.5)) / 3)
 
 
 def test_finalists_are_a_pair_if_the_winner_wins():

@@ -59,7 +59,7 @@ def golden_batch() -> PairLogps:
         "chosen_length": 20.0, "rejected_length": 30.0, "prev_chosen": -10.5, "prev_rejected": -11.8,
         "calibration": -9.0, "ref_calibration": -9.4, "calibration_length": 15.0,
         "reward_chosen": 1.2, "reward_rejected": 0.3, "preference_chosen": 0.7, "preference_rejected": 0.4,
-        "score_chosen": 0.8, "score_rejected": -0.6,
+        "log_odds_chosen": 0.8, "log_odds_rejected": -0.6,
     }  # fmt: skip
     columns = {name: torch.tensor([value], dtype=DOUBLE) for name, value in numbers.items()}
     weights = torch.tensor([[[1.0, 2.0, 1.0], [6.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 2.0, 4.0]]], dtype=DOUBLE)
@@ -93,7 +93,7 @@ def random_batch(rows: int, seed: int, dtype: torch.dtype = DOUBLE) -> PairLogps
     columns["calibration_length"] = uniform(5, 40).round()
     columns["degree_logits"] = 2 * torch.randn(rows, COPIES, DEGREES, generator=generator, dtype=DOUBLE)
     columns["degree_labels"] = torch.randint(-1, DEGREES, (rows, COPIES), generator=generator)
-    columns |= {f"score_{response}": uniform(-2, 2) for response in ("chosen", "rejected")}
+    columns |= {f"log_odds_{response}": uniform(-2, 2) for response in ("chosen", "rejected")}
     return cast(columns, dtype)
 
 
@@ -112,7 +112,7 @@ def start_batch(objective: Objective, rows: int = 3, seed: int = 11) -> PairLogp
     columns = random_batch(rows, seed).columns()
     columns["degree_logits"] = torch.zeros_like(columns["degree_logits"])
     columns["degree_labels"][:, 0] = 1  # at least one copy each
-    for judged in ("reward", "preference", "score"):
+    for judged in ("reward", "preference", "log_odds"):
         pair = torch.stack([columns[f"{judged}_{response}"] for response in ("rejected", "chosen")]).sort(0).values
         columns[f"{judged}_rejected"], columns[f"{judged}_chosen"] = pair
     for response in ("chosen", "rejected"):
@@ -139,7 +139,7 @@ def grid_batch(ratios: tuple[float, ...], dtype: torch.dtype = DOUBLE, reference
     columns |= {f"{name}_length": torch.full_like(base, lengths[name]) for name in POLICY_COLUMNS}
     columns |= {"reward_chosen": torch.full_like(base, 0.9), "reward_rejected": torch.full_like(base, -0.4)}
     columns |= {"preference_chosen": torch.full_like(base, 0.7), "preference_rejected": torch.full_like(base, 0.4)}
-    columns |= {"score_chosen": torch.full_like(base, 0.8), "score_rejected": torch.full_like(base, -0.6)}
+    columns |= {"log_odds_chosen": torch.full_like(base, 0.8), "log_odds_rejected": torch.full_like(base, -0.6)}
     columns["degree_logits"] = grid[:, None, :].repeat(1, COPIES, 1)
     columns["degree_labels"] = torch.tensor([0, 1, 2, -1]).repeat(len(grid), 1)
     return PairLogps(**columns)

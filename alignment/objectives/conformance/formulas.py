@@ -119,7 +119,7 @@ def sppo(point: Point, h: Point) -> Any:
 
 def gpo(point: Point, h: Point) -> Any:
     """As sppo; the weight is a power of the geometric mean of the odds of winning."""
-    off = [_u(point, y) / mp.exp(point[f"score_{y}"]) ** h["eta"] for y in ("chosen", "rejected")]
+    off = [_u(point, y) / mp.exp(point[f"log_odds_{y}"]) ** h["eta"] for y in ("chosen", "rejected")]
     return sum(mp.log(factor) ** 2 for factor in off) / 2
 
 

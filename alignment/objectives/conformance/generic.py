@@ -168,7 +168,7 @@ def saturation(cls: type[Objective]) -> str:
 OTHER = {  # by hand, not by PairLogps.swapped
     "chosen": "rejected", "ref_chosen": "ref_rejected", "prev_chosen": "prev_rejected",
     "chosen_length": "rejected_length", "reward_chosen": "reward_rejected",
-    "preference_chosen": "preference_rejected", "score_chosen": "score_rejected",
+    "preference_chosen": "preference_rejected", "log_odds_chosen": "log_odds_rejected",
 }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def _sppo(h: dict[str, Any], row: Row) -> Law:
 
 
 def _gpo(h: dict[str, Any], row: Row) -> Law:
-    return _to_targets(*(h["eta"] * row[f"score_{y}"] for y in ("chosen", "rejected")))
+    return _to_targets(*(h["eta"] * row[f"log_odds_{y}"] for y in ("chosen", "rejected")))
 
 
 def _spo(h: dict[str, Any], row: Row) -> Law:

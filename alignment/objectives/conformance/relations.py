@@ -232,23 +232,23 @@ def gpo_sppo(cls: Make) -> None:
     """A log-odds of P - 1/2 is sppo's target."""
     batch = _pairs()
     names = ("chosen", "rejected")
-    better = {f"score_{name}": batch.column(f"preference_{name}") - 0.5 for name in names}
+    better = {f"log_odds_{name}": batch.column(f"preference_{name}") - 0.5 for name in names}
     _same(cls(eta=3.0), get_objective("sppo", eta=3.0), with_columns(batch, **better))
 
 
 def gpo_unit(cls: Make) -> None:
-    """Only eta times the score matters: odds squared at half the step are the same target."""
+    """Only eta times the log-odds matters: odds squared at half the step are the same target."""
     batch = _pairs()
-    double = {f"score_{name}": 2 * batch.column(f"score_{name}") for name in ("chosen", "rejected")}
+    double = {f"log_odds_{name}": 2 * batch.column(f"log_odds_{name}") for name in ("chosen", "rejected")}
     close(cls(eta=1.5).loss(with_columns(batch, **double)), cls(eta=3.0).loss(batch), "odds squared, half the step")
 
 
 def met_targets(cls: Make) -> None:
-    """Loss and slopes are 0 where each log-ratio is its target; then the rewards are P - 1/2, or the scores."""
+    """Loss and slopes are 0 where each log-ratio is its target; then the rewards are P - 1/2, or the log-odds."""
     batch = _pairs()
     for eta in (0.5, 40.0):
         objective = cls(eta=eta)
-        offset, kind = (0.5, "preference") if "preference" in objective.needs else (0.0, "score")
+        offset, kind = (0.5, "preference") if "preference" in objective.needs else (0.0, "log_odds")
         better = [batch.column(f"{kind}_{name}") - offset for name in ("chosen", "rejected")]
         met = with_columns(
             batch,
@@ -481,8 +481,8 @@ RELATIONS: dict[str, dict[str, Relation]] = {
         "constant on a response": ignores_shift("chosen", "ref_chosen", eta=2.0),
     },
     "gpo": {
-        "score P - 1/2 = sppo": gpo_sppo,
-        "unit of the score": gpo_unit,
+        "log-odds P - 1/2 = sppo": gpo_sppo,
+        "unit of the log-odds": gpo_unit,
         "exchanged responses": exchangeable,
         "0 at its targets": met_targets,
         "constant on a response": ignores_shift("rejected", "ref_rejected", eta=2.0),
