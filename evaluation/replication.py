@@ -37,10 +37,12 @@ REPLIES = 40  # candidates for the best reply to a policy
 
 
 class Arm(Strict):
-    """One way to train: another recipe, or other keys."""
+    """One way to train: another recipe (of one run, or an iterative one), or other keys; or `untrained`, the start."""
 
     recipe: str | None = None
     overrides: list[str] = []
+    shared: bool = True  # whether the overrides of all arms apply
+    untrained: bool = False
 
 
 class Replication(Strict):
@@ -74,12 +76,12 @@ class Replication(Strict):
 
 def run(replication: Replication, folder: Path) -> dict[str, Any]:
     """Train and measure what is not there yet; returns the content of table.json."""
-    from alignment.recipes import load_recipe
+    from alignment.recipes import load_any
     from evaluation import tiny
 
     task = folder / replication.task
     recipes = {
-        (name, seed): load_recipe(arm.recipe or replication.recipe, _overrides(replication, arm, folder, name, seed))
+        (name, seed): load_any(arm.recipe or replication.recipe, _overrides(replication, arm, folder, name, seed))
         for name, arm in replication.arms.items()
         for seed in range(replication.seeds)
     }  # a mistake in one of them shows before any work
@@ -87,7 +89,10 @@ def run(replication: Replication, folder: Path) -> dict[str, Any]:
     tiny.build(replication.task, task)
     _refuse_changes(replication, folder)
     for (name, seed), recipe in recipes.items():
-        _train(recipe, name, seed)
+        if replication.arms[name].untrained:
+            _leave(recipe, task / "model")
+        else:
+            _train(recipe, name, seed)
     curves = {name: _curves(folder, name, replication.seeds) for name in replication.arms}
     rows = []
     for name, seed in recipes:
@@ -107,7 +112,11 @@ def run(replication: Replication, folder: Path) -> dict[str, Any]:
 
 def _overrides(replication: Replication, arm: Arm, folder: Path, name: str, seed: int) -> list[str]:
     own = [override.partition("=")[0] for override in arm.overrides]  # an arm's keys replace the shared ones
-    shared = [o for o in replication.overrides if not any(f"{o.partition('=')[0]}.".startswith(f"{k}.") for k in own)]
+    shared = [
+        o
+        for o in replication.overrides
+        if arm.shared and not any(f"{o.partition('=')[0]}.".startswith(f"{k}.") for k in own)
+    ]
     given = [*shared, *arm.overrides]
     words = {"{task}": str(folder / replication.task), "{seed}": str(seed)}
     for word, value in words.items():
@@ -131,14 +140,29 @@ def _refuse_changes(replication: Replication, folder: Path) -> None:
     write_json(file, now)
 
 
+def _leave(recipe: Any, model: Path) -> None:
+    """The run directory of an arm that is not trained."""
+    run_dir = Path(recipe.training.output_dir)
+    run_dir.mkdir(exist_ok=True)
+    write_json(run_dir / "manifest.json", {"recipe": recipe.resolved()})
+    write_text(run_dir / "metrics.jsonl", "")
+    if not (run_dir / "final").exists():
+        (run_dir / "final").symlink_to(model.resolve())
+
+
 def _train(recipe: Any, name: str, seed: int) -> None:
+    from alignment.pipeline.driver import run as iterate
+    from alignment.recipes import IterateRecipe
     from alignment.trainers.run import train
 
     run_dir = Path(recipe.training.output_dir)
     if (run_dir / "final").is_dir():
         return
     print(f"== {name}, seed {seed}", flush=True)
-    train(recipe)
+    if isinstance(recipe, IterateRecipe):
+        iterate(recipe)
+    else:
+        train(recipe)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def _summary(folder: Path, iteration: int) -> dict[str, Any]:
     counts = read_json_object(place / "pairs" / "counts.json")
     lines = [row for _, row in iterate_json_lines(place / "train" / "metrics.jsonl")]
     trained: dict[str, Any] = next((row for row in reversed(lines) if "loss" in row), {})
-    found = {
+    found: dict[str, Any] = {
         "step": iteration,
         "pairs": counts["pairs"],
         "samples/finished": 1 - counts["unfinished"] / counts["samples"],

@@ -205,13 +205,13 @@ def started(folder: Path, small) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_killed_at_random_moments(undisturbed, small, tmp_path, record_property):
-    """SIGKILL of the whole group at least ten times, each a random while after something new appeared."""
-    draws, folder, kills, seen = random.Random(0), tmp_path / "run", 0, set()
+    """SIGKILL of the whole group at least ten times, each a random while after something appeared that never was."""
+    draws, folder, kills, seen, known = random.Random(0), tmp_path / "run", 0, set(), set()
     while True:
-        before = listed(folder)
         process = started(folder, small)
-        while listed(folder) == before and process.poll() is None:
+        while listed(folder) <= known and process.poll() is None:
             time.sleep(0.005)
+        known |= listed(folder)
         deadline = time.monotonic() + draws.uniform(0, 0.7)
         while time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.005)

@@ -1,0 +1,94 @@
+"""What goes wrong while a run is under way: one line, exit code 2, and nothing that was done is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignment.data.preferences import read_rows
+from alignment.pipeline.driver import run
+from alignment.recipes import load_iterate_recipe
+from tests.pipeline.conftest import QUICKSTART, content
+from tests.rewards.http_server import Answer, endpoint, says, shown
+
+JUDGE = "oracle={{name: llm_judge, base_url: '{url}', model: m, template: '{template}', retries: 0, cache: '{cache}'}}"
+
+
+def prefers_the_longer(body, number):
+    first, second = shown(body)
+    return says("A" if len(first) > len(second) else "B")
+
+
+@pytest.fixture
+def judged_by(small, tmp_path):
+    """`judged_by(url, name)`: a recipe whose judge is a language model behind an address."""
+    (tmp_path / "template.txt").write_text("{prompt}|{first}|{second}")
+
+    def recipe(url: str, name: str):
+        oracle = JUDGE.format(url=url, template=tmp_path / "template.txt", cache=tmp_path / f"cache-{name}")
+        given = small(tmp_path / name, "iterate.iterations=1", "iterate.samples=4", oracle)
+        return load_iterate_recipe(QUICKSTART, given)
+
+    return recipe
+
+
+def test_a_judge_that_fails_midway_loses_nothing(judged_by, capfd):
+    """It answers 60 questions and then refuses; the run goes on when it answers again, asking for none of the 60."""
+    with endpoint(prefers_the_longer) as well:
+        undisturbed = run(judged_by(well.url, "well"))
+        questions = len(well.requests)
+    capfd.readouterr()
+    broken = [True]
+
+    def until_it_breaks(body, number):
+        refused = broken[0] and number >= 60
+        return (
+            Answer({"error": {"message": "out of credit"}}, status=402)
+            if refused
+            else prefers_the_longer(body, number)
+        )
+
+    with endpoint(until_it_breaks) as judge:
+        recipe = judged_by(judge.url, "run")
+        with pytest.raises(SystemExit) as stopped:
+            run(recipe)
+        assert stopped.value.code == 2
+        complaints = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(complaints) == 1 and "HTTP 402" in complaints[0] and "out of credit" in complaints[0]
+        folder = Path(recipe.training.output_dir)
+        done = json.loads((folder / "manifest.json").read_text())["stages"]
+        assert list(done) == ["prompts", "iteration-1/samples"]
+        broken[0] = False
+        asked_before = len(judge.requests)
+        answered = 60
+        assert run(recipe) == folder
+        assert 0 < len(judge.requests) - asked_before == questions - answered
+    mine, theirs = content(folder), content(undisturbed)
+    assert read_rows(folder / "iteration-1" / "pairs" / "pairs.jsonl")
+    for name in ("iteration-1/pairs/pairs.jsonl", "iteration-1/logps/logps.jsonl", "iteration-1/train/metrics.jsonl"):
+        assert mine[name] == theirs[name], name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["iterate.samples=1"], "iterate.samples: one sample makes no pair: at least 2"),
+        (["iterate.prompts_per_iteration=30"], "41 prompts for 2 iterations of 30 are 19 too few"),
+        (["data.prompts={prompts}.gone"], "no such file"),
+        (["generation.max_new_tokens=1", "iterate.unfinished=drop"], "no pair is left of"),
+        (["oracle={{name: tabular, table: {{responses: [x], matrix: [[0.5]]}}}}"], "no pair is left of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_mistake_is_one_line_and_exit_code_2(small, prompts, tmp_path, root, overrides, message):
+    given = small(tmp_path / "run", *(override.format(prompts=prompts) for override in overrides))
+    words = [sys.executable, "scripts/iterate.py", str(QUICKSTART), *given]
+    ended = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=300)
+    complaints = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert ended.returncode == 2, ended.stderr
+    assert len(complaints) == 1 and message in complaints[0]
+    assert "Traceback" not in ended.stderr
