@@ -212,7 +212,7 @@ def test_killed_at_random_moments(undisturbed, small, tmp_path, record_property)
         while listed(folder) <= known and process.poll() is None:
             time.sleep(0.005)
         known |= listed(folder)
-        deadline = time.monotonic() + draws.uniform(0, 0.7)
+        deadline = time.monotonic() + draws.random() * draws.choice((0.03, 0.3, 1.0))
         while time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.005)
         if process.poll() is not None:
