@@ -1,4 +1,4 @@
-"""Statistics of paired win rates: pure functions on arrays, no models, no files, no printing.
+"""Statistics of win rates and paired comparisons: pure functions on arrays, no models, no files, no printing.
 
 The unit is the *prompt*: several samples of one prompt resemble each other, so a bootstrap over samples gives an
 interval that is too narrow (Miller 2024, arXiv 2411.00640). Every interval here resamples whole prompts, and both
@@ -10,7 +10,7 @@ Scores that are NaN mean "could not be scored": they are left out and counted, n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +78,29 @@ class MeanDifference:
     mean_b: float
     difference: Interval
     prompts: int
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Two systems measured on the same rows: the difference x - y of their means, over whole clusters.
+
+    Attributes:
+        mean_x: mean over the rows that both have.
+        mean_y: the same of the other.
+        difference: mean_x - mean_y with its bootstrap interval over clusters.
+        standard_error: of the difference, clustered (`clustered_standard_error`); NaN for one cluster.
+        p_value: two-sided sign-flip permutation test, flipping whole clusters.
+        rows: rows that count.
+        clusters: clusters that count.
+    """
+
+    mean_x: float
+    mean_y: float
+    difference: Interval
+    standard_error: float
+    p_value: float
+    rows: int
+    clusters: int
 
 
 def preferences(scores_a: ArrayLike, scores_b: ArrayLike) -> Array:
@@ -261,3 +284,139 @@ def mean_difference(
     draws = bootstrap_means(values, resamples, np.random.default_rng(seed))
     difference = percentile_interval(mean_a - mean_b, draws[:, 0] - draws[:, 1], level)
     return MeanDifference(float(mean_a), float(mean_b), difference, len(values))
+
+
+def cluster_sums(columns: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Array:
+    """Sums of rows by cluster, with the number of rows in the last column.
+
+    Args:
+        columns: [n, k] values of rows.
+        clusters: n labels, such as the rows' prompts; None: every row is its own cluster.
+
+    Returns:
+        [C, k + 1], clusters in order of first appearance.
+
+    Raises:
+        ValueError: not one label per row.
+    """
+    values = np.asarray(columns, dtype=np.float64)
+    counted = np.column_stack([values, np.ones(len(values))])
+    if clusters is None:
+        return counted
+    places: dict[Hashable, int] = {}
+    codes = np.array([places.setdefault(label, len(places)) for label in clusters], dtype=np.intp)
+    if len(codes) != len(values):
+        raise ValueError(f"{len(values)} rows but {len(codes)} cluster labels")
+    sums = np.zeros((len(places), counted.shape[1]))
+    np.add.at(sums, codes, counted)
+    return sums
+
+
+def cluster_bootstrap(
+    columns: ArrayLike, clusters: Sequence[Hashable] | None, resamples: int, rng: np.random.Generator
+) -> Array:
+    """Means over rows in bootstrap resamples of whole clusters: sums / numbers of rows drawn.
+
+    Args:
+        columns: [n, k] values of rows.
+        clusters: n labels; None: every row is its own cluster.
+        resamples: number of resamples, R.
+        rng: source of randomness.
+
+    Returns:
+        [R, k] means. With one row per cluster these are `bootstrap_means`.
+    """
+    draws = bootstrap_means(cluster_sums(columns, clusters), resamples, rng)
+    return draws[:, :-1] / draws[:, -1:]
+
+
+def clustered_standard_error(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> float:
+    """Standard error of the mean of rows that are correlated within clusters.
+
+    sqrt(C/(C-1) sum_c (sum_{i in c} (x_i - mean))^2) / n (Miller 2024, arXiv:2411.00640, with the small-sample factor
+    C/(C-1)). With one row per cluster it is sd (ddof 1) / sqrt(n). NaN for a single cluster.
+    """
+    sums = cluster_sums(np.asarray(values, dtype=np.float64)[:, None], clusters)
+    count, rows = len(sums), float(sums[:, 1].sum())
+    if count < 2:
+        return float("nan")
+    residuals = sums[:, 0] - sums[:, 1] * sums[:, 0].sum() / rows
+    return float(np.sqrt(count / (count - 1) * np.sum(residuals**2)) / rows)
+
+
+def compare_paired(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> PairedComparison:
+    """Is the mean of x different from the mean of y, measured on the same rows?
+
+    Rows where either is NaN are left out. The test flips the sign of whole clusters, since swapping the two systems'
+    names on a prompt swaps them in all its rows.
+
+    Args:
+        x: [n] one system's values, such as its win share on each prompt against a baseline.
+        y: [n] the other's, in the same order.
+        clusters: n labels, such as prompts where rows repeat them; None: every row is its own.
+        resamples: bootstrap resamples, and random sign patterns where they are too many to enumerate.
+        seed: seed of both.
+        level: confidence level of the interval.
+
+    Raises:
+        ValueError: different lengths, or no row where both are known.
+    """
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"two rows of numbers of one length are needed, got shapes {a.shape} and {b.shape}")
+    both = ~(np.isnan(a) | np.isnan(b))
+    if not both.any():
+        raise ValueError("no row on which both systems were measured")
+    kept = None if clusters is None else [label for label, known in zip(clusters, both, strict=True) if known]
+    difference = (a - b)[both]
+    rng = np.random.default_rng(seed)
+    draws = cluster_bootstrap(difference[:, None], kept, resamples, rng)[:, 0]
+    sums = cluster_sums(difference[:, None], kept)
+    return PairedComparison(
+        mean_x=float(a[both].mean()),
+        mean_y=float(b[both].mean()),
+        difference=percentile_interval(float(difference.mean()), draws, level),
+        standard_error=clustered_standard_error(difference, kept),
+        p_value=sign_flip_p_value(sums[:, 0], resamples, rng),
+        rows=len(difference),
+        clusters=len(sums),
+    )
+
+
+def holm(p_values: ArrayLike) -> Array:
+    """Holm's (1979) step-down adjusted p-values, in the order given.
+
+    Rejecting where the adjusted value is at most alpha keeps the chance of any false rejection among all m at alpha,
+    however the tests depend on each other. With p(1) <= ... <= p(m): max over j <= i of min(1, (m - j + 1) p(j)).
+
+    Args:
+        p_values: [m] in [0, 1].
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    steps = np.minimum(1.0, p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(steps)
+    return adjusted
+
+
+def minimal_detectable_difference(standard_error: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The true difference that a two-sided test at `alpha` finds with probability `power`, in the error's unit.
+
+    (z_{1-alpha/2} + z_power) * standard_error: 2.8 standard errors at 5 % and 80 %. Normal approximation; it neglects
+    rejections in the wrong direction.
+    """
+    return float((ndtri(1 - alpha / 2) + ndtri(power)) * standard_error)
+
+
+def prompts_needed(sd: float, difference: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
+    """Prompts at which `difference` is the minimal detectable one, for prompt scores of standard deviation `sd`."""
+    return int(np.ceil(minimal_detectable_difference(sd, alpha=alpha, power=power) ** 2 / difference**2))

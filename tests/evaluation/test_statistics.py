@@ -12,9 +12,15 @@ from scipy import stats
 
 from evaluation.statistics import (
     bootstrap_means,
+    cluster_bootstrap,
+    clustered_standard_error,
+    compare_paired,
+    holm,
     mean_difference,
+    minimal_detectable_difference,
     percentile_interval,
     preferences,
+    prompts_needed,
     sign_flip_p_value,
     wilson_interval,
     win_rate,
@@ -198,3 +204,72 @@ def test_interval_covers_the_true_win_rate():
         got = win_rate(list(a), list(b), resamples=400, seed=run)
         covered += got.rate.low <= truth <= got.rate.high
     assert 0.90 <= covered / runs <= 0.98  # nominal 0.95, its standard error 0.013
+
+
+def test_clustered_standard_error_by_hand_and_without_clusters():
+    """Rows 1, 0 of prompt p and 1, 1, 0 of q; mean 3/5.
+
+    Residual sums: p (1 + 0) - 2 * 3/5 = -1/5, q 2 - 3 * 3/5 = 1/5. sqrt(2/1 * (1/25 + 1/25)) / 5 = 2/25.
+    """
+    assert clustered_standard_error([1, 0, 1, 1, 0], ["p", "p", "q", "q", "q"]) == pytest.approx(2 / 25)
+    values = np.random.default_rng(0).normal(size=12)
+    assert clustered_standard_error(values) == pytest.approx(stats.sem(values))
+    assert math.isnan(clustered_standard_error([1.0, 2.0], ["p", "p"]))
+
+
+def test_cluster_bootstrap_against_enumeration():
+    """Clusters p (1, 0), q (1): resamples pp 1/2, pq and qp 2/3, qq 1, with chances 1/4, 1/2, 1/4."""
+    draws = cluster_bootstrap([[1.0], [0.0], [1.0]], ["p", "p", "q"], 20_000, np.random.default_rng(1))[:, 0]
+    seen = Counter(np.round(draws, 6).tolist())
+    assert set(seen) == {0.5, 0.666667, 1.0}
+    for value, chance in ((0.5, 0.25), (0.666667, 0.5), (1.0, 0.25)):
+        assert seen[value] / 20_000 == pytest.approx(chance, abs=0.02)
+    with pytest.raises(ValueError, match="2 rows but 1 cluster labels"):
+        cluster_bootstrap([[1.0], [0.0]], ["p"], 10, np.random.default_rng(0))
+
+
+def test_paired_comparison_by_hand():
+    """Differences 1/2, 0, 1 of prompts p, p, q (the fourth row is unknown): mean 1/2, cluster sums 1/2 and 1.
+
+    Both signs alike are the extremes: p = 2/4. Residual sums 1/2 - 1 and 1 - 1/2: error
+    sqrt(2 * (1/4 + 1/4)) / 3 = 1/3. Resamples: pp 1/4, pq 1/2, qq 1.
+    """
+    got = compare_paired([1, 0.5, 1, NAN], [0.5, 0.5, 0, 1], clusters=["p", "p", "q", "r"], resamples=4000)
+    assert (got.mean_x, got.mean_y) == pytest.approx((2.5 / 3, 1 / 3))
+    assert (got.difference.estimate, got.difference.low, got.difference.high) == pytest.approx((0.5, 0.25, 1.0))
+    assert (got.standard_error, got.p_value) == pytest.approx((1 / 3, 0.5))
+    assert (got.rows, got.clusters) == (3, 2)
+    with pytest.raises(ValueError, match="no row on which both"):
+        compare_paired([NAN], [1.0])
+    with pytest.raises(ValueError, match="of one length"):
+        compare_paired([1.0, 2.0], [1.0])
+
+
+def test_paired_comparison_is_finer_than_two_single_rates():
+    """Two systems that share a prompt effect: var(x - y) = var(x) + var(y) - 2 cov(x, y)."""
+    rng = np.random.default_rng(2)
+    hard = rng.normal(size=400)
+    x, y = hard + 0.2 * rng.normal(size=400) + 0.05, hard + 0.2 * rng.normal(size=400)
+    got = compare_paired(x, y, resamples=2000)
+    cov = np.cov(x, y)
+    assert got.standard_error == pytest.approx(math.sqrt((cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]) / 400))
+    assert got.standard_error < 0.3 * math.hypot(stats.sem(x), stats.sem(y))
+    assert got.p_value == pytest.approx(stats.ttest_rel(x, y).pvalue, abs=0.02)
+
+
+def test_holm_by_hand():
+    """Sorted .01, .02, .03, .04 times 4, 3, 2, 1: .04, .06, .06, .04 -> running maximum .04, .06, .06, .06."""
+    assert holm([0.03, 0.01, 0.04, 0.02]).tolist() == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.4, 0.9]).tolist() == pytest.approx([0.8, 0.9])
+    assert holm([0.6, 0.7]).tolist() == pytest.approx([1.0, 1.0])
+    assert holm([]).tolist() == []
+
+
+def test_minimal_detectable_difference_is_found_as_often_as_it_says():
+    """805 prompts with sd .45: 4.4 points at 80 %; at that difference a z-test rejects in 80 % of experiments."""
+    error = 0.45 / math.sqrt(805)
+    detectable = minimal_detectable_difference(error)
+    assert detectable == pytest.approx(0.0444, abs=5e-5)
+    assert stats.norm.sf(stats.norm.ppf(0.975) - detectable / error) == pytest.approx(0.8)
+    assert prompts_needed(0.45, detectable) in (805, 806)
+    assert prompts_needed(0.45, detectable / 2) == pytest.approx(4 * 805, abs=4)
