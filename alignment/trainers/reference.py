@@ -109,6 +109,8 @@ class ReferenceTrainer(LayoutTrainer):
                 for j, name in enumerate(names):
                     data = data.add_column(name, table[:, j].tolist())
                 setattr(self, f"{role}_dataset", data)
+        if policy is not None and self.is_deepspeed_enabled:
+            policy.destroy()  # its hooks would stay on the modules, and stumble over the training engine's numbering
         self.ref_model = self.start_model = None
 
     def _table(self, prefix: str, model: Any, data: Dataset, digest: str) -> torch.Tensor:
