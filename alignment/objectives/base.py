@@ -43,6 +43,8 @@ class Card:
             `also_needs` says in words what others add.
         start: where the implicit rewards are all 0: "reference" (policy == reference), "previous" (policy == previous
             iterate == reference) or "none".
+        bradley_terry: whether the loss fits sigmoid(reward of chosen - reward of rejected) to the labels, perhaps
+            beside other terms: only then does the calibration of that probability mean something.
         optimum: the known minimiser of the population loss, or None if none is known.
         bounds: what is claimed (and tested) about the size of the loss and its slopes.
         verified: which parts were checked against what, and which are from memory.
@@ -65,6 +67,7 @@ class Card:
     also_needs: str = ""
     start: Literal["reference", "previous", "none"] = "reference"
     reward: str = "beta z"
+    bradley_terry: bool = False
     optimum: str | None = None
     bounds: str = "not analysed"
     verified: str = "not stated"

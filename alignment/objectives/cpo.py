@@ -25,6 +25,7 @@ class CPO(Objective):
         also_needs="length with form=mean",
         start="none",
         reward="beta s",
+        bradley_terry=True,
         optimum="no closed form; it is rpo with a uniform reference and eta = nll_weight/beta (sum form), so the "
         "gradient of the logistic part in logits is nll_weight (base - pi) there, base: distribution of chosen",
         bounds="loss >= 0 for log-probabilities <= 0; |dL/ds_l| <= beta",

@@ -18,6 +18,7 @@ class DPO(Objective):
         paper="Rafailov et al. 2023, arXiv:2305.18290; cDPO: Mitchell, note of Nov 2023",
         equation="DPO eq. 7; cDPO eq. 3 of the note (number from memory)",
         formula="-(1-e) log sigmoid(beta m) - e log sigmoid(-beta m),  m = z_w - z_l,  e = label_smoothing",
+        bradley_terry=True,
         optimum="pi* ~ ref exp(r/beta) for Bradley-Terry labels with reward r, for any pair weights. cDPO reaches "
         "it where its smoothed labels (1-e)P + e(1-P) are Bradley-Terry in r; for one pair, beta m = logit of that",
         bounds="loss >= binary entropy of e (0 at e = 0); |dL/ds| <= beta",

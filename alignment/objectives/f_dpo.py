@@ -31,6 +31,7 @@ class FDPO(Objective):
         formula="-log sigmoid(beta (S(z_w) - S(z_l))), S = f' shifted to S(0) = 0; reverse_kl: z; jsd: log sigmoid(z) "
         "+ log 2; alpha: (1 - e^(-alpha z))/alpha; forward_kl: 1 - e^(-z); e^x continued linearly beyond x = 10",
         reward="beta S(z): the constant f'(1) is dropped, so that the reward is 0 at the reference",
+        bradley_terry=True,
         optimum="beta f'(pi*/ref) = r - lambda for Bradley-Terry labels with reward r, lambda from sum pi* = 1 "
         "(while no exponent passes 10)",
         bounds="loss >= 0; |dL/ds| <= beta e^10 (alpha, forward_kl), beta (reverse_kl, jsd)",

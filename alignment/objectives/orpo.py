@@ -29,6 +29,7 @@ class ORPO(Objective):
         needs=("length",),
         start="none",
         reward="log odds of the length-averaged probability",
+        bradley_terry=True,
         optimum=None,
         bounds="loss >= 0 for log-probabilities <= 0",
         verified="odds term and lam = 0.1 against TRL's ORPO trainer; the per-sequence mean of the NLL is the paper's "

@@ -18,6 +18,7 @@ class Robust(Objective):
         paper="Chowdhury, Kini, Natarajan 2024, arXiv:2403.00409",
         equation="unbiased loss of section 3 (number not checked)",
         formula="[-(1-e) log sigmoid(beta m) + e log sigmoid(-beta m)] / (1 - 2e),  e = label_smoothing",
+        bradley_terry=True,
         optimum="pi* ~ ref exp(r/beta) when Bradley-Terry labels with reward r were flipped with probability e",
         bounds="UNBOUNDED BELOW: slope in m tends to -beta e/(1-2e) as m grows; |dL/ds| <= beta (1-e)/(1-2e)",
         verified="formula against TRL's robust loss; that it is unbiased under flips is proved by the suite",

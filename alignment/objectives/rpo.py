@@ -23,6 +23,7 @@ class RPO(Objective):
         "s_0 = log pi of the chosen (or given) response",
         normalisation="sum over tokens; form=mean averages the likelihood term over the baseline's own tokens",
         also_needs="length with form=mean; calibration (and calibration_length with form=mean) with baseline=given",
+        bradley_terry=True,
         optimum="no closed form; at the minimiser the DPO gradient in logits is eta beta (base - pi), base = the "
         "baseline's distribution",
         bounds="|dL/ds_w| >= eta beta at every margin (sum form, baseline=chosen); loss >= 0 while log-probs <= 0",

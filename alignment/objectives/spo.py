@@ -179,6 +179,7 @@ def _on_base(spo: type[SPO], base: type[Objective]) -> type[Objective]:
         needs=(*base.card.needs, "degree"),
         start=base.card.start,
         reward=base.card.reward,
+        bradley_terry=base.card.bradley_terry,
         selected=f"base={base.card.name!r}",
     )
     body |= {"card": card, "aligned_class": base, "__annotations__": annotations}

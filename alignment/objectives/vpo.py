@@ -21,6 +21,7 @@ class VPO(Objective):
         equation="loss of algorithms 1 (online) and 2 (offline), re-derived; the paper's body was not read",
         formula="-log sigmoid(beta m) +/- alpha beta z_cal; + online, - offline; z_cal: z of the calibration response",
         also_needs="calibration and ref_calibration with calibration=given (the default online)",
+        bradley_terry=True,
         optimum="no closed form; at a stationary point the DPO gradient in logits is alpha beta (cal - pi) offline "
         "and alpha beta (pi - cal) online",
         bounds="online: UNBOUNDED BELOW in the calibration log-probability; offline: bounded below while "
