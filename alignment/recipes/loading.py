@@ -88,7 +88,8 @@ class Recipe(_Root):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
-        if problems := [*_unjudged(self), *_misfits(self), *_idle_reference(self), *on_policy_problems(self)]:
+        problems = [*_unjudged(self), *_misfits(self), *_idle_reference(self), *_pushed_unequally(self)]
+        if problems := [*problems, *on_policy_problems(self)]:
             raise ValidationError.from_exception_data("recipe", problems)
         return self
 
@@ -227,6 +228,18 @@ def _idle_reference(recipe: Recipe) -> Iterator[InitErrorDetails]:
 
     if not reads_reference(get_objective(recipe.objective.name, **recipe.objective.hyperparameters)):
         yield error(f"objective {recipe.objective.name!r} reads no reference; leave it out", "reference", given[0])
+
+
+def _pushed_unequally(recipe: Recipe) -> Iterator[InitErrorDetails]:
+    """A normalised gradient of an objective that is no loss of the margin."""
+    if not recipe.training.normalized_gradient or recipe.data.prompts is not None:
+        return
+    from alignment.objectives import get_objective
+    from alignment.objectives.margin import is_margin_loss, why_not_margin
+
+    objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
+    if not is_margin_loss(objective):
+        yield error(why_not_margin(objective), "training", "normalized_gradient")
 
 
 _PROGRAMS = {

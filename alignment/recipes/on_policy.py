@@ -128,7 +128,7 @@ def _idle(recipe: Recipe, objective: Objective) -> Iterator[InitErrorDetails]:
             yield error(f"belongs to {meaning}, and the objective is {recipe.objective.name}", "rollout", key)
     if recipe.reference.precompute:
         yield error("samples are new at every step: nothing can be scored before", "reference", "precompute")
-    for key in ("group_by_length", "displacement_alarm"):
+    for key in ("group_by_length", "displacement_alarm", "normalized_gradient", "diagnostics"):
         if getattr(recipe.training, key) != type(recipe.training).model_fields[key].default:
             yield error("belongs to training on given pairs, and this recipe has data.prompts", "training", key)
     for key in ("activation_offloading", "dataset_num_proc"):

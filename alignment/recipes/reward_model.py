@@ -21,7 +21,8 @@ _POLICY = "belongs to preference training of a policy (objective, scripts/train.
 _DPO_ONLY = (
     "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting "
     "discopop_tau precompute_ref_log_probs precompute_ref_batch_size sync_ref_model ref_model_mixup_alpha "
-    "ref_model_sync_steps layout displacement_alarm padding_free truncation_mode"
+    "ref_model_sync_steps layout displacement_alarm normalized_gradient diagnostics padding_free "
+    "truncation_mode"
 ).split()
 _OURS = "write it in the reward_model section"
 

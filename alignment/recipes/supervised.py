@@ -23,7 +23,7 @@ _PACKING = "every row stands alone: packed rows would change what a global batch
 _DPO_ONLY = (
     "beta loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting discopop_tau "
     "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model ref_model_mixup_alpha ref_model_sync_steps "
-    "disable_dropout layout displacement_alarm"
+    "disable_dropout layout displacement_alarm normalized_gradient diagnostics"
 ).split()
 
 SFT_REFUSED: dict[str, str] = {

@@ -13,11 +13,19 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_vali
 from pydantic_core import InitErrorDetails
 
 from alignment.errors import nearest
-from alignment.recipes.schema import Names, OpenSection, Text, error, option
+from alignment.recipes.schema import Names, OpenSection, Section, Text, error, option
 from alignment.recipes.trl_keys import PASSED_THROUGH, REFUSED, REPORTERS, SCHEDULER_NEEDS, LrScheduler
 
 # Ours; everything else in the section goes to DPOConfig.
-OURS = ("global_batch_size", "layout", "group_by_length", "displacement_alarm", "cpu_threads")
+OURS = (
+    "global_batch_size",
+    "layout",
+    "group_by_length",
+    "displacement_alarm",
+    "normalized_gradient",
+    "diagnostics",
+    "cpu_threads",
+)
 
 # transformers 5 renamed these and warns about the names that everybody knows; a recipe keeps those.
 _RENAMED = {
@@ -106,6 +114,7 @@ class BaseTrainingSection(OpenSection):
             # What is said, where and when.
             "report_to logging_steps logging_strategy logging_first_step logging_nan_inf_filter log_level "
             "log_level_replica log_on_each_node disable_tqdm displacement_alarm skip_memory_metrics debug "
+            "diagnostics diagnostics.every diagnostics.pairs diagnostics.parameters "
             "trackio_space_id trackio_bucket_id trackio_static_space_id "
             # When checkpoints are written and which are kept. Not save_only_model: those cannot be resumed from.
             "save_strategy save_steps save_total_limit save_on_each_node enable_jit_checkpoint "
@@ -202,6 +211,20 @@ class BaseTrainingSection(OpenSection):
         return {_RENAMED.get(key, key): value for key, value in arguments.items()}
 
 
+class DiagnosticsSection(Section):
+    """Gradient entanglement of a few fixed pairs, measured while training goes on unchanged (docs/diagnostics.md)."""
+
+    every: int = option(0, "Steps between probes; 0: none.", "off: a probe costs two passes per pair", ge=0)
+    pairs: int = option(
+        4, "How many of the first pairs of data.eval, or else of the training data.", "alignment", ge=1
+    )
+    parameters: Literal["last_layer", "all"] = option(
+        "last_layer",
+        "Gradients with respect to the last decoder layer, or to all that is trained; of LoRA the adapters alone.",
+        "alignment: cheap; all keeps two gradients more in memory",
+    )
+
+
 class TrainingSection(BaseTrainingSection):
     """How the optimiser runs; TRL's names, except for the batch, which is declared for all processes together."""
 
@@ -216,6 +239,12 @@ class TrainingSection(BaseTrainingSection):
         "alignment: e^10 less likely",
         gt=0,
     )
+    normalized_gradient: bool = option(
+        False,
+        "Let both responses of a pair push equally: g_w/|g_w| - g_l/|g_l|, for losses of the margin alone.",
+        "off; a pass more per response (2410.13828 proposes it against gradient entanglement)",
+    )
+    diagnostics: DiagnosticsSection = option(DiagnosticsSection(), "Probes of gradients.", "see its keys: off")
 
 
 def _type_errors(kind: Any, key: str, value: Any) -> list[InitErrorDetails]:

@@ -62,6 +62,11 @@ def truncated(example: dict[str, Any], branch: str, max_length: int | None) -> l
     return ids if max_length is None else ids[: max_length - len(example["prompt_ids"])]
 
 
+def prompt_fits(example: dict[str, Any], max_length: int | None) -> bool:
+    """Whether a prompt leaves room for a response."""
+    return max_length is None or len(example["prompt_ids"]) < max_length
+
+
 class LengthGroupedSampler(Sampler[int]):
     """A seeded order in which every *global* batch holds pairs of like length; the longest batch comes first.
 

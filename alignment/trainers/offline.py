@@ -9,6 +9,7 @@ passes (`scoring.py`).
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from alignment.errors import UserError
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective, reads_reference
 from alignment.objectives.batch import NEEDS
+from alignment.trainers.calibration import Calibration, agreement
 from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
-from alignment.trainers.collation import BRANCHES, FROZEN_COLUMNS, LengthGroupedSampler, PairCollator
+from alignment.trainers.collation import BRANCHES, FROZEN_COLUMNS, LengthGroupedSampler, PairCollator, prompt_fits
 from alignment.trainers.degree import COLUMNS, DegreeTrainer
 from alignment.trainers.layout import possible_layout
 from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals
+from alignment.trainers.normalized import NormalizedGradient
 from alignment.trainers.reference import ReferenceTrainer
 from alignment.trainers.scoring import (
     TOLERANCE,
@@ -67,6 +70,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         layout: `shared_prefix` computes a prompt once for all its responses; falls back to `paired`, with one warning.
         group_by_length: global batches of like length (`LengthGroupedSampler`).
         displacement_alarm: nats that chosen may fall below the start before the warning in words.
+        normalized_gradient: both responses of a pair push equally (`NormalizedGradient`).
         more: `callbacks`, `optimizers`, `compute_metrics` … as in TRL.
 
     Raises:
@@ -95,6 +99,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         layout: Layout = "shared_prefix",
         group_by_length: bool = True,
         displacement_alarm: float = 10.0,
+        normalized_gradient: bool = False,
         **more: Any,
     ):
         self.objective: Objective = objective
@@ -105,6 +110,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         self._calibrated = "calibration" in objective.needs
         self._branches = 3 if self._calibrated else 2
         self._totals = {"train": Totals(), "eval": Totals()}
+        self._calibration = {"train": Calibration(), "eval": Calibration()}
         self._layout_settled = self._begun = self._gradient_seen = False
         self._start: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
         data = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
@@ -135,6 +141,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         if self.eval_dataset is not None:
             self.eval_dataset = self._filled(self.eval_dataset)
         self.attach_degree_head(args.max_length)
+        self._normalize = NormalizedGradient(self) if normalized_gradient else None
         self.add_callback(DisplacementAlarm(displacement_alarm))
         self.add_callback(EpochOrder(self))
         if self.aux_loss_enabled:
@@ -158,7 +165,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         if set(ID_COLUMNS) <= set(dataset.column_names):
             if self._calibrated and "calibration_ids" not in dataset.column_names:
                 raise UserError(f"{dataset_name} data: the rows bring token ids, but no calibration_ids")
-            dataset = dataset.filter(_prompt_fits, fn_kwargs={"max_length": args.max_length})
+            dataset = dataset.filter(prompt_fits, fn_kwargs={"max_length": args.max_length})
             reasons = f"their prompts have max_length {args.max_length} tokens or more"
         else:
             settings = {"max_length": args.max_length, "calibration": self._calibrated}
@@ -229,6 +236,8 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             self._begin(model, inputs, batch)
         if self.model.training and not self._gradient_seen:
             self._look_for_gradient(batch)
+        if self._normalize is not None and self.model.training:
+            batch = self._normalize(batch, self._paired(inputs))
         losses = self.objective.loss(batch)
         self._record(inputs, batch, losses)
         return losses.mean()
@@ -336,7 +345,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": _agreement(chosen, rejected, batch.label),
+            "rewards/accuracies": agreement(chosen, rejected, batch.label),
             "logps/chosen": batch.chosen,
             "logps/rejected": batch.rejected,
             "saturated": self.objective.saturated(batch).double(),
@@ -354,12 +363,18 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
                 values["displacement/rejected"] = batch.log_ratio_rejected
         if not self.model.training:
             values["loss"] = losses
-        self._totals["train" if self.model.training else "eval"].add(values)
+        mode = "train" if self.model.training else "eval"
+        self._totals[mode].add(values)
+        if self.objective.card.bradley_terry:
+            self._calibration[mode].add(chosen - rejected, batch.label)
 
     def log(self, logs, start_time=None):
         """Adds the metrics since the last line, over all processes, to what transformers logs."""
         mode = "train" if self.model.training else "eval"
-        found = self._totals[mode].reduce(lambda total: self.accelerator.reduce(total, reduction="sum"))
+        reduce = partial(self.accelerator.reduce, reduction="sum")
+        found = self._totals[mode].reduce(reduce)
+        if self.objective.card.bradley_terry:
+            found |= self._calibration[mode].reduce(reduce, self.accelerator.device)
         if found and mode == "train" and "displacement/chosen" not in found and self._start is not None:
             rows, start = self._start  # no reference tells where the pairs of this step began: the first batch does
             with torch.no_grad(), self.accelerator.autocast():
@@ -369,15 +384,3 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             logs["eval_loss"] = found.pop("loss")
         self._metrics[mode].update({name: [value] for name, value in found.items()})
         super().log(logs, start_time)
-
-
-def _agreement(chosen: torch.Tensor, rejected: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
-    """`[B]`: 1 where the implicit rewards order a pair as its label does, else 0; 0.5 where the label is a tie."""
-    if label is None:
-        return (chosen > rejected).double()
-    agrees = torch.where(label > 0.5, chosen > rejected, rejected > chosen).double()
-    return torch.where(label == 0.5, 0.5, agrees)
-
-
-def _prompt_fits(example: dict[str, Any], max_length: int | None) -> bool:
-    return max_length is None or len(example["prompt_ids"]) < max_length

@@ -35,6 +35,7 @@ from alignment.objectives.base import Objective, reads_reference
 from alignment.recipes import Recipe
 from alignment.rewards import get_oracle, get_reward
 from alignment.trainers import rundir
+from alignment.trainers.entanglement import GradientProbe
 from alignment.trainers.launching import (
     adapter_config,
     begin,
@@ -203,8 +204,12 @@ def build_trainer(
         layout=recipe.training.layout,
         group_by_length=recipe.training.group_by_length,
         displacement_alarm=recipe.training.displacement_alarm,
+        normalized_gradient=recipe.training.normalized_gradient,
         callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
     )
+    probe = recipe.training.diagnostics
+    if probe.every:
+        trainer.add_callback(GradientProbe(trainer, probe.every, probe.pairs, probe.parameters))
     return compact(trainer)
 
 

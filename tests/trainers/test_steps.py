@@ -11,10 +11,10 @@ import torch
 from alignment.errors import UserError
 from alignment.models import load_model
 from alignment.objectives import get_objective
+from alignment.trainers.calibration import agreement
 from alignment.trainers.collation import LengthGroupedSampler
 from alignment.trainers.launching import plan_batches
 from alignment.trainers.metrics import DisplacementAlarm, Totals
-from alignment.trainers.offline import _agreement
 from tests.trainers.building import config, logged, preferences, trainer_for
 
 
@@ -59,9 +59,9 @@ def test_means_are_over_pairs_not_over_batches():
 
 def test_accuracy_is_agreement_with_the_label():
     chosen, rejected = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 2.0, 0.0])
-    assert _agreement(chosen, rejected, None).tolist() == [1, 1, 0, 0, 0]
+    assert agreement(chosen, rejected, None).tolist() == [1, 1, 0, 0, 0]
     label = torch.tensor([0.9, 0.2, 0.2, 0.5, 1.0])
-    assert _agreement(chosen, rejected, label).tolist() == [1, 0, 1, 0.5, 0]
+    assert agreement(chosen, rejected, label).tolist() == [1, 0, 1, 0.5, 0]
 
 
 def test_alarm_speaks_once_when_chosen_falls(capsys):
