@@ -37,9 +37,11 @@ app = _group("Preference alignment of language models: recipes, proved objective
 recipe_app = _group("Check, explain and compare recipes.")
 data_app = _group("Look at a recipe's preference data.")
 objectives_app = _group("List objectives, show their cards, run their proofs.", needs_command=False)
+games_app = _group("The tabular lab: objectives on games that can be solved.")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(objectives_app, name="objectives")
+app.add_typer(games_app, name="games")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[
@@ -391,4 +393,30 @@ def prove(
         typer.echo(f"{'ok  ' if result.ok else 'FAIL'}  {result.objective:<16}  {result.check}: {result.detail}")
     typer.echo(f"{passed} checks passed, {failed} failed")
     if failed:
+        raise typer.Exit(1)
+
+
+@games_app.command("run")
+def run_games(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A folder; runs/games-NAME of the recipe otherwise.")
+    ] = None,
+) -> None:
+    """Play objectives on enumerated responses, and log how far each is from the Nash policy.
+
+    Writes figure.svg, figure.png, table.md and table.json, and prints the table. Exit code 1 if what theory says of
+    exact runs (EGPO's linear rate, where mirror descent cannot converge) does not hold.
+    """
+    from alignment.recipes.games import load_games_recipe
+
+    loaded = load_games_recipe(recipe, overrides or ())
+    folder = output or Path("runs") / f"games-{recipe.stem}"
+    from alignment.games.run import run_and_write
+
+    text, holds = run_and_write(loaded.claim, loaded.experiment(), folder)
+    typer.echo(text)
+    typer.echo(f"figure: {folder / 'figure.svg'}")
+    if not holds:
         raise typer.Exit(1)

@@ -1,0 +1,76 @@
+"""The picture of an experiment in games: duality gap against iterations (above) and gradient evaluations (below).
+
+One column per setting, one colour per method; the thick line is the median over games (and
+seeds), the band reaches to the worst of them. A
+straight line is linear convergence. matplotlib only, no pyplot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment.games.lab import Curve, Panel
+
+FLOOR = 1e-12  # of the vertical axis
+_COLOURS = ("#1f5fbf", "#d9730d", "#2e8b57", "#b0307a", "#7a7a7a", "#8c6d31", "#17a2b8", "#5b4ba0")
+_DASHES: tuple[Any, ...] = ("-", "-", "-", (0, (4, 3)), "-", (0, (1, 1.5)), (0, (4, 3)), "-")
+
+
+def write(panels: Sequence[Panel], stem: Path) -> list[Path]:
+    """Write STEM.svg and STEM.png; returns both."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = len(panels)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "games", "font.size": 9}):
+        figure = Figure(figsize=(max(4.2 * columns, 5.5), 6.2), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr,call-arg]
+        grid = figure.subplots(2, columns, sharey=True, squeeze=False)
+        for row, what in enumerate(("iterations", "gradient evaluations")):
+            for column, panel in enumerate(panels):
+                axes = grid[row][column]
+                _draw(axes, panel, per_gradient=row == 1)
+                axes.set_xlabel(what)
+                if row == 0:
+                    axes.set_title(f"β = {panel.setting.beta:g}, η = {panel.eta:.2g}", fontsize=10)
+            grid[row][0].set_ylabel("duality gap")
+        games = next(iter(panels[0].curves.values())).gaps.shape[1]
+        note = f"line: median of {games} games; thin line: the worst of them" if games > 1 else ""
+        figure.supxlabel(note, fontsize=8, color="#555555")
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False)
+        files = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
+        figure.savefig(files[0], metadata={"Date": None})
+        figure.savefig(files[1], dpi=130)
+    return files
+
+
+def _draw(axes: Any, panel: Panel, *, per_gradient: bool) -> None:
+    end = panel.setting.iterations
+    for number, (name, curve) in enumerate(panel.curves.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        x, middle, worst = _line(curve, per_gradient)
+        axes.plot(
+            x, middle, color=colour, linewidth=1.8, linestyle=_DASHES[number % len(_DASHES)], label=name,
+            zorder=20 - number,
+        )  # fmt: skip
+        axes.fill_between(x, middle, worst, color=colour, alpha=0.12, linewidth=0, zorder=10 - number)
+        axes.plot(x, worst, color=colour, linewidth=0.5, alpha=0.6, zorder=10 - number)
+    axes.set_yscale("log")
+    axes.set_ylim(FLOOR, 2)
+    axes.set_xlim(0, end)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.ticklabel_format(axis="x", style="plain")
+    axes.locator_params(axis="x", nbins=5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _line(curve: Curve, per_gradient: bool) -> tuple[list[float], list[float], list[float]]:
+    """Horizontal positions, median and largest gap, cut a little below the axis so that the log is finite."""
+    factor = curve.evaluations if per_gradient else 1
+    gaps = curve.gaps.clamp_min(FLOOR / 100)
+    return (factor * curve.iterations).tolist(), gaps.quantile(0.5, 1).tolist(), gaps.amax(1).tolist()

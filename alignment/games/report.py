@@ -1,0 +1,147 @@
+"""What an experiment in games found, in words and numbers: a table, verdicts, JSON. No picture (`figure.py`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from alignment.games import rates
+from alignment.games.lab import Curve, Experiment, Panel
+
+SHARES = (0.1, 0.5, 1.0)  # of a setting's iterations, the rows of the tables
+NOTHING = 1e-13  # gaps below it are rounding
+CONVERGED = 1e-6  # where the EGPO authors cut their plots
+AS_FAST = 0.9  # share of the linearised rate's exponent that counts as that rate
+
+
+def number(value: float) -> str:
+    """`3e-5`; `0` below rounding."""
+    if not math.isfinite(value):
+        return "–"
+    if value < NOTHING:
+        return "0"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _cell(gaps: Tensor) -> str:
+    return f"{number(float(gaps.quantile(0.5)))} / {number(float(gaps.max()))}"
+
+
+def tables(panels: Sequence[Panel]) -> str:
+    """Two Markdown tables of median / largest gap over games (and seeds): per iteration, per gradient evaluation."""
+    names = list(panels[0].curves)
+    found = []
+    for what in ("iterations", "gradients"):
+        lines = [f"| beta (eta) | {what} | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+        for panel in panels:
+            for share in SHARES:
+                count = max(1, round(share * panel.setting.iterations))
+                cells = [_cell(_after(curve, what, count)) for curve in panel.curves.values()]
+                lines.append(f"| {panel.setting.beta:g} ({panel.eta:.2g}) | {count} | " + " | ".join(cells) + " |")
+        found.append("\n".join(lines))
+    return "\n\n".join(found)
+
+
+def _after(curve: Curve, what: str, count: int) -> Tensor:
+    return curve.at(count if what == "iterations" else count // curve.evaluations)
+
+
+def verdicts(experiment: Experiment, panels: Sequence[Panel]) -> list[tuple[bool, str]]:
+    """What theory says of exact tabular runs, and whether it holds here: (holds, sentence). Empty for other runs.
+
+    Extragradient: in every game the gap falls at the linearised rate or faster, or is 0. Mirror descent: it converges
+    in no game whose Nash policy repels it.
+    """
+    if experiment.policy != "tabular" or experiment.samples is not None:
+        return []
+    found = []
+    for panel in panels:
+        for name, curve in panel.curves.items():
+            method = curve.method
+            uniform = method.sampler == "uniform" and method.opponent == "policy" and method.rate_scale == 1
+            if uniform and method.look_ahead:
+                found.append(_linear(panel, name, curve))
+            elif (uniform or method.objective == "inpo") and not method.look_ahead:
+                found.append(_repelled(panel, name, curve))
+    return found
+
+
+def _linear(panel: Panel, name: str, curve: Curve) -> tuple[bool, str]:
+    fall, theory = rates.measured(curve.iterations, curve.gaps, NOTHING), panel.extra**2
+    there = curve.gaps[-1] < NOTHING
+    holds = (fall.log() <= AS_FAST * theory.log()) | (fall.isnan() & there)
+    text = (
+        f"beta {panel.setting.beta:g}: {name}'s gap falls linearly in {int(holds.sum())} of {len(holds)} games: by "
+        f"{_range(1 - fall)} per iteration at the end of its curve; linearised: {_range(1 - theory)}"
+    )
+    return bool(holds.all()), text
+
+
+def _repelled(panel: Panel, name: str, curve: Curve) -> tuple[bool, str]:
+    repelled, far = panel.mirror > 1, curve.gaps[-1] > CONVERGED
+    text = (
+        f"beta {panel.setting.beta:g}: {name} has not converged (gap above {CONVERGED:g}) in {int(far.sum())} of "
+        f"{len(far)} games, among them all {int(repelled.sum())} whose Nash policy repels it (rate "
+        f"{_range(panel.mirror, 5)})"
+    )
+    if not bool(repelled.any()):
+        text = text.replace(", among them all 0 whose Nash policy repels it", "; no Nash policy repels it")
+    return bool((far | ~repelled).all()), text
+
+
+def _range(values: Tensor, digits: int = 2) -> str:
+    """`0.96` or `0.95 to 0.97` with so many significant digits."""
+    kept = values[~values.isnan()]
+    if not len(kept):
+        return "–"
+    low, high = (f"{float(each):.{digits}g}" for each in (kept.min(), kept.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def describe(claim: str, experiment: Experiment, panels: Sequence[Panel], checks: Iterable[tuple[bool, str]]) -> str:
+    """table.md: the claim, the tables, the verdicts."""
+    games = experiment.games
+    which = "given" if games.matrix is not None else games.kind.replace("_", " ")
+    gradients = "exact gradients" if experiment.samples is None else f"{experiment.samples} samples per gradient"
+    seeds = f" and {experiment.seeds} seeds" if experiment.seeds > 1 else ""
+    head = (
+        f"{claim}\n\nDuality gap, median / largest over {games.count} games ({which}, {len(games.make()[0][0])} arms)"
+        f"{seeds}; {experiment.policy} policies, {gradients}. "
+        f"0: below {NOTHING:g}."
+    )
+    lines = [f"* {'holds' if holds else 'FAILS'}: {text}" for holds, text in checks]
+    return "\n\n".join([head, tables(panels), *(["\n".join(lines)] if lines else [])]) + "\n"
+
+
+def as_json(claim: str, experiment: Experiment, panels: Sequence[Panel], checks: Iterable[tuple[bool, str]]) -> Any:
+    """table.json: the same with whole curves (median, smallest, largest) and every game's last gap."""
+    return {
+        "claim": claim,
+        "experiment": asdict(experiment),
+        "panels": [
+            {
+                **asdict(panel.setting),
+                "eta": panel.eta,
+                "rates": {"mirror": panel.mirror.tolist(), "extragradient": panel.extra.tolist()},
+                "curves": {name: _curve(curve) for name, curve in panel.curves.items()},
+            }
+            for panel in panels
+        ],
+        "verdicts": [{"holds": holds, "text": text} for holds, text in checks],
+    }
+
+
+def _curve(curve: Curve) -> dict[str, Any]:
+    return {
+        "evaluations_per_iteration": curve.evaluations,
+        "iterations": curve.iterations.tolist(),
+        "median": curve.gaps.quantile(0.5, 1).tolist(),
+        "smallest": curve.gaps.amin(1).tolist(),
+        "largest": curve.gaps.amax(1).tolist(),
+        "last": curve.gaps[-1].tolist(),
+    }

@@ -1,0 +1,31 @@
+"""Run an experiment and leave its figure and tables in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alignment.errors import UserError
+from alignment.files import write_json, write_text
+from alignment.games import figure, lab, report
+
+
+def run_and_write(claim: str, experiment: lab.Experiment, folder: Path) -> tuple[str, bool]:
+    """Returns the text of table.md, and whether all verdicts hold. Files of the same names are replaced.
+
+    Raises:
+        UserError: the folder cannot be made, or an objective cannot be played in a game.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+    try:
+        panels = lab.run(experiment)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    checks = report.verdicts(experiment, panels)
+    text = report.describe(claim, experiment, panels, checks)
+    write_json(folder / "table.json", report.as_json(claim, experiment, panels, checks))
+    write_text(folder / "table.md", text)
+    figure.write(panels, folder / "figure")
+    return text, all(holds for holds, _ in checks)
