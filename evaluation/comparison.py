@@ -9,14 +9,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from alignment.errors import UserError
 from alignment.rewards import PreferenceOracle, RewardFunction
-from evaluation.statistics import Array, MeanDifference, WinRate, mean_difference, preferences, win_rate_of_preferences
+from evaluation.annotations import annotation_rows
+from evaluation.statistics import (
+    Array,
+    MeanDifference,
+    WinRate,
+    mean_difference,
+    minimal_detectable_difference,
+    preferences,
+    win_rate_of_preferences,
+)
 
 LEVEL = 0.95
 FEW_PROMPTS = 30  # under this many, and where the bootstrap has width 0, Wilson's interval is shown beside it
@@ -39,10 +48,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`result` is the content of win_rate.json, `rows` that of samples.jsonl."""
+    """`result` is the content of win_rate.json, `rows` of samples.jsonl, `annotations` of annotations.json."""
 
     result: dict[str, Any]
     rows: list[dict[str, Any]]
+    annotations: list[dict[str, Any]] = field(default_factory=list)
 
 
 def describe_judge(judge: RewardFunction | PreferenceOracle) -> dict[str, Any]:
@@ -116,6 +126,8 @@ def compare(
         "model": model.name,
         "baseline": baseline.name,
         **_rate_fields(rate),
+        "discrete_win_rate": _discrete(matrices),
+        "orders": _orders(deciding),
         "mean_score": _mean_fields(means),
         "mean_characters": {"model": _mean_length(model), "baseline": _mean_length(baseline)},
         "cut_at_token_limit": {"model": _share_cut(model), "baseline": _share_cut(baseline)},
@@ -125,7 +137,8 @@ def compare(
     }
     samples = [_samples(side, of) for side, of in zip((model, baseline), scores, strict=True)]
     rows = [_row(*item) for item in zip(prompts, matrices, *samples, strict=True)]
-    return Comparison(result, rows)
+    texts = (model.name, model.responses), (baseline.name, baseline.responses)
+    return Comparison(result, rows, annotation_rows(prompts, matrices, *texts, deciding.name))
 
 
 def _rate_fields(rate: WinRate) -> dict[str, Any]:
@@ -139,12 +152,34 @@ def _rate_fields(rate: WinRate) -> dict[str, Any]:
         "win_rate_ties_dropped": dropped.estimate if dropped else None,
         "interval_ties_dropped": [dropped.low, dropped.high] if dropped else None,
         "p_value": rate.p_value,
+        "minimal_detectable_difference": (
+            None if rate.standard_error is None else minimal_detectable_difference(rate.standard_error)
+        ),
         "prompts": rate.prompts,
         "prompts_excluded": rate.prompts_excluded,
         "prompt_outcomes": dict(zip(("wins", "ties", "losses"), rate.prompt_outcomes, strict=True)),
         "pairs": rate.pairs,
         "pairs_excluded": rate.pairs_excluded,
         "pair_outcomes": dict(zip(("wins", "ties", "losses"), rate.pair_outcomes, strict=True)),
+    }
+
+
+def _discrete(matrices: Sequence[Array]) -> float:
+    """Win rate over all pairs with every probability rounded to 0, 1/2 or 1."""
+    pairs = np.concatenate([m[~np.isnan(m)] for m in matrices])
+    return float(np.mean((1 + np.sign(pairs - 0.5)) / 2))
+
+
+def _orders(deciding: Any) -> dict[str, Any] | None:
+    """What a judge that was shown every pair in both orders says of its position bias; None of any other."""
+    if deciding.name != "llm_judge":
+        return None
+    tally = deciding.tally
+    return {
+        "pairs": tally.valid_pairs,
+        "consistency": tally.consistency,
+        "first_preference": tally.first_preference,
+        "invalid_answers": tally.invalid,
     }
 
 
@@ -254,7 +289,9 @@ def describe(result: dict[str, Any]) -> str:
         f"sample pairs won {pairs['wins']}, tied {pairs['ties']}, lost {pairs['losses']}",
         f"  ties        count one half above; dropped: {_dropped_phrase(result)}",
         *_mean_lines(mean, percent_level),
-        f"  test        {p_phrase(result['p_value'])} (two-sided sign-flip permutation over prompts)",
+        f"  test        {p_phrase(result['p_value'])} (two-sided sign-flip permutation over prompts)"
+        f"{_detectable_phrase(result)}",
+        *_length_lines(result),
         f"  length      {result['mean_characters']['model']:.0f} against {result['mean_characters']['baseline']:.0f} "
         f"characters{_cut_phrase(result)}",
         f"  judge       {judge_sentence(result)}",
@@ -262,6 +299,12 @@ def describe(result: dict[str, Any]) -> str:
     if needs_wilson(result):
         lines.insert(
             1, f"  Wilson      {percent_interval(result['wilson_interval'])}: read this one, with {_why(result)}"
+        )
+    if result.get("orders"):
+        found = result["orders"]
+        lines.append(
+            f"  orders      agree on {percent(found['consistency'])} of {found['pairs']} pairs; the first place is "
+            f"preferred with {percent(found['first_preference'])}"
         )
     if result["pairs_excluded"]:
         left_out = f"{result['pairs_excluded']} sample pairs and {result['prompts_excluded']} whole prompts left out"
@@ -281,6 +324,23 @@ def _mean_lines(mean: dict[str, Any], level: str) -> list[str]:
         f"  mean score  {mean['model']:.4g} against {mean['baseline']:.4g}: difference {mean['difference']:+.4g} "
         f"({level} interval {low:+.4g} to {high:+.4g})"
     ]
+
+
+def _detectable_phrase(result: dict[str, Any]) -> str:
+    found = result.get("minimal_detectable_difference")
+    return "" if found is None else f"; detectable with 80 % power: {100 * found:.1f} points"
+
+
+def _length_lines(result: dict[str, Any]) -> list[str]:
+    """The line of the length-controlled rate, where it was computed (`evaluation.outputs.with_length_control`)."""
+    control = result.get("length_controlled")
+    if control is None:
+        return []
+    if control["win_rate"] is None:
+        return [f"  controlled  not computed: {control['note']}"]
+    note = f"; {control['note']}" if control["note"] else ""
+    interval = percent_interval(control["interval"])
+    return [f"  controlled  {percent(control['win_rate'])} ({interval}) at equal lengths, {control['variant']}{note}"]
 
 
 def _why(result: dict[str, Any]) -> str:

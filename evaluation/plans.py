@@ -6,7 +6,9 @@ without loading a model, so that a mistake costs a second and not a training run
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +22,8 @@ from evaluation.comparison import Comparison, Side, compare
 from evaluation.files import Prompt, locate_prompts, refuse_training_prompts
 
 RESAMPLES = 10_000
+BATCHES_PER_SHARD = 4  # what a kill loses, and what processes share
+SAMPLES = "win_rate_samples"  # folder of the pools in a run's or an output folder
 BASELINE_SEED_OFFSET = 1_000_000  # the two sides must not share random numbers: their samples are independent draws
 
 
@@ -54,6 +58,9 @@ class Plan:
         chat: each prompt is what the user says in the models' chat template; else it is a text to continue.
         notes: further fields of win_rate.json.
         oracle: says how probably one sample is preferred to another.
+        samples: folder for the pools of both models' samples, which a comparison that was killed goes on from and a
+            second judge reads; None: they are not kept.
+        vllm: vLLM draws the samples, where it is installed.
     """
 
     model: ModelSource
@@ -67,6 +74,8 @@ class Plan:
     chat: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
     oracle: PreferenceOracle | None = None
+    samples: Path | None = None
+    vllm: bool = False
 
 
 def say(text: str) -> None:
@@ -85,13 +94,84 @@ def load_source_tokenizer(source: ModelSource, chat: bool) -> Any:
     return tokenizer
 
 
+def given_prompts(plan: Plan) -> list[Any]:
+    """The prompts as the models get them: texts, or with `chat` messages."""
+    return [[{"role": "user", "content": p.text}] if plan.chat else p.text for p in plan.prompts]
+
+
 def sample_side(source: ModelSource, plan: Plan) -> Side:
-    """Load a model, draw its samples, and let the model go."""
+    """A model's samples: drawn into a pool, by all processes of a launch, or read back where they are there already.
+
+    A seed means the same wherever the pool is, also in a folder that is thrown away. Greedy responses, which are one
+    per prompt, are drawn in memory.
+
+    Raises:
+        UserError: as of `alignment.models.pools.sample_pool`; or several processes without a folder to share.
+    """
+    if plan.generation.temperature == 0:
+        return _greedy_side(source, plan)
+    if plan.samples is not None:
+        return _pool_side(source, plan, plan.samples)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--samples-dir missing: several processes need a folder to share their samples in")
+    with tempfile.TemporaryDirectory(prefix="win-rate-") as folder:
+        return _pool_side(source, plan, Path(folder))
+
+
+def _pool_side(source: ModelSource, plan: Plan, root: Path) -> Side:
+    from alignment.models.backends import VllmBackend
+    from alignment.models.pools import sample_pool
+
+    tokenizer = load_source_tokenizer(source, plan.chat)
+    n = plan.samples_per_prompt
+    pool = sample_pool(
+        source.load,
+        tokenizer,
+        given_prompts(plan),
+        pool_folder(root, source, plan),
+        n,
+        generation=plan.generation,
+        seed=plan.seed + source.seed_offset,
+        name=source.name,
+        prompts_per_shard=max(1, BATCHES_PER_SHARD * plan.generation.batch_size // n),
+        backend=VllmBackend(source.load, tokenizer) if plan.vllm else None,
+        progress=f"sampling {source.name}",
+    )
+    rows = [row for shard in range(len(pool.shards)) for row in pool.rows(shard)]
+    return Side(source.name, [row["responses"] for row in rows], [row["finished"] for row in rows])
+
+
+def pool_folder(root: Path, source: ModelSource, plan: Plan) -> Path:
+    """Where a model's samples are in `root`: a folder of their own for every setting that decides them.
+
+    Files of a local model count with size and time, so that one that was trained on is sampled anew. (The pool itself
+    has the weights' SHA-256, and refuses others.)
+    """
+    from alignment.models.pools import sha256_of
+
+    places = [Path(source.load[key]) for key in ("name_or_path", "adapter") if source.load.get(key)]
+    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
+    deciding = {
+        "load": source.load,
+        "seed": plan.seed + source.seed_offset,
+        "n": plan.samples_per_prompt,
+        "generation": asdict(plan.generation),
+        "prompts": given_prompts(plan),
+        "vllm": plan.vllm,
+        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()],
+    }
+    return root / f"{places[0].name}-{sha256_of(deciding)[:12]}"
+
+
+def _greedy_side(source: ModelSource, plan: Plan) -> Side:
+    """One response per prompt, as often as samples are asked for, in the memory of this process."""
     import torch
 
     from alignment.models import load_model
     from alignment.models.sampling import sample
 
+    if plan.vllm:
+        raise UserError("--vllm: greedy responses are drawn by transformers; remove it, or give a temperature above 0")
     tokenizer = load_source_tokenizer(source, plan.chat)
     say(f"loading {source.name}")
     model: Any = load_model(**source.load)
@@ -100,13 +180,25 @@ def sample_side(source: ModelSource, plan: Plan) -> Side:
     drawn = sample(
         model,
         tokenizer,
-        [[{"role": "user", "content": p.text}] if plan.chat else p.text for p in plan.prompts],
+        given_prompts(plan),
         plan.samples_per_prompt,
         **asdict(plan.generation),
         seed=plan.seed + source.seed_offset,
         progress=f"sampling {source.name}",
     )
     return Side(source.name, [[s.text for s in group] for group in drawn], [[s.finished for s in g] for g in drawn])
+
+
+def leave_to_main() -> None:
+    """Under `accelerate launch` the other processes end here, after their share of the samples: one judges."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from alignment.processes import connect
+
+        state = connect()
+        state.wait_for_everyone()
+        state.destroy_process_group()
+        if not state.is_main_process:
+            raise SystemExit(0)
 
 
 def run_plan(plan: Plan) -> Comparison:
@@ -117,7 +209,12 @@ def run_plan(plan: Plan) -> Comparison:
     """
     for source in (plan.model, plan.baseline) if plan.chat else ():
         load_source_tokenizer(source, plan.chat)  # what is wrong with the second is said before the first is sampled
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from alignment.processes import connect
+
+        connect()
     model, baseline = sample_side(plan.model, plan), sample_side(plan.baseline, plan)
+    leave_to_main()
     texts = [prompt.text for prompt in plan.prompts]
     settings: dict[str, Any] = {"oracle": plan.oracle, "resamples": plan.resamples, "seed": plan.seed}
     comparison = compare(texts, model, baseline, plan.judge, **settings)
@@ -175,6 +272,8 @@ def plan_of_run(
     seed: int | None = None,
     chat: bool | None = None,
     generation: Mapping[str, Any] | None = None,
+    samples: Path | None = None,
+    vllm: bool = False,
 ) -> Plan:
     """The trained model of a run against the model that training started from.
 
@@ -217,6 +316,8 @@ def plan_of_run(
         seed=seed,
         chat=bool(manifest.get("chat", False)) if chat is None else chat,
         notes={"judge_is_training_reward": is_training_reward, **_overlap_notes(run_dir, found)},
+        samples=samples,
+        vllm=vllm,
     )
 
 

@@ -1,12 +1,14 @@
 """Win rate of a model against a baseline on the same prompts, with a bootstrap interval over prompts.
 
+    python evaluation/win_rate.py --annotations annotations.json --json      # AlpacaEval's file, its keys, in percent
     python -m evaluation.win_rate runs/dpo                                   # a trained run against its starting model
     python -m evaluation.win_rate --a new.jsonl --b old.jsonl --reward vader   # files of outputs, or pools
     python -m evaluation.win_rate --model M --baseline B --prompts prompts.txt --reward length
     python -m evaluation.win_rate --a new.jsonl --b old.jsonl --oracle tabular --oracle-key table=table.json
 
 A run's result goes to its win_rate.json, samples.jsonl and report.html; otherwise `--output FOLDER` keeps it. Judges
-are the rewards and oracles of `alignment.rewards` (docs/rewards.md). Not length-controlled.
+are the rewards and oracles of `alignment.rewards` (docs/rewards.md). The command line and the files of outputs are
+here; sampling is in `plans`, numbers in `comparison` and `head_to_head`. docs/win_rates.md explains all of them.
 """
 
 from __future__ import annotations
@@ -25,22 +27,37 @@ from typing import Annotated, Any
 import typer
 
 from alignment.errors import UserError, run_or_exit
-from alignment.files import jsonable, write_json, write_json_lines
+from alignment.files import jsonable
 from alignment.models.sampling import Generation
 from alignment.recipes.document import RecipeError, parse_value
 from alignment.rewards import PreferenceOracle, RewardFunction, get_oracle, get_reward
 from alignment.rewards.registry import Kind, judge_fields
+from evaluation.annotations import read_annotations, read_difficulty, read_model_outputs
 from evaluation.comparison import Comparison, Side, compare, describe
 from evaluation.files import locate_prompts, read_outputs, read_pool, shorten
+from evaluation.head_to_head import annotation_result, write_annotation_result
+from evaluation.outputs import with_length_control, write_comparison, write_into_run, write_output
 from evaluation.plans import (
     BASELINE_SEED_OFFSET,
     RESAMPLES,
+    SAMPLES,
     ModelSource,
     Plan,
     plan_of_run,
     run_plan,
     say,
 )
+
+__all__ = ["main", "win_rate_of_files", "write_comparison"]
+
+
+def _read_side(path: Path) -> tuple[str, dict[str, tuple[str, list[str]]], dict[str, list[bool]] | None]:
+    """Name, outputs by prompt, and what was finished where that is known."""
+    if path.is_dir():
+        return str(path), *read_pool(path)
+    if path.name.endswith((".json", ".json.gz")):
+        return *read_model_outputs(path), None
+    return str(path), read_outputs(path), None
 
 
 def win_rate_of_files(
@@ -52,16 +69,17 @@ def win_rate_of_files(
     resamples: int = RESAMPLES,
     seed: int = 1,
 ) -> Comparison:
-    """Compare two files of outputs (rows with `prompt` and `response`) or pools of samples, joined by prompt.
+    """Compare two files of outputs or pools of samples, joined by prompt.
 
     Args:
-        a, b: a .jsonl file, or the folder of a pool, which also knows which samples are finished.
+        a, b: a .jsonl file with `prompt` and `response` in every row; AlpacaEval's model_outputs.json, whose generator
+            names the side; or the folder of a pool, which also knows which samples are finished.
 
     Raises:
         UserError: a row is unusable, a pool incomplete, or a prompt stands on one side only.
     """
-    read = [read_pool(side) if side.is_dir() else (read_outputs(side), None) for side in (a, b)]
-    (outputs_a, _), (outputs_b, _) = read
+    read = [_read_side(side) for side in (a, b)]
+    (_, outputs_a, _), (_, outputs_b, _) = read
     for here, there, other in ((outputs_a, outputs_b, b), (outputs_b, outputs_a, a)):
         alone = [prompt for prompt in here if prompt not in there]
         if alone:
@@ -70,25 +88,10 @@ def win_rate_of_files(
                 f"prompt{'' if len(alone) == 1 else 's'}; both sides must answer the same prompts"
             )
     model, baseline = (
-        Side(str(f), [out[p][1] for p in outputs_a], None if ended is None else [ended[p] for p in outputs_a])
-        for f, (out, ended) in zip((a, b), read, strict=True)
+        Side(name, [out[p][1] for p in outputs_a], None if ended is None else [ended[p] for p in outputs_a])
+        for name, out, ended in read
     )
     return compare(list(outputs_a), model, baseline, judge, oracle=oracle, resamples=resamples, seed=seed)
-
-
-def write_into_run(run_dir: Path, comparison: Comparison) -> list[Path]:
-    """Write a comparison into a run and refresh the run's report."""
-    from evaluation.report import write_report
-
-    return [*write_comparison(run_dir, comparison), write_report(run_dir)]
-
-
-def write_comparison(folder: Path, comparison: Comparison) -> list[Path]:
-    """Write samples.jsonl, then win_rate.json, which is what says that the result is complete."""
-    files = [folder / "win_rate.json", folder / "samples.jsonl"]
-    write_json_lines(files[1], comparison.rows)
-    write_json(files[0], comparison.result)
-    return files
 
 
 def parse_keys(kind: Kind, name: str, pairs: list[str]) -> dict[str, Any]:
@@ -121,10 +124,12 @@ def _given_judge(given: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-_SAMPLING = {"prompts", "limit", "samples", "chat", *asdict(Generation())}
+_SAMPLING = {"prompts", "limit", "samples", "chat", "samples_dir", "vllm", *asdict(Generation())}
 _JUDGES = {"reward", "oracle"}
-_SHARED = {*_JUDGES, "reward_key", "oracle_key", "seed", "bootstrap", "output", "json"}
-_FORMS = {  # what says which form is meant, what it needs besides a judge (a run has its own), what it may have
+_SUMMARY = {"seed", "bootstrap", "output", "json", "gamed", "difficulty"}
+_SHARED = {*_JUDGES, "reward_key", "oracle_key", *_SUMMARY}
+_FORMS = {  # what says which form is meant, what it needs besides a judge, what it may have
+    "annotations": ({"annotations"}, {"annotations"}, _SUMMARY),
     "run": ({"RUN_DIR"}, {"RUN_DIR"}, _SHARED | _SAMPLING),
     "files": ({"a", "b"}, {"a", "b"}, _SHARED),
     "models": ({"model", "baseline"}, {"model", "baseline", "prompts"}, _SHARED | _SAMPLING | {"dtype"}),
@@ -136,10 +141,11 @@ def _spell(keys: Iterable[str]) -> str:
 
 
 def choose_form(given: set[str]) -> str:
-    """Which of the three forms the given options ask for; options of another form are refused, never ignored."""
+    """Which of the four forms the given options ask for; options of another form are refused, never ignored."""
     chosen = [name for name, (signs, _, _) in _FORMS.items() if signs & given]
     if len(chosen) != 1:
-        raise UserError("give exactly one of: RUN_DIR; --a FILE --b FILE; --model A --baseline B (see --help)")
+        forms = "RUN_DIR; --a FILE --b FILE; --model A --baseline B; --annotations FILE"
+        raise UserError(f"give exactly one of: {forms} (see --help)")
     signs, needs, allowed = _FORMS[chosen[0]]
     if needs - given:
         raise UserError(f"{_spell(needs - given)} missing: needed with {_spell(signs & given)}")
@@ -147,7 +153,7 @@ def choose_form(given: set[str]) -> str:
         raise UserError(f"{_spell(given - needs - allowed)} does not apply with {_spell(signs)}; remove it")
     if given >= _JUDGES:
         raise UserError("--oracle and --reward: one judge decides; remove one")
-    if chosen[0] != "run" and not given & _JUDGES:
+    if chosen[0] in ("files", "models") and not given & _JUDGES:
         raise UserError(f"--reward or --oracle missing: needed with {_spell(signs & given)}")
     return chosen[0]
 
@@ -158,7 +164,8 @@ def compare_as_asked(form: str, given: dict[str, Any]) -> Comparison:
     renamed = {"bootstrap": "resamples", "seed": "seed", "samples": "samples_per_prompt"}
     settings = {renamed[key]: given[key] for key in renamed if key in given}
     if form == "run":
-        file = {key: given[key] for key in ("prompts", "limit", "chat") if key in given}
+        file: dict[str, Any] = {key: given[key] for key in ("prompts", "limit", "chat", "vllm") if key in given}
+        file["samples"] = given.get("samples_dir", given["RUN_DIR"] / SAMPLES)
         return run_plan(plan_of_run(given["RUN_DIR"], generation=_generation(given), **judge, **file, **settings))
     if form == "files":
         return win_rate_of_files(given["a"], given["b"], **judge, **settings)
@@ -174,6 +181,8 @@ def compare_as_asked(form: str, given: dict[str, Any]) -> Comparison:
         generation=Generation(**_generation(given)),
         chat=given.get("chat", False),
         notes={"overlap_note": "not checked: what the models were trained on is unknown here"},
+        samples=given.get("samples_dir", given["output"] / SAMPLES if "output" in given else None),
+        vllm=given.get("vllm", False),
         **settings,
     )
     return run_plan(plan)
@@ -186,16 +195,23 @@ def _generation(given: dict[str, Any]) -> dict[str, Any]:
 def run_program(given: dict[str, Any]) -> None:
     """Compare, keep what is to be kept, print the result."""
     form = choose_form(set(given))
-    comparison = compare_as_asked(form, given)
-    written = []
-    if "output" in given:
-        written = write_comparison(given["output"], comparison)
-    elif form == "run":
-        written = write_into_run(given["RUN_DIR"], comparison)
-    if "json" in given:
-        print(json.dumps(jsonable(comparison.result), ensure_ascii=False, allow_nan=False))
+    written: list[Path] = []
+    if form == "annotations":
+        settings = {"resamples": given.get("bootstrap", RESAMPLES), "seed": given.get("seed", 1)}
+        control = {"gamed": given.get("gamed", ()), "difficulty": given.get("difficulty")}
+        result, text, systems = annotation_result(given["annotations"], **control, **settings)
+        if "output" in given:
+            written = write_annotation_result(given["output"], result, text, systems)
     else:
-        print(describe(comparison.result))
+        gamed = [read_annotations(path) for path in given.get("gamed", ())]
+        difficulty = read_difficulty(given["difficulty"]) if "difficulty" in given else None
+        comparison = with_length_control(compare_as_asked(form, given), gamed, difficulty)
+        result, text = comparison.result, describe(comparison.result)
+        if "output" in given:
+            written = write_output(given["output"], comparison)
+        elif form == "run":
+            written = write_into_run(given["RUN_DIR"], comparison)
+    print(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) if "json" in given else text)
     if written:
         say("written: " + ", ".join(map(str, written)))
 
@@ -230,11 +246,23 @@ Seed = Annotated[
 def main(
     run_dir: RunDir = None,
     a: Annotated[
-        OptionalPath, typer.Option(help="JSON lines with prompt and response, or a pool: the system under test.")
+        OptionalPath,
+        typer.Option(help="The system under test: JSON lines of prompt and response, model_outputs.json, or a pool."),
     ] = None,
     b: Annotated[OptionalPath, typer.Option(help="The same prompts answered by the baseline; file or pool.")] = None,
     model: Annotated[str | None, typer.Option(help="Model under test: hub id, folder, adapter or GGUF file.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Model that it is compared with.")] = None,
+    annotations: Annotated[
+        list[Path] | None,
+        typer.Option(help="AlpacaEval's annotations.json; several, of one baseline, are compared in pairs."),
+    ] = None,
+    gamed: Annotated[
+        list[Path] | None,
+        typer.Option(help="Annotations of the baseline told to be verbose, or concise: regularise length control."),
+    ] = None,
+    difficulty: Annotated[
+        OptionalPath, typer.Option(help="Instruction difficulty for length control: JSON by text, CSV by row.")
+    ] = None,
     prompts: Annotated[
         OptionalPath, typer.Option(help="Text file, one prompt a line. Over 128 give a usable interval. [recipe's]")
     ] = None,
@@ -266,6 +294,11 @@ def main(
     batch_size: Annotated[
         OptionalInt, typer.Option(min=1, help="Responses drawn at once; lower it if memory runs out. [64]")
     ] = None,
+    samples_dir: Annotated[
+        OptionalPath,
+        typer.Option(help="Samples are kept here and gone on from. [win_rate_samples in RUN_DIR or --output]"),
+    ] = None,
+    vllm: Annotated[bool | None, typer.Option("--vllm", help="Draw with vLLM, where it is installed.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Weights with --model: float32, bfloat16, float16. [float32]")
     ] = None,
@@ -274,7 +307,8 @@ def main(
         OptionalInt, typer.Option(min=100, help="Resamples of prompts; under 1,000 the limits wobble. [10000]")
     ] = None,
     output: Annotated[
-        OptionalPath, typer.Option(help="Folder for win_rate.json and samples.jsonl. [RUN_DIR, else nothing kept]")
+        OptionalPath,
+        typer.Option(help="Folder for JSON, Markdown, AlpacaEval's files and samples. [RUN_DIR, else nothing kept]"),
     ] = None,
     as_json: Annotated[
         bool | None, typer.Option("--json", help="Print win_rate.json's content instead of the text.")
@@ -282,12 +316,12 @@ def main(
 ) -> None:
     """Win rate of a model against a baseline on the same prompts, with a 95 % interval over prompts.
 
-    Three forms: RUN_DIR; --a FILE --b FILE --reward NAME; --model A --baseline B --prompts FILE --reward NAME; with
-    --oracle NAME in place of --reward NAME, too. Settings that are not given come from the run's recipe, else from the
-    value in brackets. Every sample of one side meets every sample of the other; ties count one half, and the rate
-    without them is stated too. A reward decides a pair, an oracle's probability counts as it is.
+    Four forms: RUN_DIR; --a FILE --b FILE --reward NAME; --model A --baseline B --prompts FILE --reward NAME; with
+    --oracle NAME in place of --reward NAME, too; --annotations FILE. Settings that are not given come from the run's
+    recipe, else from the value in brackets. Every sample of one side meets every sample of the other; ties count one
+    half, and the rate without them is stated too. A reward decides a pair, an oracle's probability counts as it is.
     """
-    given = {key: value for key, value in locals().items() if value is not None}
+    given = {key: value for key, value in locals().items() if value is not None and value != []}
     run_program({{"run_dir": "RUN_DIR", "as_json": "json"}.get(key, key): value for key, value in given.items()})
 
 

@@ -69,7 +69,8 @@ def test_files_end_to_end(files, tmp_path):
         ("two", 0.25, -1.0),
         ("three", 1.0, 4.0),
     ]
-    assert sorted(path.name for path in out.iterdir()) == ["samples.jsonl", "win_rate.json"]  # no temporary file left
+    left = ["annotations.json", "leaderboard.csv", "samples.jsonl", "win_rate.json", "win_rate.md"]
+    assert sorted(path.name for path in out.iterdir()) == left  # no temporary file
 
 
 def test_pools_of_samples_are_sides(tiny, tmp_path):

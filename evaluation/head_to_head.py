@@ -1,0 +1,391 @@
+"""What annotations of a system against a baseline say: AlpacaEval's numbers with intervals, length control, orders.
+
+    python evaluation/win_rate.py --annotations annotations.json --json
+
+Summaries of rows that `annotations` has read, in percent as AlpacaEval has them (win_rate.json of sampled models has
+shares); several systems against one baseline are compared in pairs. The program is `win_rate`. No model, no judge.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignment.errors import UserError
+from alignment.files import write_json, write_text
+from evaluation import annotations as alpaca
+from evaluation.annotations import Annotation
+from evaluation.comparison import FEW_PROMPTS, LEVEL
+from evaluation.length_control import Gamed, LengthControl, identical, length_controlled, standardise
+from evaluation.statistics import (
+    cluster_bootstrap,
+    cluster_sums,
+    clustered_standard_error,
+    compare_paired,
+    holm,
+    minimal_detectable_difference,
+    percentile_interval,
+    sign_flip_p_value,
+    wilson_interval,
+)
+
+Array = NDArray[np.float64]
+
+EXTREME_POINTS, EXTREME_SHARE = 10, 1 / 4  # AlpacaEval warns of a change beyond both (glm_winrate.py)
+
+
+def shares(rows: Sequence[Annotation]) -> Array:
+    """[n] what the system got of each pair, in [0, 1]; NaN for what AlpacaEval drops."""
+    return np.array([row.share for row in rows])
+
+
+def summarise(
+    rows: Sequence[Annotation],
+    *,
+    gamed: Sequence[Sequence[Annotation]] = (),
+    difficulty: Mapping[str | int, float] | None = None,
+    resamples: int = 10_000,
+    seed: int = 1,
+) -> dict[str, Any]:
+    """All numbers of one system against one baseline.
+
+    Args:
+        rows: its annotations.
+        gamed: annotations of the baseline's own gamed variants, for the regularised length control.
+        difficulty: by instruction or row number, for length control.
+        resamples: of the bootstrap over instructions.
+        seed: of the bootstrap and the permutation test.
+
+    Returns:
+        AlpacaEval's keys in percent (`annotations.describe_head2head`, avg_length, length_controlled_winrate,
+        lc_standard_error), and ours: `interval` and the rest, in percent, too, but for p-values and counts.
+
+    Raises:
+        UserError: no preference counts, or a row has no difficulty.
+    """
+    try:
+        found = alpaca.describe_head2head([row.preference for row in rows])
+    except ValueError:
+        raise UserError(
+            f"{rows[0].where.rpartition(':')[0]}: no preference between 1 and 2 in {len(rows)} rows"
+        ) from None
+    share = shares(rows)
+    known = ~np.isnan(share)
+    x, prompts = share[known], [row.instruction for row, here in zip(rows, known, strict=True) if here]
+    rng = np.random.default_rng(seed)
+    columns = np.column_stack([x, x > 0.5, x < 0.5])
+    draws = cluster_bootstrap(columns, prompts, resamples, rng)
+    sums = cluster_sums((x - 0.5)[:, None], prompts)
+    error = clustered_standard_error(x, prompts)
+    wilson = wilson_interval(float(x.mean()), len(sums), LEVEL)
+    return {
+        **found,
+        "avg_length": alpaca.average_length([row.output_2 for row in rows]),
+        "interval": _limits(x.mean(), draws[:, 0]),
+        "level": LEVEL,
+        "generator_1": rows[0].generator_1,
+        "generator_2": rows[0].generator_2,
+        "n_dropped": len(rows) - found["n_total"],
+        "n_instructions": len(sums),
+        "clustered_standard_error": 100 * error,
+        "wilson_interval": [100 * wilson.low, 100 * wilson.high],
+        **_without_ties(columns, draws),
+        "p_value": sign_flip_p_value(sums[:, 0], resamples, rng),
+        "minimal_detectable_difference": 100 * minimal_detectable_difference(error),
+        "avg_length_base": alpaca.average_length([row.output_1 for row in rows]),
+        **_length_fields(rows, gamed, difficulty, found["win_rate"], seed),
+        "orders": orders(rows),
+        "bootstrap": {"resamples": resamples, "seed": seed, "unit": "instruction"},
+    }
+
+
+def _limits(estimate: float, draws: Array) -> list[float]:
+    interval = percentile_interval(float(estimate), draws, LEVEL)
+    return [100 * interval.low, 100 * interval.high]
+
+
+def _without_ties(columns: Array, draws: Array) -> dict[str, Any]:
+    won, lost = columns[:, 1].sum(), columns[:, 2].sum()
+    if won + lost == 0:
+        return {"win_rate_ties_dropped": None, "interval_ties_dropped": None}
+    decided = draws[:, 1] + draws[:, 2]
+    kept = decided > 0
+    estimate = won / (won + lost)
+    return {
+        "win_rate_ties_dropped": 100 * float(estimate),
+        "interval_ties_dropped": _limits(estimate, draws[kept, 1] / decided[kept]),
+    }
+
+
+def control_length(
+    rows: Sequence[Annotation],
+    gamed: Sequence[Sequence[Annotation]] = (),
+    difficulty: Mapping[str | int, float] | None = None,
+    *,
+    seed: int = 1,
+) -> LengthControl:
+    """The length-controlled win rate of annotations (`length_control`), 1/2 for a system against itself.
+
+    Raises:
+        ValueError: too few rows.
+        UserError: a row has no difficulty.
+    """
+    if rows[0].generator_1 == rows[0].generator_2:
+        return identical(len(rows))
+
+    def features(of: Sequence[Annotation]) -> tuple[Array, Array | None]:
+        length = standardise([len(row.output_1) for row in of], [len(row.output_2) for row in of])
+        return length, None if difficulty is None else alpaca.difficulty_of(of, difficulty)
+
+    length, gamma = features(rows)
+    others = [Gamed(*features(of), shares(of)) for of in gamed]
+    prompts = [row.instruction for row in rows]
+    return length_controlled(length, shares(rows), difficulty=gamma, gamed=others, clusters=prompts, seed=seed)
+
+
+def _length_fields(
+    rows: Sequence[Annotation],
+    gamed: Sequence[Sequence[Annotation]],
+    difficulty: Mapping[str | int, float] | None,
+    raw: float,
+    seed: int,
+) -> dict[str, Any]:
+    try:
+        found = control_length(rows, gamed, difficulty, seed=seed)
+    except ValueError as error:
+        missing = dict.fromkeys(("length_controlled_winrate", "lc_standard_error", "length_controlled_interval"))
+        return {**missing, "length_control": {"variant": None, "note": str(error)}}
+    controlled, limits = 100 * found.rate, found.interval
+    return {
+        "length_controlled_winrate": controlled,
+        "lc_standard_error": 100 * found.standard_error,
+        "length_controlled_interval": None if limits is None else [100 * limits.low, 100 * limits.high],
+        "length_control": {
+            "variant": found.variant,
+            "coefficients": found.coefficients,
+            "C": found.c,
+            "note": extreme_change(raw, controlled),
+        },
+    }
+
+
+def extreme_change(raw: float, controlled: float) -> str | None:
+    """AlpacaEval's warning where length control changes the rate by over 10 points and over a quarter of the way.
+
+    Args:
+        raw, controlled: in percent.
+    """
+    room = raw if controlled < raw else 100 - raw
+    if abs(controlled - raw) <= max(EXTREME_POINTS, EXTREME_SHARE * room):
+        return None
+    return (
+        f"length control changes {raw:.1f} % into {controlled:.1f} %: the model may have failed; look at the lengths"
+    )
+
+
+def orders(rows: Sequence[Annotation]) -> dict[str, Any] | None:
+    """Position bias, where rows say which text was shown first (`is_switched_outputs`); None where none does.
+
+    Returns:
+        `first_preference`: mean share of the text shown first. `pairs_in_both_orders`, and of these `consistency`, the
+        share in which both orders prefer the same text or none, and `win_rate_disagreement_tied` (MT-Bench's rule: a
+        pair on which the orders disagree is a tie). All in percent.
+    """
+    shown = [row for row in rows if row.switched is not None and not math.isnan(row.share)]
+    if not shown:
+        return None
+    both: dict[tuple[str, str, str], dict[bool, float]] = {}
+    for row in shown:
+        both.setdefault((row.instruction, row.output_1, row.output_2), {})[bool(row.switched)] = row.share
+    pairs = [tuple(found.values()) for found in both.values() if len(found) == 2]
+    agree = [np.sign(p - 0.5) == np.sign(q - 0.5) for p, q in pairs]
+    strict = [(1 + np.sign(p - 0.5)) / 2 if same else 0.5 for (p, q), same in zip(pairs, agree, strict=True)]
+    return {
+        "first_preference": 100 * float(np.mean([row.share if row.switched else 1 - row.share for row in shown])),
+        "pairs_in_both_orders": len(pairs),
+        "consistency": 100 * float(np.mean(agree)) if pairs else None,
+        "win_rate_disagreement_tied": 100 * float(np.mean(strict)) if pairs else None,
+    }
+
+
+def compare_systems(
+    systems: Mapping[str, Sequence[Annotation]], *, resamples: int = 10_000, seed: int = 1
+) -> list[dict[str, Any]]:
+    """Every two systems on the instructions that both answered, paired; p-values with Holm's correction over all.
+
+    Args:
+        systems: name → its annotations against the common baseline.
+        resamples, seed: of bootstrap and permutation.
+
+    Returns:
+        Rows with the difference first - second in percentage points.
+
+    Raises:
+        UserError: two systems share no judged instruction.
+    """
+    means = {name: _by_instruction(rows) for name, rows in systems.items()}
+    found: list[dict[str, Any]] = []
+    for a, b in itertools.combinations(systems, 2):
+        common = [prompt for prompt in means[a] if prompt in means[b]]
+        if not common:
+            raise UserError(f"{a} and {b}: no instruction that both answered and were judged on")
+        x, y = ([means[name][prompt] for prompt in common] for name in (a, b))
+        paired = compare_paired(x, y, resamples=resamples, seed=seed)
+        found.append(
+            {
+                "first": a,
+                "second": b,
+                "difference": 100 * paired.difference.estimate,
+                "interval": [100 * paired.difference.low, 100 * paired.difference.high],
+                "standard_error": 100 * paired.standard_error,
+                "minimal_detectable_difference": 100 * minimal_detectable_difference(paired.standard_error),
+                "p_value": paired.p_value,
+                "instructions": paired.rows,
+            }
+        )
+    for row, adjusted in zip(found, holm([row["p_value"] for row in found]), strict=True):
+        row["p_holm"] = float(adjusted)
+    return found
+
+
+def _by_instruction(rows: Sequence[Annotation]) -> dict[str, float]:
+    """Mean share of each instruction that was judged."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        if not math.isnan(row.share):
+            groups.setdefault(row.instruction, []).append(row.share)
+    return {prompt: float(np.mean(values)) for prompt, values in groups.items()}
+
+
+def read_systems(files: Sequence[Path]) -> dict[str, list[Annotation]]:
+    """Annotations by system, one file each, against one baseline.
+
+    Raises:
+        UserError: as of `read_annotations`; a file compares several pairs, or the baselines differ.
+    """
+    systems: dict[str, list[Annotation]] = {}
+    baselines: dict[str, Path] = {}
+    for path in files:
+        rows = alpaca.read_annotations(path)
+        baseline, name = alpaca.one_pair(rows, path)
+        baselines.setdefault(baseline, path)
+        systems[f"{name} ({path})" if name in systems else name] = rows
+    if len(baselines) > 1:
+        (one, file), (other, more) = list(baselines.items())[:2]
+        raise UserError(f"{file} has the baseline {one}, {more} has {other}; one baseline makes systems comparable")
+    return systems
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """One system's numbers as a Markdown table."""
+    low, high = result["interval"]
+    decided, loose = result["win_rate_ties_dropped"], result["interval_ties_dropped"]
+    lines = [
+        f"# {result['generator_2']} against {result['generator_1']}\n",
+        "| | |",
+        "| --- | --- |",
+        f"| win rate, ties one half | {result['win_rate']:.2f} % (95 % interval {low:.2f} to {high:.2f}) |",
+        f"| without ties | {'every pair is a tie' if decided is None else _rate(decided, loose)} |",
+        f"| won, tied, lost | {_outcomes(result)} of {result['n_total']}; {result['n_dropped']} dropped |",
+        f"| discrete win rate | {result['discrete_win_rate']:.2f} % |",
+        f"| standard error | {_points(result['standard_error'])}; over {result['n_instructions']} instructions "
+        f"{_points(result['clustered_standard_error'])} |",
+        f"| length-controlled | {_controlled(result)} |",
+        f"| characters | {result['avg_length']} against {result['avg_length_base']} |",
+        f"| different from one half | p = {result['p_value']:.2g}; detectable at 80 %: "
+        f"{_points(result['minimal_detectable_difference'])} |",
+    ]
+    if result["n_instructions"] < FEW_PROMPTS or low == high:
+        wilson = "{:.2f} to {:.2f}".format(*result["wilson_interval"])
+        lines.insert(4, f"| Wilson's interval | {wilson}: read this one, the bootstrap's is too narrow here |")
+    found = result["orders"]
+    if found is not None:
+        line = f"| orders | the first place gets {found['first_preference']:.1f} %"
+        if found["consistency"] is not None:
+            line += (
+                f"; {found['pairs_in_both_orders']} pairs in both orders agree on {found['consistency']:.1f} %, "
+                f"disagreement as a tie: {found['win_rate_disagreement_tied']:.2f} %"
+            )
+        lines.append(f"{line} |")
+    return "\n".join(lines)
+
+
+def _rate(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.2f} % ({interval[0]:.2f} to {interval[1]:.2f})"
+
+
+def _points(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.2f} points"
+
+
+def _outcomes(result: Mapping[str, Any]) -> str:
+    return f"{result['n_wins']}, {result['n_draws']}, {result['n_wins_base']}"
+
+
+def _controlled(result: Mapping[str, Any]) -> str:
+    control = result["length_control"]
+    if result["length_controlled_winrate"] is None:
+        return f"not computed: {control['note']}"
+    text = _rate(result["length_controlled_winrate"], result["length_controlled_interval"])
+    return f"{text}, {control['variant']}{'; ' + control['note'] if control['note'] else ''}"
+
+
+def describe_comparisons(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The paired comparisons as a Markdown table; "no significant difference" in those words."""
+    lines = ["| systems | difference | 95 % interval | p, Holm | verdict |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        verdict = "different" if row["p_holm"] <= 1 - LEVEL else "no significant difference"
+        low, high = row["interval"]
+        lines.append(
+            f"| {row['first']} - {row['second']} | {row['difference']:+.2f} points | {low:+.2f} to {high:+.2f} | "
+            f"{row['p_holm']:.2g} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def annotation_result(
+    files: Sequence[Path],
+    *,
+    gamed: Sequence[Path] = (),
+    difficulty: Path | None = None,
+    resamples: int = 10_000,
+    seed: int = 1,
+) -> tuple[dict[str, Any], str, dict[str, list[Annotation]]]:
+    """Everything that `win_rate.py --annotations` says: its JSON, its text, and the rows by system.
+
+    One file gives one object; several give `systems` and `comparisons`.
+
+    Raises:
+        UserError: as of `read_systems` and `summarise`.
+    """
+    systems = read_systems(files)
+    table = None if difficulty is None else alpaca.read_difficulty(difficulty)
+    others = [alpaca.read_annotations(path) for path in gamed]
+    found = {
+        name: summarise(rows, gamed=others, difficulty=table, resamples=resamples, seed=seed)
+        for name, rows in systems.items()
+    }
+    if len(found) == 1:
+        (only,) = found.values()
+        return only, describe(only), systems
+    compared = compare_systems(systems, resamples=resamples, seed=seed)
+    text = "\n\n".join([*(describe(one) for one in found.values()), describe_comparisons(compared)])
+    return {"systems": found, "comparisons": compared}, text, systems
+
+
+def write_annotation_result(
+    folder: Path, result: dict[str, Any], text: str, systems: Mapping[str, Sequence[Annotation]]
+) -> list[Path]:
+    """Write leaderboard.csv, win_rate.md and, at last, win_rate.json."""
+    found = result["systems"] if "systems" in result else {next(iter(systems)): result}
+    files = [folder / name for name in ("leaderboard.csv", "win_rate.md", "win_rate.json")]
+    alpaca.write_leaderboard(files[0], found)
+    write_text(files[1], text + "\n")
+    write_json(files[2], result)
+    return files

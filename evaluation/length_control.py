@@ -1,0 +1,249 @@
+"""Length-controlled win rate (Dubois et al. 2024, arXiv:2404.04475): what the win rate would be at equal lengths.
+
+A logistic model of the preference, P(system wins) = sigmoid(a tanh(d) + b γ + c): d the standardised difference of
+lengths (baseline minus system, so `a` is negative where the judge likes length), γ the instruction's difficulty, c the
+system's own strength. The length-controlled rate is the mean prediction with d = 0.
+
+What of AlpacaEval (cd543a149, metrics/glm_winrate.py) is reproduced: features, objective (L1 norm + C times the
+weighted log loss, no intercept), the ten C from 1e-4 to 1e4, five folds by example scored by the mean weighted log
+loss, the refit at the best C, and gamed systems' rows at weight λ / their number, with c = 0. What is not: liblinear
+stops at a tolerance of 1e-4, this at the optimum; examples are dealt to folds from the last to the first, which is
+scikit-learn's rule for groups of one size up to how numpy's sort orders equals. Pure functions on arrays; no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from evaluation.statistics import Interval, percentile_interval
+
+Array = NDArray[np.float64]
+
+CS = np.logspace(-4, 4, 10)  # inverse regularisation strengths, scikit-learn's `Cs=10`
+FOLDS = 5
+LAMBDA = 0.2  # weight of all gamed rows together, per row of theirs: `regularize_to_baseline_lambda`
+FEW_ROWS = 10  # under this many there is nothing to fit
+FEATURES = ("length", "difficulty", "system")
+
+
+@dataclass(frozen=True)
+class LengthControl:
+    """A fitted length-controlled win rate. Rates are shares in [0, 1].
+
+    Attributes:
+        rate: mean prediction at equal lengths.
+        standard_error: sd (ddof 1) of the predictions / sqrt(n), AlpacaEval's `lc_standard_error`. It only measures
+            how difficulties differ (0 without them), not how well the coefficients are known: read the interval.
+        interval: bootstrap over prompts, the model refitted at the same C and with the same gamed rows.
+        coefficients: by feature: length (a), difficulty (b; absent without γ), system (c).
+        c: the chosen inverse regularisation strength.
+        variant: "regularised", "plain", either with or without difficulty; or "identical".
+        predictions: [n] P(system wins) of each row at equal lengths; NaN nowhere.
+    """
+
+    rate: float
+    standard_error: float
+    interval: Interval | None
+    coefficients: dict[str, float]
+    c: float | None
+    variant: str
+    predictions: Array
+
+
+@dataclass(frozen=True)
+class Gamed:
+    """Annotations of a system that games length (answers like the baseline, told to be verbose or concise).
+
+    Attributes:
+        length: [n] tanh of its standardised length differences.
+        difficulty: [n] γ; None without.
+        share: [n] what it got of each pair, in [0, 1]; NaN is left out.
+    """
+
+    length: Array
+    difficulty: Array | None
+    share: Array
+
+
+def standardise(baseline: ArrayLike, system: ArrayLike) -> Array:
+    """tanh((len_1 - len_2) / sd(len_1 - len_2)), sd with ddof 1; all 0 where the difference never varies.
+
+    Args:
+        baseline: [n] characters of output_1.
+        system: [n] characters of output_2.
+    """
+    delta = np.asarray(baseline, dtype=np.float64) - np.asarray(system, dtype=np.float64)
+    sd = float(delta.std(ddof=1)) if len(delta) > 1 else 0.0
+    return np.zeros_like(delta) if sd == 0 else np.tanh(delta / sd)
+
+
+def fit_l1(features: Array, share: Array, weight: Array, c: float) -> Array:
+    """argmin_w ||w||_1 + C sum_i weight_i (log(1 + exp(x_i w)) - share_i x_i w), without an intercept.
+
+    A share p stands for two rows, (y=1, weight p) and (y=0, weight 1-p), as AlpacaEval duplicates them. The absolute
+    values become smooth by writing w as a difference of two vectors that are not negative.
+
+    Args:
+        features: [n, k].
+        share: [n] in [0, 1].
+        weight: [n].
+        c: inverse regularisation strength.
+
+    Returns:
+        [k] coefficients.
+    """
+    k = features.shape[1]
+
+    def loss(split: Array) -> tuple[float, Array]:
+        w = split[:k] - split[k:]
+        z = features @ w
+        value = split.sum() + c * float(weight @ (np.logaddexp(0, z) - share * z))
+        slope = c * (features.T @ (weight * (expit(z) - share)))
+        return value / scale, np.concatenate([1 + slope, 1 - slope]) / scale
+
+    scale = 1 + c * float(weight.sum())  # a loss near 1, so that tolerances mean the same at every C
+    options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000}
+    found = minimize(loss, np.zeros(2 * k), jac=True, bounds=[(0, None)] * (2 * k), method="L-BFGS-B", options=options)
+    return np.asarray(found.x[:k] - found.x[k:])
+
+
+def choose_c(features: Array, share: Array, weight: Array) -> float:
+    """The C of `CS` with the least log loss on left-out examples, averaged over `FOLDS` folds; the first of equals."""
+    n = len(share)
+    fold = np.arange(n)[::-1] % FOLDS
+    losses = np.zeros(len(CS))
+    for held_out in (fold == number for number in range(FOLDS)):
+        kept = ~held_out
+        for i, c in enumerate(CS):
+            w = fit_l1(features[kept], share[kept], weight[kept], c)
+            p = np.clip(expit(features[held_out] @ w), 1e-15, 1 - 1e-15)
+            y = share[held_out]
+            losses[i] -= float(np.mean(weight[held_out] * (y * np.log(p) + (1 - y) * np.log(1 - p)))) / FOLDS
+    return float(CS[int(np.argmin(losses))])
+
+
+def length_controlled(
+    length: Array,
+    share: Array,
+    *,
+    difficulty: Array | None = None,
+    gamed: list[Gamed] | None = None,
+    clusters: list[Any] | None = None,
+    resamples: int = 200,
+    seed: int = 0,
+    level: float = 0.95,
+) -> LengthControl:
+    """Fit the model and predict at equal lengths.
+
+    Args:
+        length: [n] `standardise`d length differences.
+        share: [n] what the system got of each pair, in [0, 1]; rows with NaN do not fit but are predicted.
+        difficulty: [n] γ.
+        gamed: annotations that hold `a` and `b` near the baseline's own (the regularised variant); each file's rows
+            weigh `LAMBDA` / number of files.
+        clusters: n labels (prompts) for the interval; None: every row is its own.
+        resamples: of the interval; 0 for none.
+        seed: of the resampling.
+        level: of the interval.
+
+    Raises:
+        ValueError: fewer than `FEW_ROWS` rows are known, or gamed rows lack the difficulty that the others have.
+    """
+    known = ~np.isnan(share)
+    if known.sum() < FEW_ROWS:
+        raise ValueError(f"{int(known.sum())} judged pairs; length control needs {FEW_ROWS}")
+    columns = [length, np.ones_like(length)] if difficulty is None else [length, difficulty, np.ones_like(length)]
+    rows, names = np.column_stack(columns), FEATURES if difficulty is not None else (FEATURES[0], FEATURES[2])
+    extra, extra_share, extra_weight = _gamed_rows(gamed or [], difficulty is not None)
+    x, y = np.concatenate([extra, rows[known]]), np.concatenate([extra_share, share[known]])
+    weight = np.concatenate([extra_weight, np.ones(int(known.sum()))])
+    c = choose_c(x, y, weight)
+    w = fit_l1(x, y, weight, c)
+    level_rows = rows.copy()
+    level_rows[:, 0] = 0
+    predictions = expit(level_rows @ w)
+    interval = None
+    if resamples:
+        draws = _refitted(x, y, weight, len(extra), level_rows, known, clusters, c, resamples, seed)
+        interval = percentile_interval(float(predictions.mean()), draws, level)
+    kind = "regularised" if gamed else "plain"
+    return LengthControl(
+        rate=float(predictions.mean()),
+        standard_error=float(predictions.std(ddof=1) / np.sqrt(len(predictions))),
+        interval=interval,
+        coefficients=dict(zip(names, w.tolist(), strict=True)),
+        c=c,
+        variant=f"{kind}, {'with' if difficulty is not None else 'without'} difficulty",
+        predictions=predictions,
+    )
+
+
+def identical(n: int) -> LengthControl:
+    """A system against itself: one half by definition, as AlpacaEval has it."""
+    half = np.full(n, 0.5)
+    return LengthControl(0.5, 0.0, Interval(0.5, 0.5, 0.5), dict.fromkeys(FEATURES, 0.0), None, "identical", half)
+
+
+def _gamed_rows(gamed: list[Gamed], with_difficulty: bool) -> tuple[Array, Array, Array]:
+    """Rows with system = 0, their shares, and their weights."""
+    blocks, shares, weights = [np.empty((0, 3 if with_difficulty else 2))], [np.empty(0)], [np.empty(0)]
+    for one in gamed:
+        if with_difficulty and one.difficulty is None:
+            raise ValueError("gamed annotations without a difficulty")
+        known = ~np.isnan(one.share)
+        columns = [one.length, one.difficulty] if with_difficulty else [one.length]
+        blocks.append(np.column_stack([*columns, np.zeros(len(one.length))])[known])
+        shares.append(one.share[known])
+        weights.append(np.full(int(known.sum()), LAMBDA / len(gamed)))
+    return np.concatenate(blocks), np.concatenate(shares), np.concatenate(weights)
+
+
+def _refitted(
+    x: Array,
+    y: Array,
+    weight: Array,
+    gamed: int,
+    level_rows: Array,
+    known: NDArray[np.bool_],
+    clusters: list[Any] | None,
+    c: float,
+    resamples: int,
+    seed: int,
+) -> Array:
+    """[R] length-controlled rates, refitted on resamples of whole clusters; a resample is a weight for each row."""
+    labels = list(range(len(known))) if clusters is None else clusters
+    places: dict[Any, int] = {}
+    codes = np.array([places.setdefault(label, len(places)) for label in labels])
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(len(places), np.full(len(places), 1 / len(places)), size=resamples)
+    draws = np.empty(resamples)
+    for r, drawn in enumerate(times):
+        of_row = drawn[codes].astype(np.float64)
+        w = fit_l1(x, y, np.concatenate([weight[:gamed], of_row[known]]), c)
+        draws[r] = float(np.average(expit(level_rows @ w), weights=of_row))
+    return draws
+
+
+def between_systems(system: dict[str, float], other: dict[str, float], difficulty: ArrayLike | None = None) -> float:
+    """Length-controlled win rate of one system over another from their coefficients against one baseline.
+
+    mean_i sigmoid((c_s - c_o) + (b_s - b_o) γ_i), AlpacaEval's `predict_winrate`: rate(s, o) = 1 - rate(o, s), and 1/2
+    for a system against itself.
+
+    Args:
+        system, other: `LengthControl.coefficients`; a baseline's own are 0.
+        difficulty: [n] γ of the instructions; None where the coefficients have none.
+
+    Returns:
+        A share in [0, 1].
+    """
+    gamma = np.zeros(1) if difficulty is None else np.asarray(difficulty, dtype=np.float64)
+    gap = system["system"] - other["system"]
+    slope = system.get("difficulty", 0.0) - other.get("difficulty", 0.0)
+    return float(np.mean(expit(gap + slope * gamma)))

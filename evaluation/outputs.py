@@ -1,0 +1,93 @@
+"""What a comparison of two models leaves in a folder: win_rate.json, samples.jsonl, AlpacaEval's files, Markdown.
+
+Not the comparison (`comparison`) and not the formats (`annotations`); the HTML page of a run is `report`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alignment.files import write_json, write_json_lines, write_text
+from evaluation import annotations as alpaca
+from evaluation.annotations import Annotation
+from evaluation.comparison import Comparison, describe
+from evaluation.head_to_head import control_length, extreme_change
+
+
+def with_length_control(
+    comparison: Comparison,
+    gamed: Sequence[Sequence[Annotation]] = (),
+    difficulty: Mapping[str | int, float] | None = None,
+) -> Comparison:
+    """The comparison with `length_controlled` in its result, in shares; null with a note where pairs are too few.
+
+    Raises:
+        UserError: an instruction has no difficulty.
+    """
+    result = comparison.result
+    seed = result["bootstrap"]["seed"]
+    fields: dict[str, Any]
+    try:
+        found = control_length(alpaca.parse_annotations(comparison.annotations), gamed, difficulty, seed=seed)
+    except ValueError as error:
+        fields = {"win_rate": None, "interval": None, "variant": None, "note": str(error)}
+    else:
+        limits = found.interval
+        fields = {
+            "win_rate": found.rate,
+            "interval": None if limits is None else [limits.low, limits.high],
+            "standard_error": found.standard_error,
+            "variant": found.variant,
+            "coefficients": found.coefficients,
+            "C": found.c,
+            "note": extreme_change(100 * result["win_rate"], 100 * found.rate),
+        }
+    return replace(comparison, result={**result, "length_controlled": fields})
+
+
+def leaderboard_row(comparison: Comparison) -> dict[str, Any]:
+    """The model's row of AlpacaEval's leaderboard, in percent, over pairs of samples."""
+    rows, control = comparison.annotations, comparison.result.get("length_controlled") or {}
+    found = alpaca.describe_head2head([row["preference"] for row in rows])
+    found["avg_length"] = alpaca.average_length([row["output_2"] for row in rows])
+    if control.get("win_rate") is not None:
+        found["length_controlled_winrate"] = 100 * control["win_rate"]
+        found["lc_standard_error"] = 100 * control["standard_error"]
+    return found
+
+
+def write_comparison(folder: Path, comparison: Comparison) -> list[Path]:
+    """Write samples.jsonl, then win_rate.json, which is what says that the result is complete."""
+    files = [folder / "win_rate.json", folder / "samples.jsonl"]
+    write_json_lines(files[1], comparison.rows)
+    write_json(files[0], comparison.result)
+    return files
+
+
+def write_output(folder: Path, comparison: Comparison) -> list[Path]:
+    """The same with annotations.json and leaderboard.csv, which AlpacaEval's tools read, and win_rate.md."""
+    files = [folder / name for name in ("annotations.json", "leaderboard.csv", "win_rate.md")]
+    alpaca.write_annotations(files[0], comparison.annotations)
+    alpaca.write_leaderboard(files[1], {comparison.result["model"]: leaderboard_row(comparison)})
+    write_text(files[2], markdown(comparison.result))
+    return [*write_comparison(folder, comparison), *files]
+
+
+def write_into_run(run_dir: Path, comparison: Comparison) -> list[Path]:
+    """Write a comparison into a run and refresh the run's report."""
+    from evaluation.report import write_report
+
+    return [*write_comparison(run_dir, comparison), write_report(run_dir)]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """win_rate.md: the printed block as a table of its lines."""
+    first, *lines = describe(result).splitlines()
+    table = [f"# {' '.join(first.split())}", "", "| | |", "| --- | --- |"]
+    for line in lines:  # two spaces, a name of eleven columns, a space
+        text = line[14:].replace("|", "\\|")
+        table.append(f"| {line[2:13].rstrip()} | {text} |")
+    return "\n".join(table) + "\n"

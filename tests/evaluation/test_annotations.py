@@ -1,0 +1,287 @@
+"""AlpacaEval's files and numbers: values by hand, by pandas, and through the program."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from alignment.errors import UserError
+from alignment.rewards import get_reward
+from evaluation.annotations import (
+    LEADERBOARD_COLUMNS,
+    describe_head2head,
+    parse_annotations,
+    read_annotations,
+    read_difficulty,
+    read_model_outputs,
+)
+from evaluation.comparison import Side, compare
+from evaluation.head_to_head import annotation_result, compare_systems, extreme_change, orders, summarise
+from evaluation.outputs import leaderboard_row, markdown, with_length_control, write_output
+from evaluation.win_rate import app, choose_form, run_program, win_rate_of_files
+from tests.evaluation.test_win_rate import run
+
+NAN = float("nan")
+ALPACA_KEYS = ["win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate"]
+
+
+def row(preference, instruction="i", one="base", two="model", **more) -> dict:
+    return {"instruction": instruction, "output_1": one, "generator_1": "b", "output_2": two, "generator_2": "m"} | {
+        "preference": preference,
+        **more,
+    }
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text(json.dumps(rows))  # NaN stands there as NaN, as AlpacaEval's own files have it
+    return path
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """2, 1, 1.5, 0 (an old draw), 1.25, and three that are dropped; texts of 3 and 4 characters by turns."""
+    values = [2, 1.0, 1.5, 0, 1.25, None, 3.2, NAN]
+    return write(
+        tmp_path / "annotations.json", [row(v, f"i{k}", "bas", "m" * (3 + k % 2)) for k, v in enumerate(values)]
+    )
+
+
+def test_the_promised_command(small):
+    """x = 1, 0, .5, .5, .25: mean .45, squares about it .3025 + .2025 + 2 * .0025 + .04 = .55, error sqrt(.55/4/5).
+
+    Rounded: 2, 1, draw, draw, 1: (1 + .5 + .5) / 5 = .4; 3.2 rounds to 3 and is dropped there, too. Mean length 3.5.
+    """
+    done = run("--annotations", small, "--json")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    result = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert result["win_rate"] == pytest.approx(45)
+    assert result["standard_error"] == pytest.approx(100 * math.sqrt(0.55 / 4 / 5))
+    assert [result[key] for key in ("n_wins", "n_wins_base", "n_draws", "n_total")] == [1, 2, 2, 5]
+    assert result["discrete_win_rate"] == pytest.approx(40)
+    assert result["avg_length"] == 3 and isinstance(result["avg_length"], int)
+    low, high = result["interval"]
+    assert 0 <= low < 45 < high <= 100
+    assert (result["n_dropped"], result["n_instructions"]) == (3, 5)
+    assert result["win_rate_ties_dropped"] == pytest.approx(100 / 3)
+    assert result["length_controlled_winrate"] is None and "needs 10" in result["length_control"]["note"]
+
+
+def test_random_preferences_against_pandas():
+    rng = np.random.default_rng(0)
+    values = [*rng.uniform(1, 2, 40).tolist(), *rng.choice([0.0, 1.0, 1.5, 2.0], 30).tolist(), NAN, NAN, -1.0, 2.7]
+    given = pd.Series(values).replace({0.0: 1.5})
+    x = given[(given >= 1) & (given <= 2)] - 1
+    got = describe_head2head(values)
+    assert list(got) == ALPACA_KEYS
+    assert got["win_rate"] == pytest.approx(100 * x.mean(), abs=1e-10)
+    assert got["standard_error"] == pytest.approx(100 * x.sem(), abs=1e-10)
+    assert got["n_wins"] + got["n_wins_base"] + got["n_draws"] == got["n_total"] == 70
+
+
+def test_rounding_comes_before_dropping_as_in_alpaca_eval():
+    """Its ZeroOneScoringRule rounds, then drops: 2.4 is a 2 there, .3 a 0 and so a draw; neither is a preference."""
+    got = describe_head2head([1, 1, 2.4, 0.3])
+    assert (got["win_rate"], got["n_total"], got["n_draws"]) == (0.0, 2, 0)
+    assert got["discrete_win_rate"] == pytest.approx(100 * (0 + 0 + 1 + 0.5) / 4)
+
+
+def test_one_row_has_no_standard_error_and_none_is_an_error(small):
+    assert math.isnan(describe_head2head([2])["standard_error"])
+    with pytest.raises(ValueError, match="no preference"):
+        describe_head2head([NAN, 3])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        ([{"instruction": "i", "output_1": "a", "preference": 1}], "row 1: no text under 'output_2' in this row"),
+        ([row(1), row("2")], "row 2: preference must be a number from 1 to 2, 0 or null, not '2'"),
+        ([row(True)], "row 1: preference must be a number"),
+        ([{k: v for k, v in row(1).items() if k != "preference"}], "row 1: preference must be"),
+        ([row(None), row(NAN)], "no preference between 1 and 2 in 2 rows"),
+        ([row(1), row(2, generator_2="other")], "compares 2 pairs of systems (b and m; b and other)"),
+    ],
+)
+def test_unusable_files_are_one_line(tmp_path, rows, message):
+    path, out = write(tmp_path / "a.json", rows), tmp_path / "out"
+    with pytest.raises(UserError) as caught:
+        run_program({"annotations": [path], "output": out})
+    assert str(caught.value).startswith(str(path)) and message in str(caught.value)
+    assert "\n" not in str(caught.value) and not out.exists()
+
+
+def test_options_of_other_forms_are_refused():
+    assert choose_form({"annotations", "json", "gamed", "difficulty", "output"}) == "annotations"
+    with pytest.raises(UserError, match="--reward does not apply with --annotations"):
+        choose_form({"annotations", "reward"})
+    with pytest.raises(UserError, match="give exactly one of"):
+        choose_form({"annotations", "RUN_DIR"})
+
+
+def test_options_reach_the_program(monkeypatch):
+    seen: dict = {}
+    monkeypatch.setattr("evaluation.win_rate.run_program", seen.update)
+    words = ["--annotations", "a.json", "--annotations", "b.json", "--gamed", "g.json", "--difficulty", "d.csv"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert seen == {
+        "annotations": [Path("a.json"), Path("b.json")],
+        "gamed": [Path("g.json")],
+        "difficulty": Path("d.csv"),
+    }
+
+
+def test_repeated_instructions_are_one_cluster():
+    """Two instructions, each with rows (1, 1) or (0, 0): a resample of instructions gives 0, 1/2 or 1 only.
+
+    Residual sums +-1: clustered error sqrt(2/1 * 2) / 4 = 1/2; by rows sqrt(1/3) / 2 is less.
+    """
+    rows = parse_annotations([row(2, "p"), row(2, "p", two="other"), row(1, "q"), row(1, "q", two="other")])
+    got = summarise(rows, resamples=500)
+    assert got["interval"] == pytest.approx([0, 100])
+    assert got["clustered_standard_error"] == pytest.approx(50)
+    assert got["standard_error"] == pytest.approx(100 * math.sqrt(1 / 3 / 4))
+    assert (got["n_total"], got["n_instructions"], got["p_value"]) == (4, 2, 1.0)
+
+
+def test_swapping_the_systems_mirrors_everything():
+    random.seed(1)
+    values = [random.choice([1, 1.5, 2, 1.2, 1.9]) for _ in range(30)]
+    texts = [("x" * random.randint(1, 50), "x" * random.randint(1, 50)) for _ in values]
+    forth = [row(v, f"i{k}", *texts[k]) for k, v in enumerate(values)]
+    back = [row(3 - v, f"i{k}", *reversed(texts[k])) for k, v in enumerate(values)]
+    one, two = (summarise(parse_annotations(rows), resamples=200) for rows in (forth, back))
+    for key in ("win_rate", "discrete_win_rate", "length_controlled_winrate", "win_rate_ties_dropped"):
+        assert one[key] + two[key] == pytest.approx(100, abs=1e-3)
+    assert one["interval"] == pytest.approx([100 - two["interval"][1], 100 - two["interval"][0]])
+    assert one["n_wins"] == two["n_wins_base"]
+
+
+def test_position_bias_by_hand():
+    """Not switched, output_1 is shown first and gets 2 - preference; switched, output_2, with preference - 1."""
+    rows = [
+        row(1.2, "p", is_switched_outputs=False),  # output_1 first and gets .8
+        row(1.6, "p", is_switched_outputs=True),  # output_2 first and gets .6: the orders disagree
+        row(1.9, "q", is_switched_outputs=True),  # .9
+        row(1.8, "q", is_switched_outputs=False),  # .2: the orders agree on output_2
+        row(1.7, "r", is_switched_outputs=False),  # .3
+        row(2, "s"),
+    ]
+    got = orders(parse_annotations(rows))
+    assert got is not None
+    assert got["first_preference"] == pytest.approx(100 * (0.8 + 0.6 + 0.9 + 0.2 + 0.3) / 5)
+    assert (got["pairs_in_both_orders"], got["consistency"]) == (2, 50)
+    assert got["win_rate_disagreement_tied"] == pytest.approx(100 * (0.5 + 1) / 2)
+    assert orders(parse_annotations([row(2)])) is None
+    assert "first place gets" in annotation_text(rows)
+
+
+def annotation_text(rows: list[dict]) -> str:
+    from evaluation.head_to_head import describe
+
+    return describe(summarise(parse_annotations(rows), resamples=100))
+
+
+def test_several_systems_are_compared_in_pairs(tmp_path):
+    """Shares on i0..i2: a 1, 1, 1; b 0, 1, .5; c answers i1 and i2 alone. a - b = 1, 0, .5: mean 50 points, p 2/4.
+
+    Zero differences flip to themselves: patterns of (1, .5): |+-1.5| in 2 of 4 -> p = 1/2. Holm over three pairs.
+    """
+    files = []
+    for name, values in (("a", {0: 2, 1: 2, 2: 2}), ("b", {2: 1.5, 1: 2, 0: 1}), ("c", {1: 2, 2: 2})):
+        rows = [row(v, f"i{k}") | {"generator_2": name} for k, v in values.items()]
+        files.append(write(tmp_path / f"{name}.json", rows))
+    result, text, systems = annotation_result(files, resamples=200)
+    assert list(result["systems"]) == list(systems) == ["a", "b", "c"]
+    ab, ac, bc = result["comparisons"]
+    assert (ab["difference"], ab["p_value"], ab["instructions"]) == (pytest.approx(50), 0.5, 3)
+    assert (ac["difference"], ac["instructions"]) == (0, 2)
+    assert (bc["difference"], bc["instructions"]) == (pytest.approx(-25), 2)
+    assert [r["p_holm"] for r in (ab, ac, bc)] == [1, 1, 1]
+    assert "no significant difference" in text
+    with pytest.raises(UserError, match="no instruction that both answered"):
+        compare_systems({n: parse_annotations([row(2, n)]) for n in ("x", "y")})
+    other = write(tmp_path / "other.json", [row(2) | {"generator_1": "another"}])
+    with pytest.raises(UserError, match="one baseline makes systems comparable"):
+        annotation_result([files[0], other])
+
+
+def test_an_output_folder_has_a_leaderboard(small, tmp_path, capsys):
+    run_program({"annotations": [small], "output": tmp_path / "out", "bootstrap": 200})
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["leaderboard.csv", "win_rate.json", "win_rate.md"]
+    text = (tmp_path / "out" / "leaderboard.csv").read_text()
+    columns = "win_rate,standard_error,n_wins,n_wins_base,n_draws,n_total,discrete_win_rate,mode,avg_length"
+    assert text.splitlines()[0] == f",{columns},length_controlled_winrate,lc_standard_error"  # AlpacaEval's own
+    table = pd.read_csv(tmp_path / "out" / "leaderboard.csv", index_col=0)
+    assert list(table.columns) == list(LEADERBOARD_COLUMNS)
+    assert table.loc["m", "win_rate"] == pytest.approx(45) and math.isnan(table.loc["m", "lc_standard_error"])
+    assert capsys.readouterr().out.startswith("# m against b")
+
+
+def test_a_comparison_is_written_in_alpaca_eval_s_format(tmp_path):
+    """Lengths 4, 2 against 3 of p: win, loss; 2 against 2 of q: tie. Over pairs 1/2; over prompts (1/2 + 1/2) / 2."""
+    model, baseline = Side("new", [["xxxx", "xx"], ["xx"]]), Side("old", [["xxx"], ["yy"]])
+    found = with_length_control(compare(["p", "q"], model, baseline, get_reward("length"), resamples=100, seed=0))
+    write_output(tmp_path, found)
+    rows = json.loads((tmp_path / "annotations.json").read_text())
+    assert rows[0] == {
+        "instruction": "p", "output_1": "xxx", "generator_1": "old", "output_2": "xxxx", "generator_2": "new",
+        "annotator": "length", "preference": 2.0,
+    }  # fmt: skip
+    assert [r["preference"] for r in rows] == [2, 1, 1.5]
+    assert summarise(read_annotations(tmp_path / "annotations.json"), resamples=100)["win_rate"] == pytest.approx(50)
+    (line,) = csv.DictReader((tmp_path / "leaderboard.csv").open())
+    assert (line[""], line["n_wins"], line["n_draws"], line["avg_length"]) == ("new", "1", "1", "2")
+    assert leaderboard_row(found)["discrete_win_rate"] == pytest.approx(100 * found.result["discrete_win_rate"])
+    assert found.result["length_controlled"]["win_rate"] is None
+    page = markdown(found.result)
+    assert page.startswith("# Win rate 50.0 % (95 % interval") and "| model | new |" in page
+    assert "| prompts won | 0, tied 2, lost 0; sample pairs won 1, tied 1, lost 1 |" in page
+    assert all(line.count("|") == 3 for line in page.splitlines()[2:])
+
+
+def test_model_outputs_are_sides(tmp_path):
+    ours = [{"dataset": "d", "instruction": i, "output": o, "generator": "new"} for i, o in (("p", "xxx"), ("q", "x"))]
+    theirs = [{"instruction": i, "output": "xx", "generator": "old"} for i in ("q", "p")]
+    a, b = write(tmp_path / "a.json", ours), write(tmp_path / "b.json", theirs)
+    result = win_rate_of_files(a, b, get_reward("length"), resamples=100).result
+    assert (result["model"], result["baseline"], result["win_rate"]) == ("new", "old", 0.5)
+    name, outputs = read_model_outputs(a)
+    assert name == "new" and outputs["q"] == (f"{a}: row 2", ["x"])
+    with pytest.raises(UserError, match=r"a.json: row 1: prompt 'p' is not in .*c.json; 1 such prompt"):
+        win_rate_of_files(a, write(tmp_path / "c.json", theirs[:1]), get_reward("length"))
+    with pytest.raises(UserError, match="no text under 'output'"):
+        read_model_outputs(write(tmp_path / "d.json", [{"instruction": "p"}]))
+    with pytest.raises(UserError, match="outputs of 2 generators"):
+        read_model_outputs(write(tmp_path / "e.json", ours + theirs))
+
+
+def test_difficulty_by_text_or_by_row(tmp_path):
+    (tmp_path / "d.json").write_text('{"p": 0.5}')
+    (tmp_path / "d.csv").write_text(",instruction_difficulty\n0,1.5\n1,-2\n")
+    assert read_difficulty(tmp_path / "d.json") == {"p": 0.5}
+    assert read_difficulty(tmp_path / "d.csv") == {0: 1.5, 1: -2.0}
+    (tmp_path / "bad.csv").write_text(",instruction_difficulty\n0,hard\n")
+    with pytest.raises(UserError, match="a number is needed for every instruction"):
+        read_difficulty(tmp_path / "bad.csv")
+    rows = parse_annotations([row(1 + k % 2, f"i{k}", "x" * k, "x") for k in range(12)])
+    with pytest.raises(UserError, match="no difficulty for instruction 'i2' or index 2"):
+        summarise(rows, difficulty={0: 1.5, 1: -2.0}, resamples=100)
+    found = summarise(rows, difficulty={k: k / 5 - 1 for k in range(12)}, resamples=100)
+    assert found["length_control"]["variant"] == "plain, with difficulty"
+
+
+def test_extreme_changes_are_warned_of():
+    """20 %: a quarter of the way down is 15, ten points 10; of the way up 40. 50 %: below 37.5 or above 62.5."""
+    assert extreme_change(20, 10.1) is None and extreme_change(20, 9.9) is not None
+    assert extreme_change(20, 39.9) is None and extreme_change(20, 40.1) is not None
+    assert extreme_change(50, 37.6) is None and extreme_change(50, 37.4) is not None

@@ -1,0 +1,206 @@
+"""Length control: the fit against another optimiser, its properties on simulated judges, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, logit
+
+from evaluation.annotations import parse_annotations
+from evaluation.head_to_head import summarise
+from evaluation.length_control import (
+    CS,
+    Gamed,
+    between_systems,
+    choose_c,
+    fit_l1,
+    identical,
+    length_controlled,
+    standardise,
+)
+
+N = 805  # AlpacaEval's instructions
+
+
+def simulate(rng, n=N, a=-1.5, b=0.7, c=0.4, drift=0.0):
+    """Features and hard verdicts of a judge with known coefficients; `drift` makes the system's answers longer."""
+    baseline = rng.integers(200, 3000, n)
+    system = np.maximum(1, baseline + rng.normal(drift, 600, n).astype(int))
+    length, gamma = standardise(baseline, system), rng.normal(size=n)
+    share = (rng.random(n) < expit(a * length + b * gamma + c)).astype(float)
+    return length, gamma, share
+
+
+def test_standardised_lengths_by_hand():
+    """Differences 1, 2, 3 (baseline minus system): sd with ddof 1 is 1."""
+    assert standardise([11, 12, 13], [10, 10, 10]) == pytest.approx(np.tanh([1, 2, 3]))
+    assert standardise([5, 6], [4, 5]).tolist() == [0, 0]  # always by the same amount
+    assert standardise([5], [4]).tolist() == [0]
+
+
+def test_an_intercept_alone_has_a_closed_form():
+    """min |w| + C n (log(1 + e^w) - p w): w = logit(p - 1/(C n)) where p > 1/2 and C n (p - 1/2) > 1, else 0."""
+    share, ones = np.array([1.0] * 30 + [0.0] * 10), np.ones((40, 1))
+    for c in (0.2, 1.0, 50.0):
+        assert fit_l1(ones, share, np.ones(40), c)[0] == pytest.approx(logit(0.75 - 1 / (40 * c)), abs=1e-6)
+    assert fit_l1(ones, share, np.ones(40), 0.09)[0] == 0  # 40 * 0.09 / 4 < 1
+
+
+def test_the_fit_is_a_minimum_in_every_direction():
+    """Soft labels as duplicated rows with weights p and 1 - p, the objective written out and searched along lines."""
+    rng = np.random.default_rng(0)
+    x, p, weight = rng.normal(size=(60, 3)), rng.random(60), rng.uniform(0.1, 1, 60)
+    rows, labels = np.concatenate([x, x]), np.concatenate([np.ones(60), -np.ones(60)])
+    weights = np.concatenate([weight * p, weight * (1 - p)])
+
+    def objective(w, c):
+        return np.abs(w).sum() + c * np.sum(weights * np.log1p(np.exp(-labels * (rows @ w))))
+
+    for c in (0.01, 0.3, 10.0):
+        w = fit_l1(x, p, weight, c)
+        for direction in [*np.eye(3), *rng.normal(size=(10, 3))]:
+            line = minimize_scalar(lambda t, d=direction, c=c, w=w: objective(w + t * d, c), bracket=(-0.1, 0.1))
+            assert objective(w, c) <= line.fun + 1e-7
+    assert np.count_nonzero(fit_l1(x, p, weight, 0.01)) < 3  # the L1 norm sets some to exactly 0
+
+
+def test_c_has_the_least_left_out_loss_of_the_ten():
+    """By loops over the folds of scikit-learn's GroupKFold for groups of one size: the last example to fold 0, …"""
+    rng = np.random.default_rng(1)
+    length, gamma, share = simulate(rng, 40)
+    x, weight = np.column_stack([length, gamma, np.ones(40)]), np.ones(40)
+    folds = [[i for i in range(40) if (39 - i) % 5 == fold] for fold in range(5)]
+    totals = []
+    for c in CS:
+        total = 0.0
+        for fold in folds:
+            kept = [i for i in range(40) if i not in fold]
+            p = expit(x[fold] @ fit_l1(x[kept], share[kept], weight[kept], c))
+            total += np.mean([-np.log(q if y else 1 - q) for q, y in zip(p, share[fold], strict=True)])
+        totals.append(total)
+    assert choose_c(x, share, weight) == CS[int(np.argmin(totals))]
+    assert CS[0] == 1e-4 and CS[-1] == pytest.approx(1e4) and len(CS) == 10
+
+
+def test_parameters_of_a_simulated_judge_are_recovered():
+    """Means over 20 simulations of 805 rows, each with a standard error of about .17, .09 and .08 / sqrt(20)."""
+    rng, found = np.random.default_rng(2), []
+    for _ in range(20):
+        length, gamma, share = simulate(rng, a=-1.5, b=0.7, c=0.4)
+        got = length_controlled(length, share, difficulty=gamma, resamples=0)
+        found.append([got.coefficients[k] for k in ("length", "difficulty", "system")])
+    assert np.mean(found, axis=0) == pytest.approx([-1.5, 0.7, 0.4], abs=0.12)
+    assert got.coefficients["length"] < -1  # negative where the judge likes length
+
+
+@pytest.mark.slow
+def test_the_interval_covers_the_rate_at_equal_lengths():
+    rng, covered = np.random.default_rng(3), 0
+    for run in range(40):
+        length, gamma, share = simulate(rng, 200, drift=400)
+        got = length_controlled(length, share, difficulty=gamma, resamples=100, seed=run)
+        truth = float(np.mean(expit(0.7 * gamma + 0.4)))
+        assert got.interval is not None
+        covered += got.interval.low <= truth <= got.interval.high
+    assert covered >= 34  # nominal 38 of 40
+
+
+def test_swapping_the_systems_gives_the_rest():
+    rng = np.random.default_rng(4)
+    length, gamma, share = simulate(rng, 300, drift=300)
+    one = length_controlled(length, share, difficulty=gamma, resamples=100, seed=5)
+    two = length_controlled(-length, 1 - share, difficulty=gamma, resamples=100, seed=5)
+    assert one.rate + two.rate == pytest.approx(1, abs=1e-5)
+    assert one.interval is not None and two.interval is not None
+    assert one.interval.low + two.interval.high == pytest.approx(1, abs=1e-4)
+    plain = length_controlled(length, share, resamples=0), length_controlled(-length, 1 - share, resamples=0)
+    assert plain[0].rate + plain[1].rate == pytest.approx(1, abs=1e-5)
+
+
+def test_systems_against_each_other_from_coefficients():
+    """AlpacaEval's predict_winrate: antisymmetric, 1/2 against itself, by hand for two instructions."""
+    gamma = np.array([-1.0, 2.0])
+    one, two = {"difficulty": 0.5, "system": 0.3}, {"difficulty": -0.25, "system": 0.1}
+    by_hand = (expit(0.2 - 0.75) + expit(0.2 + 1.5)) / 2
+    assert between_systems(one, two, gamma) == pytest.approx(by_hand)
+    assert between_systems(two, one, gamma) == pytest.approx(1 - by_hand)
+    assert between_systems(one, one, gamma) == 0.5
+    assert between_systems({"system": 1.0}, {"system": 0.0}) == pytest.approx(expit(1.0))
+
+
+def test_a_system_against_itself_is_one_half():
+    row = {"instruction": "i", "output_1": "a", "output_2": "a", "generator_1": "m", "generator_2": "m"}
+    found = summarise(parse_annotations([row | {"preference": 1.5}] * 12), resamples=100)
+    assert found["length_controlled_winrate"] == 50 and found["lc_standard_error"] == 0
+    assert found["length_control"]["variant"] == "identical"
+    assert identical(3).predictions.tolist() == [0.5] * 3
+
+
+def gamed_rate(rng, drift, gamed=None):
+    """Raw and length-controlled rate of a system of equal quality whose answers are longer by `drift` characters."""
+    baseline = rng.integers(500, 2000, N)
+    system = np.maximum(1, baseline + rng.normal(drift, 300, N).astype(int))
+    share = (rng.random(N) < expit((system - baseline) / 500)).astype(float)  # the judge looks at length alone
+    got = length_controlled(standardise(baseline, system), share, gamed=gamed, resamples=0)
+    return float(share.mean()), got.rate, (standardise(baseline, system), share)
+
+
+def test_gaming_length_gains_less_under_control():
+    """Verbose, same and concise answers: the spread of the raw rate shrinks to a fraction."""
+    rng = np.random.default_rng(6)
+    raw, controlled = zip(*[gamed_rate(rng, drift)[:2] for drift in (400, 0, -400)], strict=True)
+    assert max(raw) - min(raw) > 0.3
+    assert max(controlled) - min(controlled) < 0.4 * (max(raw) - min(raw))
+    assert all(abs(c - 0.5) < abs(r - 0.5) for c, r in zip(controlled[::2], raw[::2], strict=True))
+
+
+def test_gamed_annotations_regularise():
+    """A system whose answers are always longer by the same length tells nothing of the judge's taste (d is constant):
+    the plain variant cannot tell length from strength, gamed annotations of a judge who likes length can."""
+    rng = np.random.default_rng(7)
+    gamed = [Gamed(length, None, share) for _, _, (length, share) in (gamed_rate(rng, d) for d in (400, -400))]
+    length = np.full(N, -0.9) + rng.normal(0, 0.01, N)
+    share = (rng.random(N) < 0.8).astype(float)
+    plain = length_controlled(length, share, resamples=0)
+    held = length_controlled(length, share, gamed=gamed, resamples=0)
+    assert (plain.variant, held.variant) == ("plain, without difficulty", "regularised, without difficulty")
+    assert held.rate < plain.rate - 0.1 and held.coefficients["length"] < -0.5
+    # Rows of weight 0.2 / 2 each count a tenth: ten copies of the gamed rows at 1/100 of the weight are the same fit.
+    x = np.column_stack([gamed[0].length, np.zeros(N)])
+    assert fit_l1(np.concatenate([x] * 10), np.tile(gamed[0].share, 10), np.full(10 * N, 0.01), 1.0) == pytest.approx(
+        fit_l1(x, gamed[0].share, np.full(N, 0.1), 1.0), abs=1e-6
+    )
+
+
+def test_what_cannot_be_fitted():
+    with pytest.raises(ValueError, match="9 judged pairs; length control needs 10"):
+        length_controlled(np.zeros(12), np.array([1.0] * 9 + [np.nan] * 3))
+    with pytest.raises(ValueError, match="gamed annotations without a difficulty"):
+        one = Gamed(np.zeros(3), None, np.ones(3))
+        length_controlled(np.zeros(12), np.ones(12), difficulty=np.zeros(12), gamed=[one])
+
+
+def test_rows_without_a_verdict_are_predicted_but_do_not_fit():
+    rng = np.random.default_rng(8)
+    length, gamma, share = simulate(rng, 100)
+    kept = length_controlled(length[:80], share[:80], difficulty=gamma[:80], resamples=0)
+    share[80:] = np.nan
+    got = length_controlled(length, share, difficulty=gamma, resamples=0)
+    assert got.coefficients == pytest.approx(kept.coefficients) and len(got.predictions) == 100
+    b, c = got.coefficients["difficulty"], got.coefficients["system"]
+    assert got.rate == pytest.approx(np.mean([expit(b * g + c) for g in gamma]))
+    sd = np.std([expit(b * g + c) for g in gamma], ddof=1)
+    assert got.standard_error == pytest.approx(sd / 10)
+
+
+def test_variants_are_named():
+    rng = np.random.default_rng(9)
+    length, gamma, share = simulate(rng, 30)
+    one = Gamed(length, gamma, share)
+    for gamed, difficulty in itertools.product(([], [one]), (None, gamma)):
+        got = length_controlled(length, share, difficulty=difficulty, gamed=gamed, resamples=0)
+        kind = "regularised" if gamed else "plain"
+        assert got.variant == f"{kind}, {'without' if difficulty is None else 'with'} difficulty"
