@@ -34,7 +34,7 @@ def write(panels: Sequence[Panel], stem: Path) -> list[Path]:
                 _draw(axes, panel, per_gradient=row == 1)
                 axes.set_xlabel(what)
                 if row == 0:
-                    axes.set_title(f"β = {panel.setting.beta:g}, η = {panel.eta:.2g}", fontsize=10)
+                    axes.set_title(f"β {panel.setting.beta:g}, {panel.step.replace('eta', 'η')}", fontsize=10)
             grid[row][0].set_ylabel("duality gap")
         games = next(iter(panels[0].curves.values())).gaps.shape[1]
         note = f"line: median of {games} games; thin line: the worst of them" if games > 1 else ""

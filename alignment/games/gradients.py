@@ -95,12 +95,19 @@ class Situation:
 
 @dataclass(frozen=True)
 class Draws:
-    """Pairs of arms and what each counts, `[B, m]`; `third` is a drawn opponent, None for its expectation."""
+    """Pairs of arms and what each counts, `[B, m]`.
+
+    Attributes:
+        first, second, calibration: indices of arms.
+        weight: sums to 1 in every game.
+        won: whether first and second beat a drawn response of the opponent; None: P against the opponent in the mean.
+        label: whether first beats second; None: P(first beats second).
+    """
 
     first: Tensor
     second: Tensor
     weight: Tensor
-    third: Tensor | None = None
+    won: tuple[Tensor, Tensor] | None = None
     label: Tensor | None = None
     calibration: Tensor | None = None
 
@@ -125,20 +132,23 @@ def random_pairs(
 ) -> Draws:
     """`samples` draws of (y, y', y'', calibration) per game, each counting 1/samples.
 
-    With labels "drawn" the preference between y and y' is a 0/1 draw; y'' is one draw in either case.
+    Comparisons of y and y' with y'', and of y with y', are P of the drawn arms, or with labels "drawn" 0/1 draws.
     """
 
     def draw(probabilities: Tensor) -> Tensor:
         return torch.multinomial(probabilities, samples, replacement=True, generator=generator)
 
+    def judge(one: Tensor, other: Tensor) -> Tensor:
+        chance = _pairwise(situation.preference, one, other)
+        if labels == "probability":
+            return chance
+        return (torch.rand(chance.shape, generator=generator, dtype=DOUBLE) < chance).to(DOUBLE)
+
     first, second = draw(situation.sampler), draw(situation.sampler)
     third, calibration = draw(situation.opponent), draw(situation.reference.exp())
-    label = None
-    if labels == "drawn":
-        chance = _pairwise(situation.preference, first, second)
-        label = (torch.rand(chance.shape, generator=generator, dtype=DOUBLE) < chance).to(DOUBLE)
     weight = torch.full(first.shape, 1 / samples, dtype=DOUBLE)
-    return Draws(first, second, weight, third, label, calibration)
+    won = judge(first, third), judge(second, third)
+    return Draws(first, second, weight, won, judge(first, second), calibration)
 
 
 def _pairwise(preference: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -156,15 +166,14 @@ def loss(objective: Objective, situation: Situation, draws: Draws) -> Tensor:
     if kind == "groups" or "degree" in objective.needs:
         raise NotEnumerable(f"objective {objective.card.name!r} reads {', '.join(objective.needs)}: no game has that")
     columns = {}
-    for response, index in zip(_RESPONSES[kind], (draws.first, draws.second), strict=True):
+    for at, (response, index) in enumerate(zip(_RESPONSES[kind], (draws.first, draws.second), strict=True)):
         for name, what in _OF_AN_ARM[kind].items():
             if what == "log_odds" and "log_odds" not in objective.needs:
                 continue  # infinite in many games
-            if what == "won" and draws.third is not None:
-                column = _pairwise(situation.preference, index, draws.third)
+            if what == "won" and draws.won is not None:
+                columns[name.format(response)] = draws.won[at]
             else:
-                column = situation.arm(what).gather(1, index)
-            columns[name.format(response)] = column
+                columns[name.format(response)] = situation.arm(what).gather(1, index)
     label = draws.label
     columns[_OF_A_PAIR[kind]] = _pairwise(situation.preference, draws.first, draws.second) if label is None else label
     if kind == "pairs" and draws.calibration is not None:

@@ -74,7 +74,7 @@ class Experiment:
         settings: one panel each.
         policy: of `policies.POLICIES`.
         samples: draws per game and gradient; None for exact gradients.
-        labels: with samples: P between the two responses as it is, or 0/1 draws.
+        labels: with samples: comparisons are P as it is, or 0/1 draws.
         seeds: with samples or networks: independent repetitions in every game.
         seed: of draws and initial networks.
         offset: scale of normal noise on the logits that a table starts from, where the reference is the solution.
@@ -111,13 +111,15 @@ class Panel:
 
     Attributes:
         setting: as asked for.
-        eta: the mirror-descent step that the learning rate amounts to, 4 lr/(n beta).
+        eta: the mirror-descent step that the learning rate amounts to in a table, 4 lr/(n beta).
+        step: how figures and tables name the step, "eta 0.4"; "lr 0.03" of networks.
         curves: by method's name.
-        mirror, extra: rates `[games]` of the linearised updates at the Nash policies (`rates.contraction`).
+        mirror, extra: rates `[B]` of the linearised updates at the Nash policies (`rates.contraction`).
     """
 
     setting: Setting
     eta: float
+    step: str
     curves: dict[str, Curve]
     mirror: Tensor
     extra: Tensor
@@ -143,9 +145,12 @@ def run(experiment: Experiment) -> list[Panel]:
             for method in methods:
                 bar.set_description(f"beta {setting.beta:g}, {method.name}")
                 curves[method.name] = _learn(experiment, setting, method, matrices, reference, number, bar)
-            mirror = rates.contraction(nash, matrices, **sizes, look_ahead=False)
-            extra = rates.contraction(nash, matrices, **sizes, look_ahead=True)
-            panels.append(Panel(setting, eta, curves, mirror, extra))
+            mirror, extra = (
+                rates.contraction(nash, matrices, **sizes, look_ahead=ahead).repeat_interleave(experiment.seeds)
+                for ahead in (False, True)
+            )
+            step = f"eta {eta:.2g}" if experiment.policy == "tabular" else f"lr {setting.learning_rate:g}"
+            panels.append(Panel(setting, eta, step, curves, mirror, extra))
     return panels
 
 

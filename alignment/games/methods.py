@@ -98,7 +98,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Gradients from draws: so many per game and step, with P itself or 0/1 draws as the duel's label."""
+    """Gradients from draws: so many per game and step, judged by P itself or by 0/1 draws."""
 
     samples: int
     generator: torch.Generator
@@ -140,7 +140,7 @@ class Learner:
         self.eta = 4 * learning_rate / (ref_logits.shape[-1] * beta)
         self.mixture = self.eta * beta if self.method.mixture is None else self.method.mixture
         self.objective = self.method.build(beta, self.eta)
-        plain = isinstance(self.policy, Tabular) and sampling is None and not autograd
+        plain = isinstance(self.policy, Tabular) and sampling is None and not autograd and not self.method.exact
         slopes = Slopes.read(self.objective) if plain else None
         self.fast = None if slopes is None else slopes.bind(self.reference, preference)
 

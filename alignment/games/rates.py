@@ -2,8 +2,8 @@
 
 Derived from T(theta; q) = (1 - eta beta) theta + eta beta theta_ref + eta P q (objectives.md 4(a), 4(f)). A rate is
 the factor by which a small distance to the Nash policy changes in one iteration, in the long run: the spectral radius
-of the update's Jacobian on centred vectors. Above 1 the Nash policy repels. The duality gap is quadratic in the distance:
-its factor is the square.
+of the update's Jacobian on centred vectors. Above 1 the Nash policy repels. The duality gap is quadratic in the
+distance: its factor is the square.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from alignment.games.lab import Curve, Experiment, Panel
 SHARES = (0.1, 0.5, 1.0)  # of a setting's iterations, the rows of the tables
 NOTHING = 1e-13  # gaps below it are rounding
 CONVERGED = 1e-6  # where the EGPO authors cut their plots
+ENOUGH = 10.0  # nats that the linearised gap must fall in a run for its rate to be judged
 AS_FAST = 0.9  # share of the linearised rate's exponent that counts as that rate
 
 
@@ -37,12 +38,12 @@ def tables(panels: Sequence[Panel]) -> str:
     names = list(panels[0].curves)
     found = []
     for what in ("iterations", "gradients"):
-        lines = [f"| beta (eta) | {what} | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+        lines = [f"| setting | {what} | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
         for panel in panels:
             for share in SHARES:
                 count = max(1, round(share * panel.setting.iterations))
                 cells = [_cell(_after(curve, what, count)) for curve in panel.curves.values()]
-                lines.append(f"| {panel.setting.beta:g} ({panel.eta:.2g}) | {count} | " + " | ".join(cells) + " |")
+                lines.append(f"| beta {panel.setting.beta:g}, {panel.step} | {count} | " + " | ".join(cells) + " |")
         found.append("\n".join(lines))
     return "\n\n".join(found)
 
@@ -54,8 +55,9 @@ def _after(curve: Curve, what: str, count: int) -> Tensor:
 def verdicts(experiment: Experiment, panels: Sequence[Panel]) -> list[tuple[bool, str]]:
     """What theory says of exact tabular runs, and whether it holds here: (holds, sentence). Empty for other runs.
 
-    Extragradient: in every game the gap falls at the linearised rate or faster, or is 0. Mirror descent: it converges
-    in no game whose Nash policy repels it.
+    Extragradient: in every run the gap falls at the linearised rate or faster, or is 0; not judged where that rate has
+    too few iterations to show. Mirror descent: it converges in no run whose Nash policy repels it, but for those that
+    start there.
     """
     if experiment.policy != "tabular" or experiment.samples is not None:
         return []
@@ -63,35 +65,39 @@ def verdicts(experiment: Experiment, panels: Sequence[Panel]) -> list[tuple[bool
     for panel in panels:
         for name, curve in panel.curves.items():
             method = curve.method
-            uniform = method.sampler == "uniform" and method.opponent == "policy" and method.rate_scale == 1
-            if uniform and method.look_ahead:
-                found.append(_linear(panel, name, curve))
-            elif (uniform or method.objective == "inpo") and not method.look_ahead:
+            mirror = method.sampler == "uniform" and method.opponent == "policy" and method.rate_scale == 1
+            if mirror and method.look_ahead:
+                if bool((-2 * panel.extra.log() * panel.setting.iterations >= ENOUGH).all()):
+                    found.append(_linear(panel, name, curve))
+            elif mirror or method.objective == "inpo":
                 found.append(_repelled(panel, name, curve))
     return found
 
 
 def _linear(panel: Panel, name: str, curve: Curve) -> tuple[bool, str]:
     fall, theory = rates.measured(curve.iterations, curve.gaps, NOTHING), panel.extra**2
-    there = curve.gaps[-1] < NOTHING
-    holds = (fall.log() <= AS_FAST * theory.log()) | (fall.isnan() & there)
+    holds = (fall.log() <= AS_FAST * theory.log()) | (fall.isnan() & (curve.gaps[-1] < NOTHING))
     text = (
-        f"beta {panel.setting.beta:g}: {name}'s gap falls linearly in {int(holds.sum())} of {len(holds)} games: by "
-        f"{_range(1 - fall)} per iteration at the end of its curve; linearised: {_range(1 - theory)}"
+        f"beta {panel.setting.beta:g}: {name}'s gap falls linearly in {_of(holds)}: by {_range(1 - fall)} per "
+        f"iteration at the end of its curve; linearised: {_range(1 - theory)}"
     )
     return bool(holds.all()), text
 
 
 def _repelled(panel: Panel, name: str, curve: Curve) -> tuple[bool, str]:
-    repelled, far = panel.mirror > 1, curve.gaps[-1] > CONVERGED
+    repelled = (panel.mirror > 1) & (curve.gaps[0] > NOTHING)
+    far = curve.gaps[-1] > CONVERGED
+    among = f"{int((repelled & far).sum())} of the {int(repelled.sum())} whose Nash policy repels it"
     text = (
-        f"beta {panel.setting.beta:g}: {name} has not converged (gap above {CONVERGED:g}) in {int(far.sum())} of "
-        f"{len(far)} games, among them all {int(repelled.sum())} whose Nash policy repels it (rate "
-        f"{_range(panel.mirror, 5)})"
+        f"beta {panel.setting.beta:g}: {name} has not converged (gap above {CONVERGED:g}) in {_of(far)}, "
+        f"{among if bool(repelled.any()) else 'and no Nash policy repels it'}; linearised rate "
+        f"{_range(panel.mirror, 5)}"
     )
-    if not bool(repelled.any()):
-        text = text.replace(", among them all 0 whose Nash policy repels it", "; no Nash policy repels it")
     return bool((far | ~repelled).all()), text
+
+
+def _of(which: Tensor) -> str:
+    return f"{int(which.sum())} of {len(which)} runs"
 
 
 def _range(values: Tensor, digits: int = 2) -> str:
@@ -109,10 +115,10 @@ def describe(claim: str, experiment: Experiment, panels: Sequence[Panel], checks
     which = "given" if games.matrix is not None else games.kind.replace("_", " ")
     gradients = "exact gradients" if experiment.samples is None else f"{experiment.samples} samples per gradient"
     seeds = f" and {experiment.seeds} seeds" if experiment.seeds > 1 else ""
+    arms = len(games.make()[0][0])
     head = (
-        f"{claim}\n\nDuality gap, median / largest over {games.count} games ({which}, {len(games.make()[0][0])} arms)"
-        f"{seeds}; {experiment.policy} policies, {gradients}. "
-        f"0: below {NOTHING:g}."
+        f"{claim}\n\nDuality gap, median / largest over {games.count} game{'s' if games.count > 1 else ''} ({which}, "
+        f"{arms} arms){seeds}; {experiment.policy} policies, {gradients}. 0: below {NOTHING:g}."
     )
     lines = [f"* {'holds' if holds else 'FAILS'}: {text}" for holds, text in checks]
     return "\n\n".join([head, tables(panels), *(["\n".join(lines)] if lines else [])]) + "\n"

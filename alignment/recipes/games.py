@@ -98,7 +98,9 @@ class GamesRecipe(_Root):
     settings: list[SettingSection] = Field(min_length=1, description="One panel each.")
     policy: Literal["tabular", "neural"] = option("tabular", "What is trained.", OURS)
     samples: int | None = option(None, "Draws per game and gradient.", "none: exact gradients", ge=1)
-    labels: Literal["probability", "drawn"] = option("probability", "With samples: P of the pair, or 0/1.", OURS)
+    labels: Literal["probability", "drawn"] = option(
+        "probability", "With samples: comparisons are P, or 0/1 draws.", OURS
+    )
     seeds: int = option(1, "Repetitions in every game.", OURS, ge=1)
     seed: int = option(0, "Of draws and initial networks.", OURS, ge=0)
     offset: float = option(0.0, "Scale of noise on the logits that a table starts from.", "0: at the reference", ge=0)
