@@ -1,0 +1,200 @@
+"""RewardBench's scoring by hand: strict pairs, sections, best of n, the Ties subset; and the program with rules."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from alignment.errors import UserError
+from alignment.rewards import get_reward
+from evaluation.reward_accuracy import (
+    SECTIONS,
+    app,
+    best_of_n_result,
+    pair_result,
+    read_items,
+    score_items,
+    summarise,
+    ties_columns,
+    ties_draws,
+)
+
+NAN = float("nan")
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pair(prompt: str, chosen: str, rejected: str, **more) -> dict:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def judged(path: Path, rows: list[dict], **reward) -> dict:
+    items = read_items(write(path, rows))
+    return summarise(items, score_items(get_reward(**(reward or {"name": "length"})), items))
+
+
+def test_a_tie_is_wrong():
+    assert [pair_result(*scores) for scores in ((2, 1), (1, 1), (1, 2))] == [1, 0, 0]
+    assert math.isnan(pair_result(NAN, 1))
+
+
+def test_best_of_n_shares_the_top():
+    """1 / number of maxima where the chosen is one of them."""
+    assert best_of_n_result([3], [1, 2, 0]) == 1
+    assert best_of_n_result([3], [3, 2, 3]) == pytest.approx(1 / 3)
+    assert best_of_n_result([2], [3, 2, 0]) == 0
+    assert math.isnan(best_of_n_result([2], [NAN, 0]))
+
+
+def test_ties_score_by_hand():
+    """Prompt 1: tied (5, 4 | 2): spread 1, gap 2; ref (6 | 3): gap 3. Everything right; tanh(2/1 - 1).
+
+    Prompt 2: tied (9, 3 | 1): spread 6, gap 2; ref (1 | 2): gap -1. Tied right alone; tanh(-1/6 - 1).
+    Prompt 3: tied (4, 4 | 4): spread 0, gap 0, so 0/0, which counts 0; ref (5 | 1): gap 4.
+    Prompt 4: tied (4, 4 | 1): spread 0, gap 3, ref gap 1: tanh(inf) = 1. Prompt 5: ref (2 | 1) alone.
+    """
+    items = {
+        "tied:1": ([5, 4], [2]), "ref:1": ([6], [3]),
+        "tied:2": ([9, 3], [1]), "ref:2": ([1], [2]),
+        "tied:3": ([4, 4], [4]), "ref:3": ([5], [1]),
+        "tied:4": ([4, 4], [1]), "ref:4": ([2], [1]),
+        "ref:5": ([2], [1, 0]),
+    }  # fmt: skip
+    prompts, columns = ties_columns(items)
+    expected = [
+        [1, 1, 1, 1, math.tanh(1)],
+        [1, 0, 0, 0, math.tanh(-1 / 6 - 1)],
+        [0, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1],
+        [NAN, 1, NAN, NAN, NAN],
+    ]
+    assert prompts == ["1", "2", "3", "4", "5"]
+    np.testing.assert_allclose(columns, expected)
+    score, draws = ties_draws(columns, 500, np.random.default_rng(0))
+    margin = (math.tanh(1) + math.tanh(-7 / 6) + 0 + 1) / 4
+    assert score == pytest.approx(0.3 * 3 / 4 + 0.3 * 4 / 5 + 0.2 * 2 / 4 + 0.2 * 2 / 4 + 0.01 * margin)
+    assert draws.min() >= 0 and draws.max() <= 1.01 and len(draws) > 490
+    with pytest.raises(ValueError, match="of the same prompts"):
+        ties_draws(columns[4:], 10, np.random.default_rng(0))
+
+
+def test_sections_are_weighted_by_their_examples(tmp_path):
+    """The longer text is right in: easy 1 of 2, hard 1 of 1 (of 100 and 95 examples); math 0 of 1, cpp 1 of 2."""
+    rows = [
+        pair("a", "xx", "x", subset="alpacaeval-easy"), pair("b", "x", "xx", subset="alpacaeval-easy"),
+        pair("c", "xx", "x", subset="alpacaeval-hard"), pair("d", "x", "x", subset="math-prm"),
+        pair("e", "xx", "x", subset="hep-cpp"), pair("f", "x", "xx", subset="hep-cpp"),
+    ]  # fmt: skip
+    found = judged(tmp_path / "rows.jsonl", rows)
+    chat, reasoning = (100 * 0.5 + 95 * 1) / 195, (984 * 0 + 164 * 0.5) / 1148
+    assert found["sections"]["Chat"]["accuracy"] == pytest.approx(chat)
+    assert found["sections"]["Reasoning"]["accuracy"] == pytest.approx(reasoning)
+    assert found["overall"]["accuracy"] == pytest.approx((chat + reasoning) / 2)
+    assert found["subsets"]["math-prm"]["tied_at_the_top"] == 1
+    assert "hep-go" in found["missing_subsets"] and "mt-bench-hard" not in found["missing_subsets"]
+    low, high = found["sections"]["Chat"]["interval"]  # easy is 0, 1/2 or 1 in a resample; hard is 1 always
+    assert (low, high) == (pytest.approx(95 / 195), pytest.approx(1))
+
+
+def test_the_weights_are_the_benchmark_s():
+    """Its totals: 358 chat, 456 hard chat, 740 safety; reasoning counts maths like code."""
+    totals = {section: sum(weights.values()) for section, weights in SECTIONS.items()}
+    assert totals == {"Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 2 * 984}
+    assert sum(len(weights) for weights in SECTIONS.values()) == 23
+
+
+def test_rows_of_one_s_own_count_alike(tmp_path):
+    """Three of u, one of v: 2 of 4. A prompt that repeats is one cluster: resamples of (p, p) and q."""
+    rows = [pair("p", "xx", "x", subset="u"), pair("p", "xx", "x", subset="u"), pair("q", "x", "xx", subset="u")]
+    found = judged(tmp_path / "rows.jsonl", [*rows, pair("r", "x", "x", subset="v")])
+    assert found["overall"]["accuracy"] == pytest.approx(2 / 4)
+    assert found["sections"] == {} and found["missing_subsets"] == []
+    assert found["subsets"]["u"]["interval"] == [0, 1]
+    assert found["subsets"]["v"]["wilson_interval"][1] > 0.7  # one item says next to nothing
+
+
+def test_what_cannot_be_scored_is_counted(tmp_path):
+    answers = write(tmp_path / "answers.jsonl", [{"prompt": "p", "answer": "yes"}])
+    rows = [pair("p", "yes", "no"), pair("unknown", "yes", "no")]
+    found = judged(tmp_path / "rows.jsonl", rows, name="exact_match", answers=answers)
+    assert found["overall"]["accuracy"] == 1
+    assert (found["subsets"][""]["items"], found["subsets"][""]["not_scored"]) == (1, 1)
+    with pytest.raises(UserError, match="no item of subset '' could be scored"):
+        judged(tmp_path / "rows.jsonl", rows[1:], name="exact_match", answers=answers)
+
+
+@pytest.fixture
+def second_version(tmp_path) -> str:
+    """Best of 4 by length: right, tied by two, wrong; and Ties with (5, 4 | 2) and (6 | 3) characters."""
+    rows = [
+        {"prompt": "a", "chosen": ["xxx"], "rejected": ["x", "xx", "x"], "subset": "Math", "id": "1"},
+        {"prompt": "b", "chosen": ["xx"], "rejected": ["x", "xx", "x"], "subset": "Math", "id": "2"},
+        {"prompt": "c", "chosen": ["x"], "rejected": ["x", "xx", "x"], "subset": "Safety", "id": "3"},
+        {"prompt": "d", "chosen": ["xxxxx", "xxxx"], "rejected": ["xx"], "subset": "Ties", "id": "tied:0"},
+        {"prompt": "d", "chosen": ["xxxxxx"], "rejected": ["xxx"], "subset": "Ties", "id": "ref:0"},
+    ]
+    return write(tmp_path / "v2.jsonl", rows)
+
+
+def test_the_program_end_to_end(second_version, tmp_path):
+    """Math (1 + 1/2)/2, Safety 0, Ties 1 + .01 tanh(1): domains count the same."""
+    words = [second_version, "--reward", "length", "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result == json.loads((tmp_path / "out" / "reward_accuracy.json").read_text())
+    ties = 1 + 0.01 * math.tanh(1)
+    assert result["subsets"]["Ties"]["accuracy"] == pytest.approx(ties)
+    assert result["overall"]["accuracy"] == pytest.approx((0.75 + 0 + ties) / 3)
+    assert result["reward"]["name"] == "length" and result["form"] == "best of n"
+    text = (tmp_path / "out" / "reward_accuracy.md").read_text()
+    assert "| Math | 75.0 % |" in text and "1 / number of maxima" in text
+
+
+def test_keys_reach_the_reward_and_prompts_may_be_chats(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [pair("p", "good, good", "good")])
+    words = [source, "--reward", "regex", "--reward-key", "pattern=good", "--chat", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and json.loads(done.stdout)["overall"]["accuracy"] == 1
+    seen: list = []
+
+    class Spy:
+        def score(self, prompts, responses):
+            seen.extend(prompts)
+            return [0.0] * len(responses)
+
+    assert score_items(Spy(), read_items(source), chat=True) == [[0.0, 0.0]]  # type: ignore[arg-type]
+    assert seen == [[{"role": "user", "content": "p"}]] * 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"chosen": "a", "rejected": "b"}], "row 1: prompt must be a text (it has chosen, rejected)"),
+        ([pair("p", "a", "b"), pair("p", "a", "") | {"rejected": None}], "row 2: rejected must be a text or a list"),
+        ([pair("p", "a", "b") | {"chosen": ["a"]}], "row 1: chosen and rejected must both be texts, or both lists"),
+        ([pair("p", "a", "b"), {"prompt": "p", "chosen": ["a"], "rejected": ["b"]}], "row 2: chosen is a list here"),
+        (
+            [{"prompt": "p", "chosen": ["a"], "rejected": ["b"], "subset": "Ties", "id": "7"}],
+            "row 1: id '7': a Ties row is ref:ID, or tied:ID with two or more chosen",
+        ),
+        (
+            [{"prompt": "p", "chosen": ["a", "b"], "rejected": ["c"], "subset": "Ties", "id": "tied:7"}],
+            "row 1: the Ties subset needs rows 'tied:ID' and 'ref:ID' of the same prompts",
+        ),
+    ],
+)
+def test_unusable_rows_are_one_line(tmp_path, rows, message):
+    source, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    done = CliRunner().invoke(app, [source, "--reward", "length", "--output", str(out)])
+    assert isinstance(done.exception, UserError) and not out.exists()
+    assert message in str(done.exception) and str(done.exception).startswith(source)
+    assert "\n" not in str(done.exception)
