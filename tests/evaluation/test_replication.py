@@ -95,12 +95,12 @@ def test_the_figure_and_the_shipped_files(done, tmp_path, root, monkeypatch):
     )
     monkeypatch.chdir(root)
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # p3o.yaml brings an objective of its own
-    from alignment.recipes import load_recipe
+    from alignment.recipes import load_any
 
     for file in sorted((root / "recipes" / "replications").glob("*.yaml")):
         shipped = read_experiment(file, Replication)
         for name, arm in shipped.arms.items():
-            load_recipe(arm.recipe or shipped.recipe, replication._overrides(shipped, arm, tmp_path, name, 0))
+            load_any(arm.recipe or shipped.recipe, replication._overrides(shipped, arm, tmp_path, name, 0))
 
 
 def test_summaries():
