@@ -172,9 +172,9 @@ def _discrete(matrices: Sequence[Array]) -> float:
 
 def _orders(deciding: Any) -> dict[str, Any] | None:
     """What a judge that was shown every pair in both orders says of its position bias; None of any other."""
-    if deciding.name != "llm_judge":
+    tally = deciding.tally if deciding.name == "llm_judge" else None
+    if tally is None or not tally.valid_pairs:
         return None
-    tally = deciding.tally
     return {
         "pairs": tally.valid_pairs,
         "consistency": tally.consistency,

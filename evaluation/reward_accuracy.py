@@ -1,8 +1,8 @@
 """How often a reward prefers the better response: RewardBench's scoring, versions 1 and 2, on any rows of that form.
 
     python evaluation/reward_accuracy.py pairs.jsonl --reward vader
-    python -m evaluation.reward_accuracy allenai/reward-bench --split filtered --chat --reward model --reward-key path=RM
-    python -m evaluation.reward_accuracy allenai/reward-bench-2 --split test --chat --reward model --reward-key path=RM
+    python -m evaluation.reward_accuracy allenai/reward-bench --split filtered --reward model --reward-key path=R
+    python -m evaluation.reward_accuracy allenai/reward-bench-2 --split test --reward model --reward-key path=R
 
 Rows have `prompt`, `chosen`, `rejected` and perhaps `subset`: texts (version 1: strictly higher, a tie is wrong), or
 lists of texts (version 2: best of n, and the Ties subset). First the definitions, those of allenai/reward-bench

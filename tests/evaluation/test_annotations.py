@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from alignment.errors import UserError
 from alignment.rewards import get_reward
+from alignment.rewards.judge import Tally
 from evaluation.annotations import (
     LEADERBOARD_COLUMNS,
     describe_head2head,
@@ -23,7 +24,7 @@ from evaluation.annotations import (
     read_difficulty,
     read_model_outputs,
 )
-from evaluation.comparison import Side, compare
+from evaluation.comparison import Side, compare, describe
 from evaluation.head_to_head import annotation_result, compare_systems, extreme_change, orders, summarise
 from evaluation.outputs import leaderboard_row, markdown, with_length_control, write_output
 from evaluation.win_rate import app, choose_form, run_program, win_rate_of_files
@@ -285,3 +286,48 @@ def test_extreme_changes_are_warned_of():
     assert extreme_change(20, 10.1) is None and extreme_change(20, 9.9) is not None
     assert extreme_change(20, 39.9) is None and extreme_change(20, 40.1) is not None
     assert extreme_change(50, 37.6) is None and extreme_change(50, 37.4) is not None
+
+
+class _TwoOrders:
+    """Stands for the judge that asks in both orders and keeps a tally: the longer text wins."""
+
+    name = "llm_judge"
+    tally = Tally(pairs=3, valid_pairs=2, consistent=1, first=2.5, invalid=1)
+
+    def probability(self, prompts, first, second):
+        return [0.5 if len(a) == len(b) else float(len(a) > len(b)) for a, b in zip(first, second, strict=True)]
+
+    def describe(self):
+        return "a stand-in"
+
+
+def test_a_judge_s_position_bias_is_kept():
+    """Two valid pairs, four answers: first place 2.5 / 4."""
+    sides = Side("new", [["xx"], ["x"], ["x"]]), Side("old", [["x"], ["xx"], ["x"]])
+    found = compare(["p", "q", "r"], *sides, oracle=_TwoOrders(), resamples=100, seed=0)
+    assert found.result["orders"] == {
+        "pairs": 2, "consistency": 0.5, "first_preference": 0.625, "invalid_answers": 1
+    }  # fmt: skip
+    assert "orders      agree on 50.0 % of 2 pairs; the first place is preferred with 62.5 %" in describe(found.result)
+    assert (
+        compare(["p"], Side("n", [["x"]]), Side("o", [["y"]]), get_reward("length"), resamples=100, seed=0).result[
+            "orders"
+        ]
+        is None
+    )
+
+
+def test_length_control_of_sampled_models(tmp_path):
+    """A judge of length: with 40 prompts and lengths about equal the rate at equal lengths is near one half."""
+    rng = np.random.default_rng(0)
+    sides = [Side(n, [["x" * int(k)] for k in rng.integers(5, 50, 40)]) for n in ("new", "old")]
+    found = with_length_control(
+        compare([f"p{k}" for k in range(40)], *sides, get_reward("length"), resamples=100, seed=0)
+    )
+    control = found.result["length_controlled"]
+    assert control["variant"] == "plain, without difficulty" and control["coefficients"]["length"] < -1
+    assert control["interval"][0] <= control["win_rate"] <= control["interval"][1]
+    assert "controlled  " in describe(found.result) and "at equal lengths, plain" in describe(found.result)
+    assert leaderboard_row(found)["length_controlled_winrate"] == pytest.approx(100 * control["win_rate"])
+    gamed = parse_annotations(found.annotations)
+    assert with_length_control(found, [gamed]).result["length_controlled"]["variant"].startswith("regularised")

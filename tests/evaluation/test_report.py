@@ -134,6 +134,18 @@ def test_numbers_are_those_of_the_files(run_dir):
     assert "KL(reference ‖ policy) only if they are plain samples of the reference" in page.text
 
 
+def test_length_control_and_orders_are_shown_where_they_were_computed(run_dir):
+    html = Page(write_report(run_dir).read_text()).text
+    assert "At equal lengths" not in html and "Both orders agree" not in html and "detectable: " in html
+    result = json.loads((run_dir / "win_rate.json").read_text())
+    control = {"win_rate": 0.617, "interval": [0.5, 0.7], "variant": "plain, without difficulty", "note": None}
+    orders = {"pairs": 9, "consistency": 0.889, "first_preference": 0.55, "invalid_answers": 0}
+    (run_dir / "win_rate.json").write_text(json.dumps(result | {"length_controlled": control, "orders": orders}))
+    text = Page(write_report(run_dir).read_text()).text
+    assert "At equal lengths 61.7 % 50.0 to 70.0 %; plain, without difficulty" in text
+    assert "Both orders agree 88.9 % the first place is preferred with 55.0 %" in text
+
+
 def test_a_model_saved_after_its_evaluation_is_said(run_dir):
     (run_dir / "final").mkdir()
     weights = run_dir / "final" / "model.safetensors"
