@@ -302,10 +302,12 @@ def rate_files(
         for side in ([row.generator_1 for row in used], [row.generator_2 for row in used])
     )
     share, prompts = np.array([row.share for row in used]), [row.instruction for row in used]
-    features = [name for group in GROUPS if group in style for name in GROUPS[group]]
-    texts = [row.output_1 for row in used], [row.output_2 for row in used]
+    asked = [name for group in GROUPS if group in style for name in GROUPS[group]]
+    table = style_differences([row.output_1 for row in used], [row.output_2 for row in used], asked)
+    differs = np.abs(table).sum(axis=0) > 0
+    features = [name for name, does in zip(asked, differs, strict=True) if does]
     found = rate(
-        names, first, second, share, clusters=prompts, style=style_differences(*texts, features) if features else None,
+        names, first, second, share, clusters=prompts, style=table[:, differs] if features else None,
         features=features, anchor=anchor, resamples=resamples, seed=seed,
     )  # fmt: skip
     pairs = compare_pairs(names, first, second, share, prompts, seed=seed)
@@ -314,6 +316,7 @@ def rate_files(
                     for name, i in sorted(place.items(), key=lambda item: -found.theta[item[0]].estimate)],
         "anchor": anchor,
         "style": {name: _limits(value) for name, value in found.style.items()},
+        "style_without_difference": [name for name in asked if name not in features],
         "pairs": pairs,
         "circles": circles(pairs),
         "annotations": len(used),
@@ -355,6 +358,7 @@ def describe(result: dict[str, Any]) -> str:
     for name, value in result["style"].items():
         low, high = value["interval"]
         lines.append(f"style {name}: {value['estimate']:+.3f} nats per standard deviation ({low:+.3f} to {high:+.3f})")
+    lines += [f"style {name}: never differs, left out" for name in result["style_without_difference"]]
     return "\n".join(lines)
 
 
