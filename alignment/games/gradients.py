@@ -218,7 +218,7 @@ def minimiser(objective: Objective, logits: Tensor, situation: Situation, steps:
         curvature = torch.stack(rows, 1)
         move = (torch.linalg.pinv(curvature, hermitian=True) @ slope.detach()[..., None]).squeeze(-1)
         theta = theta - move
-        if bool(move.abs().amax() <= 1e-12 * (1 + theta.abs().amax())):
+        if bool(move.abs().amax() <= 1e-12 * (1 + theta.abs().amax())) and bool(slope.abs().amax() <= 1e-9):
             return theta
     raise RuntimeError(f"{objective.card.name}: no minimum of the population loss within {steps} Newton steps")
 

@@ -15,7 +15,7 @@ from alignment.games.lab import Curve, Experiment, Panel
 SHARES = (0.1, 0.5, 1.0)  # of a setting's iterations, the rows of the tables
 NOTHING = 1e-13  # gaps below it are rounding
 CONVERGED = 1e-6  # where the EGPO authors cut their plots
-ENOUGH = 10.0  # nats that the linearised gap must fall in a run for its rate to be judged
+ENOUGH = 15.0  # nats that the linearised gap must fall in a run for its rate to be judged
 AS_FAST = 0.9  # share of the linearised rate's exponent that counts as that rate
 
 
@@ -87,7 +87,7 @@ def _linear(panel: Panel, name: str, curve: Curve) -> tuple[bool, str]:
 def _repelled(panel: Panel, name: str, curve: Curve) -> tuple[bool, str]:
     repelled = (panel.mirror > 1) & (curve.gaps[0] > NOTHING)
     far = curve.gaps[-1] > CONVERGED
-    among = f"{int((repelled & far).sum())} of the {int(repelled.sum())} whose Nash policy repels it"
+    among = f"among them {int((repelled & far).sum())} of the {int(repelled.sum())} whose Nash policy repels it"
     text = (
         f"beta {panel.setting.beta:g}: {name} has not converged (gap above {CONVERGED:g}) in {_of(far)}, "
         f"{among if bool(repelled.any()) else 'and no Nash policy repels it'}; linearised rate "

@@ -94,8 +94,8 @@ class GamesRecipe(_Root):
 
     claim: Text = Field(description="What is looked for, in words.")
     games: GamesSection = Field(default_factory=GamesSection, description="The games. Default: see its keys.")
-    methods: list[MethodSection] = Field(min_length=1, description="The algorithms.")
-    settings: list[SettingSection] = Field(min_length=1, description="One panel each.")
+    methods: list[MethodSection] = Field(description="The algorithms.")
+    settings: list[SettingSection] = Field(description="One panel each.")
     policy: Literal["tabular", "neural"] = option("tabular", "What is trained.", OURS)
     samples: int | None = option(None, "Draws per game and gradient.", "none: exact gradients", ge=1)
     labels: Literal["probability", "drawn"] = option(
@@ -113,22 +113,23 @@ class GamesRecipe(_Root):
 
     def _problems(self) -> Iterator[InitErrorDetails]:
         arms = len(self.games.matrix) if self.games.matrix else self.games.arms
+        for empty in ("settings", "methods"):
+            if not getattr(self, empty):
+                yield _at("at least one is needed", empty)
         for at, setting in enumerate(self.settings):
             if 4 * setting.learning_rate > arms:
-                yield error(
-                    f"eta beta = 4 lr/{arms} must be at most 1, got lr {setting.learning_rate:g}",
-                    "settings", str(at), "learning_rate",
-                )  # fmt: skip
+                message = f"eta beta = 4 lr/{arms} must be at most 1, got lr {setting.learning_rate:g}"
+                yield _at(message, "settings", at, "learning_rate")
         names = [method.name or method.objective for method in self.methods]
         for at, section in enumerate(self.methods):
             if names.index(names[at]) != at:
-                yield error(f"{names[at]!r} is there twice; give one of them a `name`", "methods", str(at))
+                yield _at(f"{names[at]!r} is there twice; give one of them a `name`", "methods", at)
             for setting in self.settings:
                 eta = 4 * setting.learning_rate / (arms * setting.beta)
                 try:
                     section.method().build(setting.beta, eta)
                 except ValueError as wrong:
-                    yield error(str(wrong), "methods", str(at), "hyperparameters")
+                    yield _at(str(wrong), "methods", at, "hyperparameters")
                     break
 
     def experiment(self) -> Experiment:
@@ -144,6 +145,11 @@ class GamesRecipe(_Root):
             seed=self.seed,
             offset=self.offset,
         )
+
+
+def _at(message: str, *loc: str | int) -> InitErrorDetails:
+    """As `schema.error`, also at places in lists."""
+    return InitErrorDetails(type=error(message)["type"], loc=loc, input=None)
 
 
 def load_games_recipe(path: str | Path, overrides: Sequence[str] = ()) -> GamesRecipe:

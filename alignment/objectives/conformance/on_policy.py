@@ -1,6 +1,7 @@
 """Checks that hold for every on-policy objective, a user's own included: none needs data about a formula.
 
-What the built-in ones compute is proved in tests/objectives (test_p3o, test_games, test_likelihood), by enumeration.
+What the built-in ones compute is proved by enumeration: in tests/games, and in tests/objectives (test_p3o, test_games,
+test_likelihood).
 """
 
 from __future__ import annotations
