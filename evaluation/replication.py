@@ -220,13 +220,16 @@ def _policy_numbers(
 ) -> dict[str, float]:
     """Mean reward of fresh samples and their KL to the start: E_pi[log pi - log start], in nats."""
     from alignment.models import load_model
+    from alignment.models.sampling import prompt_ids
     from alignment.rewards import get_reward
     from alignment.trainers.rollout import distinct
+    from evaluation.policies import log_probs
 
     model, tokenizer, drawn = _responses(run_dir, rows)
     start = load_model(task / "model")
     flat = [(row["prompt"], one) for row, group in zip(rows, drawn, strict=True) for one in group]
-    ratios = _log_probs(model, tokenizer, flat) - _log_probs(start, tokenizer, flat)
+    ids = [(prompt_ids(tokenizer, prompt), one.ids) for prompt, one in flat]
+    ratios = log_probs(model, ids) - log_probs(start, ids)
     numbers = {"kl": float(ratios.mean()), "length": float(np.mean([len(one.ids) for _, one in flat]))}
     numbers["distinct_2"] = distinct([one.ids for _, one in flat], 2)
     if replication.reward is not None:
@@ -236,16 +239,6 @@ def _policy_numbers(
     return numbers
 
 
-def _log_probs(model: Any, tokenizer: Any, flat: Sequence[tuple[Any, Any]]) -> np.ndarray:
-    """`[n]` nats of (prompt, sample) pairs."""
-    from alignment.models.sampling import prompt_ids
-    from alignment.rewards.implicit import token_logps
-
-    rows = [(prompt_ids(tokenizer, prompt), one.ids) for prompt, one in flat]
-    parts = [token_logps(model, rows[i : i + 128]).double().sum(1).numpy() for i in range(0, len(rows), 128)]
-    return np.concatenate(parts)
-
-
 def _duels(replication: Replication, folder: Path, task: Path) -> dict[str, Any]:
     """Win rates of every arm's final policy against every other's under the oracle, and how far each can be exploited.
 
@@ -253,35 +246,31 @@ def _duels(replication: Replication, folder: Path, task: Path) -> dict[str, Any]
     policy on all prompts wins so much more than 1/2. A lower bound of what a best reply to each prompt would win.
     """
     from alignment.rewards import get_oracle
+    from evaluation.policies import shares_won
 
     assert replication.oracle is not None
     oracle, rows, names = get_oracle(**replication.oracle), _held_out(replication, task), list(replication.arms)
     prompts = [row["prompt"] for row in rows]
+
+    def won(ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]) -> float:
+        return float(np.nanmean(shares_won(oracle, prompts, ours, theirs)))
+
     wins, exploited = [], []
     for seed in range(replication.seeds):
         texts = {
             name: [[one.text for one in group] for group in _responses(folder / f"{name}-{seed}", rows)[2]]
             for name in names
         }
-        wins.append(np.array([[_won(oracle, prompts, texts[a], texts[b]) for b in names] for a in names]))
+        wins.append(np.array([[won(texts[a], texts[b]) for b in names] for a in names]))
         said = Counter(text for name in names for group in texts[name] for text in group)
         replies = [text for text, _ in said.most_common(REPLIES)]
-        best = [max(_won(oracle, prompts, [[r]] * len(prompts), texts[name]) for r in replies) for name in names]
+        best = [max(won([[r]] * len(prompts), texts[name]) for r in replies) for name in names]
         exploited.append(np.array(best) - 0.5)
     return {
         "arms": names,
         "wins": [[over_seeds([w[i, j] for w in wins]) for j in range(len(names))] for i in range(len(names))],
         "exploited": {name: over_seeds([e[i] for e in exploited]) for i, name in enumerate(names)},
     }
-
-
-def _won(oracle: Any, prompts: Sequence[Any], ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]) -> float:
-    """Mean probability that a response of ours beats one of theirs to the same prompt, all pairs of them."""
-    triples = [
-        (prompt, a, b) for prompt, us, them in zip(prompts, ours, theirs, strict=True) for a in us for b in them
-    ]
-    answers = oracle.probability(*(list(column) for column in zip(*triples, strict=True)))
-    return float(np.nanmean(answers))
 
 
 def _curves(folder: Path, name: str, seeds: int) -> list[list[dict[str, Any]]]:
