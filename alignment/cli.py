@@ -140,6 +140,20 @@ def iterate(
 
 
 @app.command()
+def compare(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Compare objectives fairly: the same pairs, budget, tuning, judge and seeds.
+
+    The recipe has a `compare` section. Trains what is not complete, one run after another, and writes report.html,
+    report.md, table.csv and results.json. The same command goes on where it was stopped.
+    """
+    from evaluation.compare.command import compare as carried_out
+
+    folder = carried_out(recipe, overrides or ())
+    typer.echo((folder / "report.md").read_text(encoding="utf-8"))
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")]) -> None:
     """Write a run's report.html.
 

@@ -19,7 +19,8 @@ from tests.recipes.conftest import ROOT
 OBJECTIVES = {card.name for card in list_objectives()}
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*/*.yaml"))
 FILES.remove("recipes/overoptimization/smollm2.yaml")  # an experiment: tests/evaluation/test_overoptimization.py
-FILES = [name for name in FILES if not name.startswith(("recipes/replications/", "recipes/games/"))]
+OTHER_FOLDERS = ("recipes/compare/", "recipes/games/", "recipes/replications/")
+FILES = [name for name in FILES if not name.startswith(OTHER_FOLDERS)]
 LAUNCH = [name for name in FILES if name.startswith("recipes/accelerate/")]
 # Supervised fine-tuning has a schema and tests of its own.
 OTHER_KINDS = ("sft", "reward_model")  # no objective

@@ -1,0 +1,57 @@
+"""Which objectives are the same method under another name: the equivalence map, as rules. Nothing is trained here.
+
+Every line is an identity of losses up to a constant that the policy cannot change, and is proved on numbers in
+tests/objectives; see docs/compare.md for the whole map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from alignment.objectives import get_objective
+
+Loss = tuple[str, tuple[tuple[str, Any], ...]]
+
+# (name, what must hold, name it equals, its hyper-parameters: our key -> the other's, fixed values of the other's)
+RULES: tuple[tuple[str, Mapping[str, Any], str, Mapping[str, str], Mapping[str, Any]], ...] = (
+    ("robust", {"label_smoothing": 0.0}, "dpo", {"beta": "beta"}, {"label_smoothing": 0.0}),
+    ("f_dpo", {"divergence": "reverse_kl"}, "dpo", {"beta": "beta"}, {"label_smoothing": 0.0}),
+    ("vpo", {"mode": "offline", "calibration": "chosen"}, "rpo", {"beta": "beta", "alpha": "eta"},
+     {"form": "sum", "baseline": "chosen"}),
+    ("vpo", {"alpha": 0.0}, "dpo", {"beta": "beta"}, {"label_smoothing": 0.0}),
+    ("rpo", {"eta": 0.0}, "dpo", {"beta": "beta"}, {"label_smoothing": 0.0}),
+)  # fmt: skip
+FIRST_ITERATION = {"inpo": ("ipo", {"eta": "tau"}, {"normalization": "sum"})}  # there previous = reference
+
+
+def loss_of(name: str, hyperparameters: Mapping[str, Any]) -> Loss:
+    """The objective as the simplest one that it equals: (name, sorted hyper-parameters).
+
+    Args:
+        name: of the registry.
+        hyperparameters: those that are given.
+    """
+    values = get_objective(name, **hyperparameters).hyperparameters
+    if name == "spo" and values["gamma"] == 0:  # its base alone
+        card = get_objective(values["base"]).hyperparameters
+        return loss_of(values["base"], {key: values.get(f"base_{key}", values.get(key)) for key in card})
+    for ours, holding, other, keys, fixed in RULES:
+        if ours == name and all(values[key] == value for key, value in holding.items()):
+            return loss_of(other, {theirs: values[key] for key, theirs in keys.items()} | dict(fixed))
+    return name, tuple(sorted((key, value) for key, value in values.items() if value is not None))
+
+
+def describe_equal(name: str, hyperparameters: Mapping[str, Any]) -> str | None:
+    """`= dpo (beta=0.1)`, in words for the table; None where no rule applies."""
+    if name in FIRST_ITERATION:
+        other, keys, _ = FIRST_ITERATION[name]
+        values = get_objective(name, **hyperparameters).hyperparameters
+        shown = ", ".join(f"{theirs}={values[key]:g}" for key, theirs in keys.items())
+        return f"first iteration = {other} ({shown})"
+    found, pairs = loss_of(name, hyperparameters)
+    if found == name:
+        return None
+    plain = get_objective(found).hyperparameters
+    shown = ", ".join(f"{k}={v:g}" for k, v in pairs if isinstance(v, float) and (k == "beta" or plain.get(k) != v))
+    return f"= {found} ({shown})"

@@ -1,0 +1,178 @@
+"""The figures of a comparison, drawn by matplotlib: SVG for the page, PNG beside it. No numbers are made here."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+COLOURS = ("#1f6fd6", "#d9631e", "#2f8f5b", "#8a4fbf", "#c2334d", "#0f8a99", "#8c6d1f")
+MARKERS = "osD^vP*"
+INK, GRID, FAINT = "#333a45", "#dfe3e9", "#8a93a0"
+
+
+def draw_all(result: Row, folder: Path) -> list[tuple[str, str, str]]:
+    """(title, how to read it, SVG text) of every figure; each is also written to `folder` as PNG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for name, title, reading, draw in FIGURES:
+        settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "font.family": "sans-serif"}
+        with matplotlib.rc_context(settings):
+            figure: Any = Figure(layout="constrained", facecolor="white")
+            draw(figure, result)
+            figure.savefig(folder / f"{name}.png", dpi=130)
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        found.append((title, reading, buffer.getvalue()))
+    return found
+
+
+def _ranked(result: Row) -> list[Row]:
+    return sorted(result["objectives"], key=lambda row: row["over_start"]["rate"])
+
+
+def _plain(axes: Any, along: str = "x") -> None:
+    axes.grid(axis=along, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+
+
+def win_rates(figure: Any, result: Row) -> None:
+    """Two panels: over the start (with length control), and over the baseline."""
+    rows, base, names = _ranked(result), result["baseline"], result["matrix"]["names"]
+    figure.set_size_inches(9.2, 1.5 + 0.34 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for y, row in enumerate(rows):
+        one = row["over_start"]
+        _interval(left, one, y, COLOURS[0], "win rate" if y == 0 else None)
+        if row["length_controlled"] is not None:
+            x = 100 * row["length_controlled"]["rate"]
+            label = "length-controlled" if y == 0 else None
+            left.plot([x], [y - 0.25], "D", mfc="white", mec=COLOURS[1], markersize=5, label=label)
+        if row["label"] != base:
+            cell = result["matrix"]["cells"][names.index(row["label"])][names.index(base)]
+            sure = row["versus_baseline"]["verdict"] in ("better", "worse")
+            _interval(right, cell, y, COLOURS[2] if sure else FAINT, None)
+    left.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    for axes, against in ((left, "the start"), (right, base)):
+        axes.axvline(50, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_xlabel(f"win rate over {against}, percent", color=INK)
+        _plain(axes)
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
+    right.set_title("green: different; grey: no significant difference", fontsize=9.5, color=INK, loc="left")
+
+
+def _interval(axes: Any, one: Row, y: float, colour: str, label: str | None) -> None:
+    """Interval over prompts, estimate, and a small tick for each seed."""
+    axes.plot([100 * one["low"], 100 * one["high"]], [y, y], color=colour, linewidth=2.4, solid_capstyle="round")
+    axes.plot([100 * one["rate"]], [y], "o", color=colour, markersize=6, label=label)
+    axes.plot([100 * rate for rate in one["by_seed"]], [y + 0.25] * len(one["by_seed"]), "|", color=colour, ms=6)
+
+
+def matrix(figure: Any, result: Row) -> None:
+    """The matrix as a table of colours with its numbers."""
+    names, cells = result["matrix"]["names"], result["matrix"]["cells"]
+    figure.set_size_inches(2.6 + 0.58 * len(names), 1.9 + 0.42 * len(names))
+    axes = figure.subplots()
+    table = [[50.0 if one is None else 100 * one["rate"] for one in line] for line in cells]
+    reach = max(10.0, *(abs(value - 50) for line in table for value in line))
+    axes.imshow(table, cmap="RdBu", vmin=50 - 1.6 * reach, vmax=50 + 1.6 * reach, aspect="auto")
+    for i, line in enumerate(cells):
+        for j, one in enumerate(line):
+            if one is not None:
+                clear = one["low"] > 0.5 or one["high"] < 0.5
+                weight = "bold" if clear else "normal"
+                axes.text(j, i, f"{100 * one['rate']:.0f}", ha="center", va="center", color="#111111", weight=weight)
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(colors=INK, length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def frontier(figure: Any, result: Row) -> None:
+    """Reward, or win rate over the start, against KL: the chosen points on test prompts, a faint dot for each seed."""
+    rows = list(reversed(_ranked(result)))
+    figure.set_size_inches(9.2, 4.9)
+    tuned = any(row["tuned"] for row in rows)
+    left, right = figure.subplots(1, 2) if tuned else (figure.subplots(), None)
+    rewarded = "reward" in rows[0]
+    for number, row in enumerate(rows):
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        if number >= len(COLOURS):
+            style["markerfacecolor"] = "white"
+        heights = row["reward"]["by_seed"] if rewarded else [100 * rate for rate in row["over_start"]["by_seed"]]
+        height = row["reward"]["mean"] if rewarded else 100 * row["over_start"]["rate"]
+        left.plot(row["kl"]["by_seed"], heights, linestyle="", alpha=0.35, markersize=4, **style)
+        left.plot([row["kl"]["mean"]], [height], linestyle="", markersize=9, label=row["label"], **style)
+        if right is not None:
+            right.plot(
+                [p["kl"] for p in row["tuned"]], [100 * p["win_rate"] for p in row["tuned"]], markersize=6, **style
+            )
+    left.set_title("chosen points, test prompts (small: each seed)", fontsize=9.5, color=INK, loc="left")
+    left.set_ylabel("reward" if rewarded else "win rate over the start, percent", color=INK)
+    if right is not None:
+        right.set_title("all tuning points, validation prompts", fontsize=9.5, color=INK, loc="left")
+        right.set_ylabel("win rate over the start, percent", color=INK)
+    for axes in (left,) if right is None else (left, right):
+        axes.set_xlabel("KL to the start, nats per response", color=INK)
+        _plain(axes, "both")
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+
+
+def displacement(figure: Any, result: Row) -> None:
+    """Log-probability of chosen and rejected since the start, on the pairs that all trained on."""
+    rows = [row for row in _ranked(result) if "chosen" in row]
+    figure.set_size_inches(9.2, 1.5 + 0.34 * len(rows))
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        chosen, rejected = row["chosen"]["mean"], row["rejected"]["mean"]
+        axes.plot([rejected, chosen], [y, y], color=GRID, linewidth=3, zorder=1)
+        axes.plot([chosen], [y], "o", color=COLOURS[0], markersize=7, label="chosen" if y == 0 else None)
+        axes.plot([rejected], [y], "o", color=COLOURS[1], markersize=7, label="rejected" if y == 0 else None)
+    axes.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.set_xlabel("log π since the start, nats per response (mean over seeds)", color=INK)
+    if rows:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
+    _plain(axes)
+
+
+Draw = Callable[[Any, Row], None]
+FIGURES: Sequence[tuple[str, str, str, Draw]] = (
+    (
+        "win_rates",
+        "Win rates",
+        "Lines are 95 % intervals over prompts, ticks above them the seeds. Where the diamond lies far left of the "
+        "point, the objective wins by writing more.",
+        win_rates,
+    ),
+    (
+        "matrix",
+        "Win rate of the row over the column, percent",
+        "Blue: the row wins. Bold: the interval over prompts leaves 50 out (not corrected for the many cells).",
+        matrix,
+    ),
+    (
+        "frontier",
+        "Reward against KL",
+        "Up and to the left is better: more reward for less drift. A method that only goes further along the same "
+        "curve could have been had by another beta.",
+        frontier,
+    ),
+    (
+        "displacement",
+        "Where the probability went",
+        "Chosen left of zero means that probability left the chosen responses, too, for text that nobody rated.",
+        displacement,
+    ),
+)

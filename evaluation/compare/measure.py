@@ -1,0 +1,205 @@
+"""What is measured of a policy: fresh samples on validation or test prompts, their KL to the start, the judge's word.
+
+Samples are drawn once and kept with the run (measured-validation.json, measured-test.json); every policy, and every
+seed of it, has a seed of its own, so that no two share random numbers. No statistics here (`matrix`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignment.files import iterate_json_lines, read_json_object, write_json
+from alignment.models.pools import sha256_of
+from evaluation.compare.plan import Run
+from evaluation.compare.recipe import CompareRecipe
+from evaluation.policies import log_probs, shares_won
+
+Array = NDArray[np.float64]
+
+PAIRS = 64  # of the shared preferences, on which displacement is measured
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Samples of one policy on Q prompts, S each.
+
+    Attributes:
+        responses: [Q][S] texts.
+        log_ratio: [Q, S] log pi - log start of each, in nats; its mean estimates KL(pi || start) without bias.
+        tokens: [Q, S] lengths.
+        finished: share that ended before the token limit.
+        distinct_1, distinct_2: different n-grams of token ids as a share of all.
+        displacement: (chosen, rejected): mean log pi - log start of the first PAIRS shared pairs; None: not measured.
+        scores: [Q, S] of a reward, filled in by `Judge`.
+    """
+
+    responses: list[list[str]]
+    log_ratio: Array
+    tokens: Array
+    finished: float
+    distinct_1: float
+    distinct_2: float
+    displacement: tuple[float, float] | None
+    scores: list[Array] = field(default_factory=list)
+
+    @property
+    def kl(self) -> float:
+        """Nats per response."""
+        return float(self.log_ratio.mean())
+
+
+class Measurer:
+    """Samples policies; holds the start, which every policy is compared with.
+
+    Args:
+        recipe: the whole.
+        prompts: set name -> Q prompts.
+    """
+
+    def __init__(self, recipe: CompareRecipe, prompts: Mapping[str, Sequence[str]]) -> None:
+        self.recipe, self.prompts = recipe, prompts
+        self._start: Any = None
+
+    def policy(self, run: Run, which: str, pairs: Path | None = None) -> Measured:
+        """The trained policy of a complete run on the prompts `which`; kept in the run's folder.
+
+        Args:
+            run: the run.
+            which: validation or test.
+            pairs: preferences of the run's seed, for displacement.
+        """
+        file = run.folder / f"measured-{which}.json"
+        seed = f"{run.arm.label} {run.value} {run.seed} {which}"
+        return self._kept(file, str(run.folder / "final"), seed, which, pairs)
+
+    def start(self, seed: int, which: str) -> Measured:
+        """The start on the prompts `which`: samples of its own for every seed."""
+        file = self.recipe.folder / "start" / f"{which}-seed-{seed}.json"
+        return self._kept(file, None, f"start {seed} {which}", which, None)
+
+    def _kept(self, file: Path, final: str | None, seed: str, which: str, pairs: Path | None) -> Measured:
+        asked = {
+            "prompts": sha256_of(list(self.prompts[which])),
+            "samples": self.recipe.evaluation.samples_per_prompt,
+            "generation": self.recipe.generation.model_dump(exclude={"seed", "replay"}),
+            "seed": f"{seed} {self.recipe.evaluation.seed}",
+            "displacement": pairs is not None,
+        }
+        stored = read_json_object(file) if file.is_file() else {}
+        if stored.get("of") != asked:
+            print(f"   sampling {seed}", flush=True)
+            stored = {"of": asked, **self._measure(final, str(asked["seed"]), which, pairs)}
+            stored = json.loads(json.dumps(stored))
+            write_json(file, stored)
+        pair = stored["displacement"]
+        return Measured(
+            responses=stored["responses"],
+            log_ratio=np.array(stored["log_ratio"], dtype=np.float64),
+            tokens=np.array(stored["tokens"], dtype=np.float64),
+            finished=stored["finished"],
+            distinct_1=stored["distinct_1"],
+            distinct_2=stored["distinct_2"],
+            displacement=None if pair is None else (pair[0], pair[1]),
+        )
+
+    def _measure(self, final: str | None, seed: str, which: str, pairs: Path | None) -> dict[str, Any]:
+        from alignment.models.sampling import prompt_ids, sample
+        from alignment.trainers.rollout import distinct
+
+        if self._start is None:
+            self._start = self._loaded(None)
+        start, tokenizer = self._start
+        model, _ = self._start if final is None else self._loaded(final)
+        prompts, settings = list(self.prompts[which]), self.recipe.generation.drawing
+        settings["seed"] = int(sha256_of(seed)[:12], 16)
+        drawn = sample(model, tokenizer, prompts, self.recipe.evaluation.samples_per_prompt, **settings)
+        flat = [(prompt_ids(tokenizer, p), one.ids) for p, group in zip(prompts, drawn, strict=True) for one in group]
+        ratio = np.zeros(len(flat)) if final is None else log_probs(model, flat) - log_probs(start, flat)
+        shape = (len(prompts), -1)
+        ids = [one for _, one in flat]
+        return {
+            "responses": [[one.text for one in group] for group in drawn],
+            "log_ratio": ratio.reshape(shape).tolist(),
+            "tokens": np.array([len(one) for one in ids]).reshape(shape).tolist(),
+            "finished": float(np.mean([one.finished for group in drawn for one in group])),
+            "distinct_1": distinct(ids, 1),
+            "distinct_2": distinct(ids, 2),
+            "displacement": None if pairs is None else self._displacement(model, start, pairs),
+        }
+
+    def _loaded(self, final: str | None) -> tuple[Any, Any]:
+        """(model, tokenizer) of a run's `final`, or of the start."""
+        import torch
+
+        from alignment.models import load_model, load_tokenizer
+
+        section = self.recipe.model.model_dump()
+        if final is not None:
+            keys = ("dtype", "attn_implementation", "trust_remote_code")
+            section = {"name_or_path": final, **{key: section[key] for key in keys}}
+        model: Any = load_model(**section)
+        if torch.cuda.is_available() and not self.recipe.training.use_cpu:
+            model.cuda()
+        named = {key: section[key] for key in ("adapter", "revision", "trust_remote_code") if key in section}
+        return model, load_tokenizer(section["name_or_path"], **named)
+
+    def _displacement(self, model: Any, start: Any, pairs: Path) -> list[float]:
+        rows = [row for _, row in iterate_json_lines(pairs)][:PAIRS]
+        found = []
+        for side in ("chosen_ids", "rejected_ids"):
+            ids = [(row["prompt_ids"], row[side]) for row in rows]
+            found.append(float(np.mean(log_probs(model, ids) - log_probs(start, ids))))
+        return found
+
+
+class Judge:
+    """The recipe's reward or oracle."""
+
+    def __init__(self, recipe: CompareRecipe) -> None:
+        from alignment.rewards import get_oracle, get_reward
+
+        reward, oracle = recipe.reward, recipe.oracle
+        self.reward: Any = None if reward is None else get_reward(reward.name, **reward.options)
+        self.oracle: Any = None if oracle is None else get_oracle(oracle.name, **oracle.options)
+
+    def describe(self) -> str:
+        """Its name and settings."""
+        return json.dumps((self.reward or self.oracle).describe(), ensure_ascii=False)
+
+    def scores(self, prompts: Sequence[str], one: Measured) -> Array:
+        """[Q, S] of a reward; each policy's samples are scored once."""
+        if not one.scores:
+            flat = [(p, text) for p, group in zip(prompts, one.responses, strict=True) for text in group]
+            values = self.reward.score([p for p, _ in flat], [text for _, text in flat])
+            one.scores.append(np.array(values, dtype=np.float64).reshape(len(prompts), -1))
+        return one.scores[0]
+
+    def shares(self, prompts: Sequence[str], ours: Measured, theirs: Measured) -> Array:
+        """[Q] share of all pairs of samples of a prompt that ours wins, ties one half; NaN: none could be judged."""
+        if self.oracle is not None:
+            return shares_won(self.oracle, prompts, ours.responses, theirs.responses)
+        from evaluation.statistics import preferences
+
+        both = zip(self.scores(prompts, ours), self.scores(prompts, theirs), strict=True)
+        tables = [preferences(a, b) for a, b in both]
+        return np.array([np.nan if np.isnan(t).all() else np.nanmean(t) for t in tables])
+
+    def one_to_one(self, prompts: Sequence[str], ours: Measured, theirs: Measured) -> Array:
+        """[Q, S] share that each sample of ours wins against the sample of theirs with the same number."""
+        if self.oracle is not None:
+            flat = [
+                (p, a, b)
+                for p, us, them in zip(prompts, ours.responses, theirs.responses, strict=True)
+                for a, b in zip(us, them, strict=True)
+            ]
+            values = self.oracle.probability(*(list(column) for column in zip(*flat, strict=True)))
+            return np.array(values, dtype=np.float64).reshape(len(prompts), -1)
+        a, b = self.scores(prompts, ours), self.scores(prompts, theirs)
+        return np.where(np.isnan(a) | np.isnan(b), np.nan, (a > b) + 0.5 * (a == b))

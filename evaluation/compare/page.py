@@ -1,0 +1,239 @@
+"""The report of a comparison: report.html (self-contained), report.md, table.csv. No numbers are made here."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation.compare.figures import draw_all
+from evaluation.compare.matrix import NO_DIFFERENCE
+
+Row = Mapping[str, Any]
+Table = tuple[list[str], list[list[str]]]
+
+UNAVAILABLE = "not available"
+
+
+def percent(one: Mapping[str, Any] | None) -> str:
+    """`56.1 [53.0, 59.2]`; `not available` where there is nothing."""
+    if one is None:
+        return UNAVAILABLE
+    return f"{100 * one['rate']:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+
+
+def over_seeds(one: Mapping[str, Any] | None, digits: int = 2) -> str:
+    """`1.23 (1.10 to 1.31)`: mean, and the lowest and highest seed."""
+    if one is None or one["mean"] is None:
+        return "–"
+    return f"{one['mean']:.{digits}f} ({min(one['by_seed']):.{digits}f} to {max(one['by_seed']):.{digits}f})"
+
+
+def _seeds(rates: Sequence[float]) -> str:
+    return f"{100 * min(rates):.1f} to {100 * max(rates):.1f}"
+
+
+def win_table(result: Row) -> Table:
+    """Win rates, tests and what is equivalent, one row an objective, the highest first."""
+    base, names = result["baseline"], result["matrix"]["names"]
+    head = ["objective", "tuned", "equivalent", "win rate over the start", "seeds", "length-controlled"]
+    head += [f"win rate over {base}", "seeds", "Holm p", f"different from {base}?"]
+    lines = []
+    for row in ranked(result):
+        against = result["matrix"]["cells"][names.index(row["label"])][names.index(base)]
+        test = row["versus_baseline"]
+        tested = ["–", "–", "–", "baseline"]
+        if test is not None:
+            p = "–" if test["p_adjusted"] is None else f"{test['p_adjusted']:.4f}"
+            tested = [percent(against), _seeds(against["by_seed"]), p, test["verdict"]]
+        over = row["over_start"]
+        lines.append(
+            [row["label"], row["point"], row["equals"] or "", percent(over), _seeds(over["by_seed"])]
+            + [percent(row["length_controlled"]), *tested]
+        )
+    return head, lines
+
+
+def policy_table(result: Row) -> Table:
+    """What became of the policies."""
+    named = {"reward": "reward", "kl": "KL to the start", "chosen": "log π chosen", "rejected": "log π rejected"}
+    named |= {"distinct_1": "distinct-1", "distinct_2": "distinct-2", "tokens": "tokens", "finished": "finished"}
+    shown = {key: title for key, title in named.items() if any(key in row for row in result["objectives"])}
+    digits = {"distinct_1": 4, "distinct_2": 3, "finished": 3, "tokens": 1}
+    rows = [*ranked(result), {"label": "start", **result["start"]}]
+    lines = [[row["label"], *(over_seeds(row.get(key), digits.get(key, 2)) for key in shown)] for row in rows]
+    return ["objective", *shown.values()], lines
+
+
+def cost_table(result: Row) -> Table:
+    """What a run of the chosen point cost, and its budget."""
+    head = ["objective", "pairs", "updates x pairs", "tokens trained on", "seconds", "peak memory"]
+    lines = []
+    for row in ranked(result):
+        cost = result["cost"][row["label"]]
+        seconds = "–" if cost["seconds"] is None else f"{cost['seconds']:.1f}"
+        peak = "–" if cost["peak_memory"] is None else f"{cost['peak_memory'] / 1e9:.2f} GB"
+        pairs = " / ".join(str(count) for count in row["pairs"])
+        lines.append(
+            [row["label"], pairs, f"{row['steps']} x {row['batch']}", f"{row['trained_tokens']:,}", seconds, peak]
+        )
+    return head, lines
+
+
+def tuning_table(result: Row) -> Table:
+    """Win rate over the start on validation prompts at every tuning point; the chosen one is marked."""
+    head, lines = ["objective", "tuned over", "win rate over the start (KL) at each value, validation prompts"], []
+    if not any(row["tuned"] for row in result["objectives"]):
+        return ["nothing was tuned: one value of each hyper-parameter"], []
+    for row in ranked(result):
+        points = [_point(point, row["value"]) for point in row["tuned"]]
+        lines.append([row["label"], row["over"] or "nothing", "; ".join(points)])
+    return head, lines
+
+
+def _point(point: Row, chosen: float | None) -> str:
+    value = "default" if point["value"] is None else f"{point['value']:g}"
+    mark = " chosen" if point["value"] == chosen else ""
+    return f"{value}: {100 * point['win_rate']:.1f} ({point['kl']:.2f}){mark}"
+
+
+def matrix_table(result: Row) -> Table:
+    """Row against column."""
+    names, cells = result["matrix"]["names"], result["matrix"]["cells"]
+    lines = [
+        [name, *("–" if one is None else percent(one) for one in line)]
+        for name, line in zip(names, cells, strict=True)
+    ]
+    return ["", *names], lines
+
+
+def ranked(result: Row) -> list[Row]:
+    """The objectives, the highest win rate over the start first."""
+    return sorted(result["objectives"], key=lambda row: -row["over_start"]["rate"])
+
+
+def claims(result: Row) -> list[str]:
+    """What the tests let one say, in words."""
+    base, found = result["baseline"], []
+    tested = [row for row in ranked(result) if row["versus_baseline"] is not None]
+    for said in ("better", "worse"):
+        labels = [row["label"] for row in tested if row["versus_baseline"]["verdict"] == said]
+        if labels:
+            found.append(f"{said} than {base}: {', '.join(labels)}")
+    same = [row["label"] for row in tested if row["versus_baseline"]["verdict"] == NO_DIFFERENCE]
+    if same:
+        found.append(f"{NO_DIFFERENCE} from {base}: {', '.join(same)}")
+    equal = [row["label"] for row in tested if row["versus_baseline"]["p_adjusted"] is None]
+    if equal:
+        found.append(f"the same loss as {base}, not tested: {', '.join(equal)}")
+    return found
+
+
+def notes(result: Row) -> list[str]:
+    """How to read the numbers; every limit that applies to this very report."""
+    seeds, found = len(result["seeds"]), []
+    found.append(
+        f"Judge: {result['judge']}. It judged the training pairs, too: a win says that its taste was learned, not "
+        f"that the text is better. {result['prompts']} test prompts; seeds {', '.join(map(str, result['seeds']))}."
+    )
+    found.append(
+        "Intervals are 95 % over prompts (paired bootstrap, seeds averaged) and hold for these trained models; "
+        "'seeds' is the lowest and highest seed."
+    )
+    if seeds == 1:
+        found.append("One seed: nothing here says what another seed of training would change.")
+    else:
+        found.append(
+            "A difference is claimed where Holm's p over prompts is at most 0.05 and the 95 % t interval over "
+            f"{seeds} seeds leaves one half out."
+        )
+    if result["detectable"] is not None:
+        found.append(
+            f"A single test over these prompts finds a difference of {100 * result['detectable']:.1f} points from 50 "
+            "four times in five; smaller ones are easily missed, and more so after Holm."
+        )
+    found.append(
+        f"Cyclic triples in the matrix (a beats b, b beats c, c beats a): {result['cyclic_triples']} of "
+        f"{result['triples']}; {result['cyclic_triples_sure']} of them with all three intervals clear of 50."
+    )
+    return found
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+TABLES = (
+    ("Win rates, percent", win_table),
+    ("The policies (mean; lowest to highest seed)", policy_table),
+    ("Cost of one run", cost_table),
+    ("Tuning", tuning_table),
+    ("Win rate of the row over the column, percent", matrix_table),
+)
+
+
+def as_markdown(result: Row) -> str:
+    """report.md."""
+    lines = ["# Comparison of objectives", "", *(f"* {claim}" for claim in claims(result)), ""]
+    lines += [f"{note}\n" for note in notes(result)]
+    for title, table in TABLES:
+        head, rows = table(result)
+        lines += [f"## {title}", "", _line(head), "|---" * len(head) + "|", *map(_line, rows), ""]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def as_csv(result: Row) -> str:
+    """table.csv: one row an objective, plain numbers, shares in [0, 1]."""
+    out = io.StringIO()
+    rows = []
+    for row in ranked(result):
+        controlled, test = row["length_controlled"] or {}, row["versus_baseline"] or {}
+        flat = {key: row[key] for key in ("label", "name", "point", "equals")}
+        flat |= {f"over_start_{key}": row["over_start"][key] for key in ("rate", "low", "high", "standard_error")}
+        flat |= {f"length_controlled_{key}": controlled.get(key) for key in ("rate", "low", "high")}
+        flat |= {f"versus_baseline_{key}": test.get(key) for key in ("p_value", "p_adjusted", "verdict")}
+        for key in ("reward", "kl", "chosen", "rejected", "distinct_1", "distinct_2", "tokens", "finished"):
+            flat[key] = row[key]["mean"] if key in row else None
+        flat |= {key: row[key] for key in ("steps", "batch", "trained_tokens")} | result["cost"][row["label"]]
+        rows.append(flat)
+    writer = csv.DictWriter(out, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def as_html(result: Row, folder: Path) -> str:
+    """report.html, with its figures inside; they are written to FOLDER/figures as PNG, too."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent.parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    figures = [
+        {"title": title, "reading": reading, "data": base64.b64encode(svg.encode()).decode()}
+        for title, reading, svg in draw_all(result, folder / "figures")
+    ]
+    tables = [{"title": title, "head": head, "rows": rows} for title, (head, rows) in _tables(result)]
+    return environment.get_template("compare.html").render(
+        name=folder.resolve().name,
+        claims=claims(result),
+        notes=notes(result),
+        one_seed=len(result["seeds"]) == 1,
+        figures=figures,
+        tables=tables,
+        recipe=result["recipe"],
+    )
+
+
+def _tables(result: Row) -> list[tuple[str, Table]]:
+    return [(title, table(result)) for title, table in TABLES]

@@ -1,0 +1,178 @@
+"""A compare recipe: the ordinary sections of a recipe without `objective`, and a section `compare`. No runs here.
+
+Strict at every depth, with file and line, `extends` and overrides as in every recipe. The word {task} in a text is the
+folder of the tiny task that `compare.task` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
+
+from alignment.recipes import Problem, RecipeError
+from alignment.recipes.document import Document
+from alignment.recipes.loading import _Root, _translate
+from alignment.recipes.merge import apply_overrides, read_with_bases
+from alignment.recipes.registries import objective_defaults_and_errors
+from alignment.recipes.rows import DataSection
+from alignment.recipes.schema import Section, Text, error, option, refused_at
+from alignment.recipes.sections import (
+    EvaluationSection,
+    GenerationSection,
+    LoraSection,
+    ModelSection,
+    ObjectiveSection,
+    OracleSection,
+    RewardSection,
+)
+from alignment.recipes.training import TrainingSection
+
+OURS = "our choice"
+
+
+class Entry(ObjectiveSection):
+    """An objective to compare: `name`, its hyper-parameters where they are not the default, and two keys of ours."""
+
+    fixed: ClassVar[tuple[str, ...]] = (*ObjectiveSection.fixed, "label", "over")
+
+    label: Text | None = option(None, "In tables and folders.", "the name, with -VALUE for each choice that is given")
+    over: Text | None = option(None, "Hyper-parameter to tune.", "the first number of its card")
+
+    @classmethod
+    def open_keys(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
+        """Defaults stay out: what was not given may follow what is tuned (inpo's tau follows eta)."""
+        ours = ("label", "over")
+        return {}, objective_defaults_and_errors({key: value for key, value in data.items() if key not in ours})[1]
+
+
+def _entries(value: Any) -> Any:
+    """`all`, or a list of names and sections, as a list of sections; `all` is the empty list."""
+    if value == "all":
+        return []
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected all, or a list of objectives, got {value!r}")
+    return [{"name": item} if isinstance(item, str) else item for item in value]
+
+
+class CompareSection(Section):
+    """What is compared, and how often."""
+
+    objectives: Annotated[list[Entry], BeforeValidator(_entries)] = option(
+        [], "all, or a list of names or {name: …, HYPER-PARAMETER: …}.", "all that train on pairs under this judge"
+    )
+    baseline: Text = option("dpo", "Label of the row that the others are tested against.", OURS)
+    validation: Text | None = option(
+        None, "Text file of prompts that choose the tuning point; format as evaluation's.", "none; needed to tune"
+    )
+    validation_limit: int | None = option(None, "Use only the first so many.", "all", ge=1)
+    tune: int = option(3, "Values of one hyper-parameter that each objective is trained with.", OURS, ge=1)
+    tuning_factor: float = option(3.0, "From one of these values to the next.", OURS, gt=1)
+    tuning_seeds: int = option(1, "Seeds that each value is trained with; the chosen one gets all.", OURS, ge=1)
+    seeds: int = option(3, "Seeds of data, training and samples.", OURS, ge=1)
+    first_seed: int = option(0, "The others follow.", OURS, ge=0)
+    iterations: int = option(2, "Iterations of methods that sample again (inpo, sppo, gpo).", OURS, ge=2)
+    task: Literal["grammar"] | None = option(
+        None, "A tiny model and its prompts are built in OUTPUT_DIR/TASK, {task} in other keys.", "none"
+    )
+
+    @model_validator(mode="after")
+    def _can_tune(self) -> CompareSection:
+        if self.tuning_seeds > self.seeds:
+            raise refused_at(f"{self.tuning_seeds}, and compare.seeds is {self.seeds}", "tuning_seeds")
+        if self.tune > 1 and self.validation is None:
+            raise refused_at(f"{self.tune} values need compare.validation, prompts to choose one by", "tune")
+        return self
+
+
+class CompareRecipe(_Root):
+    """A checked compare recipe. Attributes are the sections."""
+
+    compare: CompareSection = Field(description="The objectives, and how they are tuned and repeated.")
+    model: ModelSection = Field(description="What every run starts from, and the reference.")
+    lora: LoraSection | None = Field(None, description="Train adapters only. Default: all weights are trained.")
+    data: DataSection = Field(description="The preferences, drawn from the model: data.sample.")
+    generation: GenerationSection = Field(
+        default_factory=GenerationSection, description="How responses are drawn. Default: see its keys."
+    )
+    reward: RewardSection | None = Field(None, description="The judge, of training and test. Default: none.")
+    oracle: OracleSection | None = Field(None, description="The judge, if it compares two. Default: none.")
+    training: TrainingSection = Field(description="How the optimiser runs; the same for all objectives.")
+    evaluation: EvaluationSection = Field(description="The test prompts, and samples of each policy per prompt.")
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> CompareRecipe:
+        if problems := list(self._problems()):
+            raise ValidationError.from_exception_data("recipe", problems)
+        return self
+
+    def _problems(self) -> Iterator[InitErrorDetails]:
+        if self.data.sample is None:
+            yield error("objectives are compared on pairs drawn from the model: give data.sample", "data")
+        if self.reward is None and self.oracle is None:
+            yield error("needs a reward or oracle section: something has to judge", "compare")
+        if self.reward is not None and self.oracle is not None:
+            yield error("excludes reward: there is one judge; remove one section", "oracle")
+        if self.training.eval_strategy != "no" or self.training.push_to_hub:
+            key = "push_to_hub" if self.training.push_to_hub else "eval_strategy"
+            yield error("not in a comparison: leave it out", "training", key)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return Path(self.training.output_dir)
+
+    @property
+    def seeds(self) -> range:
+        """The numbers of the seeds."""
+        return range(self.compare.first_seed, self.compare.first_seed + self.compare.seeds)
+
+
+def load_compare_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CompareRecipe:
+    """Read and check a compare recipe; no weights, no data.
+
+    Raises:
+        RecipeError: anything is wrong; its text is the first problem with its place.
+        UserError: an override is not of the form SECTION.KEY=VALUE.
+    """
+    document = apply_overrides(read_with_bases(Path(path)), overrides)
+    _fill_in(document)
+    try:
+        recipe = CompareRecipe.model_validate(document.values)
+    except ValidationError as failed:
+        raise RecipeError(document.problems or problems_of(failed, document)) from None
+    if document.problems:
+        raise RecipeError(document.problems)
+    recipe._document = document
+    return recipe
+
+
+def problems_of(failed: ValidationError, document: Document, kind: Any = CompareRecipe) -> list[Problem]:
+    """What pydantic found, each at its line."""
+    return [_translate(dict(e), document, kind) for e in failed.errors(include_url=False)]
+
+
+def _fill_in(document: Document) -> None:
+    """The folder's default, and the task's folder in the place of {task}."""
+    training, section = document.values.get("training"), document.values.get("compare")
+    if not isinstance(training, dict):
+        return
+    document.values["training"] = training = {
+        "output_dir": f"runs/compare-{Path(document.source).stem}",
+        **training,
+    }
+    task = section.get("task") if isinstance(section, dict) else None
+    if isinstance(task, str):
+        place = str(Path(str(training["output_dir"])) / task)
+        document.values = _replaced(document.values, place)
+
+
+def _replaced(value: Any, place: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(inner, place) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_replaced(inner, place) for inner in value]
+    return value.replace("{task}", place) if isinstance(value, str) else value

@@ -1,0 +1,207 @@
+"""results.json of a comparison: everything that the report shows, from the samples and the runs' own files."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from evaluation.compare import matrix
+from evaluation.compare.equivalence import describe_equal, loss_of
+from evaluation.compare.length import length_controlled_rate
+from evaluation.compare.measure import Judge, Measured
+from evaluation.compare.plan import Arm, Run, point_name
+from evaluation.compare.recipe import CompareRecipe
+from evaluation.experiments import over_seeds
+
+START = "start"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An arm after tuning.
+
+    Attributes:
+        arm: the arm.
+        value: the tuning point that won.
+        tuned: a row per point: value, win_rate over the start on validation prompts, kl there.
+        runs: those of the chosen point, one a seed.
+    """
+
+    arm: Arm
+    value: float | None
+    tuned: list[dict[str, float | None]]
+    runs: list[Run]
+
+
+def tuned_rows(
+    judge: Judge, prompts: Sequence[str], arm: Arm, policies: Mapping[tuple[float | None, int], Measured], starts: Any
+) -> list[dict[str, float | None]]:
+    """One row per tuning point: its mean win rate over the start, and KL, over the seeds that tune.
+
+    Args:
+        judge: of the recipe.
+        prompts: of validation.
+        arm: whose.
+        policies: (value, seed) -> samples.
+        starts: seed -> samples of the start.
+    """
+    rows: list[dict[str, float | None]] = []
+    for value in arm.points:
+        seeds = [seed for at, seed in policies if at == value]
+        won = [float(np.nanmean(judge.shares(prompts, policies[value, s], starts[s]))) for s in seeds]
+        kl = [policies[value, s].kl for s in seeds]
+        rows.append({"value": value, "win_rate": statistics.fmean(won), "kl": statistics.fmean(kl)})
+    return rows
+
+
+def best_of(rows: Sequence[Mapping[str, float | None]]) -> float | None:
+    """The value with the highest win rate; of equals the one nearest to the middle of the grid."""
+    middle = (len(rows) - 1) / 2
+    at = max(range(len(rows)), key=lambda i: (rows[i]["win_rate"] or 0.0, -abs(i - middle), -i))
+    return rows[at]["value"]
+
+
+def build(
+    recipe: CompareRecipe,
+    judge: Judge,
+    prompts: Sequence[str],
+    chosen: Sequence[Chosen],
+    policies: Mapping[str, Sequence[Measured]],
+    facts: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """The content of results.json.
+
+    Args:
+        recipe: the whole.
+        judge: of the recipe.
+        prompts: Q test prompts.
+        chosen: the arms after tuning.
+        policies: label (and START) -> samples of each seed.
+        facts: label -> `runs.facts_of` of each seed's run.
+    """
+    names = [*(one.arm.label for one in chosen), START]
+    cells = _cells(judge, prompts, names, policies, recipe.evaluation.bootstrap, recipe.evaluation.seed)
+    tests = _tests(recipe, chosen, names, cells)
+    rows = []
+    for i, one in enumerate(chosen):
+        label = one.arm.label
+        against = [judge.one_to_one(prompts, *both) for both in zip(policies[label], policies[START], strict=True)]
+        rows.append(
+            {
+                **_identity(one),
+                "over_start": asdict(_cell(cells, i, len(names) - 1)),
+                "length_controlled": length_controlled_rate(policies[label], policies[START], against),
+                **_numbers(judge, prompts, policies[label]),
+                **{key: facts[label][0][key] for key in ("steps", "batch", "trained_tokens")},
+                "pairs": [fact["pairs"] for fact in facts[label]],
+                "versus_baseline": tests.get(label),
+            }
+        )
+    grid = [[None if one is None else asdict(one) for one in line] for line in cells]
+    trained = [line[:-1] for line in cells[:-1]]
+    heads = [one for line in trained for one in line if one is not None]
+    return {
+        "recipe": recipe.resolved(),
+        "judge": judge.describe(),
+        "seeds": list(recipe.seeds),
+        "prompts": len(prompts),
+        "baseline": recipe.compare.baseline,
+        "objectives": rows,
+        "start": _numbers(judge, prompts, policies[START]),
+        "matrix": {"names": names, "cells": grid},
+        "triples": len(names) * (len(names) - 1) * (len(names) - 2) // 6,
+        "cyclic_triples": matrix.cyclic_triples(cells),
+        "cyclic_triples_sure": matrix.cyclic_triples(cells, sure=True),
+        "detectable": matrix.detectable(heads),
+        "cost": {label: _cost(each) for label, each in facts.items()},
+    }
+
+
+def _cell(cells: Sequence[Sequence[matrix.Cell | None]], i: int, j: int) -> matrix.Cell:
+    found = cells[i][j]
+    assert found is not None  # off the diagonal
+    return found
+
+
+def _cells(
+    judge: Judge,
+    prompts: Sequence[str],
+    names: Sequence[str],
+    policies: Mapping[str, Sequence[Measured]],
+    resamples: int,
+    seed: int,
+) -> list[list[matrix.Cell | None]]:
+    """Row against column; the policies of a seed meet each other."""
+    from tqdm import tqdm
+
+    cells: list[list[matrix.Cell | None]] = [[None] * len(names) for _ in names]
+    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
+    for i, j in tqdm(pairs, desc="judging", unit=" pairs of models"):
+        both = zip(policies[names[i]], policies[names[j]], strict=True)
+        shares = np.array([judge.shares(prompts, ours, theirs) for ours, theirs in both])
+        one = matrix.cell(shares, resamples, seed)
+        cells[i][j], cells[j][i] = one, one.swapped
+    return cells
+
+
+def _tests(
+    recipe: CompareRecipe,
+    chosen: Sequence[Chosen],
+    names: Sequence[str],
+    cells: Sequence[Sequence[matrix.Cell | None]],
+) -> dict[str, dict[str, Any]]:
+    """By label: the test against the baseline, Holm-adjusted over all that are another loss than it."""
+    base = names.index(recipe.compare.baseline)
+    loss = {one.arm.label: loss_of(one.arm.name, one.arm.at(one.value)) for one in chosen}
+    others = [i for i in range(len(chosen)) if i != base]
+    family = [i for i in others if loss[names[i]] != loss[names[base]]]
+    values = dict(zip(family, matrix.adjusted([_cell(cells, i, base) for i in family]), strict=True))
+    found: dict[str, dict[str, Any]] = {}
+    for i in others:
+        one, p = _cell(cells, i, base), values.get(i)
+        said = "the same loss" if p is None else matrix.verdict(one, p)
+        found[names[i]] = {"p_value": one.p_value, "p_adjusted": p, "verdict": said}
+    return found
+
+
+def _identity(one: Chosen) -> dict[str, Any]:
+    arm, given = one.arm, one.arm.at(one.value)
+    return {
+        "label": arm.label,
+        "name": arm.name,
+        "hyperparameters": {k: v for k, v in arm.objective(one.value).hyperparameters.items() if v is not None},
+        "over": arm.over,
+        "value": one.value,
+        "point": point_name(arm, one.value),
+        "tuned": one.tuned,
+        "equals": describe_equal(arm.name, given),
+        "iterative": arm.iterative,
+    }
+
+
+def _numbers(judge: Judge, prompts: Sequence[str], policies: Sequence[Measured]) -> dict[str, Any]:
+    """Numbers of a policy over its seeds, each with mean and interval."""
+    values: dict[str, list[float]] = {
+        "kl": [one.kl for one in policies],
+        "tokens": [float(one.tokens.mean()) for one in policies],
+        "finished": [one.finished for one in policies],
+        "distinct_1": [one.distinct_1 for one in policies],
+        "distinct_2": [one.distinct_2 for one in policies],
+    }
+    if judge.reward is not None:
+        values["reward"] = [float(np.nanmean(judge.scores(prompts, one))) for one in policies]
+    moved = [one.displacement for one in policies if one.displacement is not None]
+    if moved:
+        values["chosen"], values["rejected"] = ([pair[i] for pair in moved] for i in (0, 1))
+    return {name: {**over_seeds(each), "by_seed": each} for name, each in values.items()}
+
+
+def _cost(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean seconds and largest peak over the seeds; None where a run has not been measured."""
+    seconds = [fact["seconds"] for fact in facts if fact["seconds"] is not None]
+    peaks = [fact["peak_memory"] for fact in facts if fact["peak_memory"] is not None]
+    return {"seconds": statistics.fmean(seconds) if seconds else None, "peak_memory": max(peaks, default=None)}

@@ -1,0 +1,209 @@
+"""The training runs of a comparison, one by one, each in processes of its own; what is complete is left as it is.
+
+A run is a normal run directory: `alignment report` and `evaluation/win_rate.py` read it, and FOLDER/recipes has its
+recipe. Killed anywhere, the same command goes on: an iterative run at its last stage, another one at its last whole
+checkpoint where its recipe writes any, else from its start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignment.errors import UserError, run_or_exit
+from alignment.files import iterate_json_lines, read_json_object, write_json, write_text
+from alignment.pipeline.processes import PRELOADED, die_with_parent
+from alignment.recipes import IterateRecipe
+from alignment.recipes.inspection import flatten
+from alignment.recipes.iterate import iteration_folder
+from evaluation.compare.plan import Run, point_name
+
+COST = "cost.json"  # of the run, beside its manifest
+PAGES = ["evaluation.held_out", "evaluation.report", "matplotlib.backends.backend_svg"]
+EVERY = 0.02  # seconds between two looks at memory
+
+
+def done(run: Run) -> bool:
+    """Whether everything of a run is there; the number of its steps is written last."""
+    manifest = run.folder / "manifest.json"
+    return (run.folder / "final").is_dir() and "steps" in read_json_object(manifest)
+
+
+def refuse_changes(runs: Sequence[Run]) -> None:
+    """UserError where a run directory began with another recipe, naming the differences.
+
+    What changes no result may differ; so may what measures policies, since that is measured anew.
+    """
+    for run in runs:
+        manifest = run.folder / "manifest.json"
+        if not manifest.is_file():
+            continue
+        before = dict(flatten(read_json_object(manifest).get("recipe") or {}))
+        now = dict(flatten(run.recipe.resolved()))
+        free = {f"training.{key}" for key in run.recipe.training.NO_EFFECT_ON_RESULT}
+        found = [
+            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            for key in sorted(before | now)
+            if before.get(key) != now.get(key) and key not in free and not key.startswith("evaluation")
+        ]
+        if found:
+            raise UserError(
+                f"{run.folder} began with another recipe: {'; '.join(found)}; go back to that, or give another "
+                "training.output_dir"
+            )
+
+
+def carry_out(runs: Sequence[Run], folder: Path, what: str) -> None:
+    """Train what is not complete.
+
+    Args:
+        runs: in order.
+        folder: of the comparison.
+        what: said of them on the terminal.
+
+    Raises:
+        UserError: a run was stopped by something that it did not say itself.
+        SystemExit: it has said itself what is wrong.
+    """
+    for number, run in enumerate(runs, start=1):
+        where = f"== {what} {number} of {len(runs)}: {run}"
+        if done(run):
+            print(f"{where}: complete", flush=True)
+            continue
+        print(where, flush=True)
+        began = time.perf_counter()
+        with Memory() as memory:
+            _train(run, folder)
+        seconds = time.perf_counter() - began
+        write_json(run.folder / COST, {"seconds": round(seconds, 2), "peak_memory": memory.peak})
+        print(f"   {seconds:.1f} s", flush=True)
+
+
+def _train(run: Run, folder: Path) -> None:
+    if isinstance(run.recipe, IterateRecipe):
+        from alignment.pipeline.driver import run as iterate
+
+        run.recipe._document.source = str(_written(run, folder))
+        iterate(run.recipe)
+        return
+    words = [str(_written(run, folder))]
+    if any(run.folder.glob("checkpoint-*/files.json")):
+        words.append("--resume")
+    elif run.folder.exists():  # killed before its first checkpoint: nothing to go on from
+        shutil.rmtree(run.folder)
+    context = multiprocessing.get_context("forkserver")  # imports once; the same one that iterations use
+    context.set_forkserver_preload([*PRELOADED, *PAGES])
+    process = context.Process(target=_child, args=(words,))
+    process.start()
+    process.join()
+    if process.exitcode in (2, 130):
+        raise SystemExit(process.exitcode)
+    if process.exitcode:
+        raise UserError(f"{run}: training ended with code {process.exitcode}; the same command goes on from there")
+
+
+def _child(words: list[str]) -> None:
+    from alignment.launched import main as launched
+
+    die_with_parent()
+    try:
+        run_or_exit(lambda: launched(words))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _written(run: Run, folder: Path) -> Path:
+    """The run's recipe as a file that `alignment train`, or `iterate`, takes."""
+    name = f"{run.arm.label}-{point_name(run.arm, run.value)}-seed-{run.seed}.yaml"
+    file = folder / "recipes" / name
+    write_text(file, yaml.safe_dump(run.recipe.resolved(), sort_keys=False))
+    return file
+
+
+class Memory:
+    """The largest resident set of any process that this one started, in bytes, looked at every EVERY seconds.
+
+    It holds the libraries, too (some 0.6 GB), and nothing of a GPU's memory.
+    """
+
+    def __init__(self) -> None:
+        self.peak, self._over = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        import psutil
+
+        me = psutil.Process()
+        while not self._over.wait(EVERY):
+            try:
+                sizes = [child.memory_info().rss for child in me.children(recursive=True)]
+            except psutil.Error:  # one has just ended
+                continue
+            self.peak = max(self.peak, *sizes, 0)
+
+
+# --- what a complete run says of itself ------------------------------------------------------------------------------
+
+
+def pairs_files(run: Run) -> list[Path]:
+    """The preferences that a run trained on; of an iterative run those of each iteration."""
+    if isinstance(run.recipe, IterateRecipe):
+        numbers = range(1, run.recipe.iterate.iterations + 1)
+        return [iteration_folder(run.folder, t) / "pairs" / "pairs.jsonl" for t in numbers]
+    return [run.folder / "preferences.jsonl"]
+
+
+def facts_of(run: Run) -> dict[str, Any]:
+    """Of a complete run: what it cost, and what must be equal for all of a seed.
+
+    Returns:
+        steps, batch; pairs, their SHA-256 (None where the run samples again) and tokens (of a pair, prompt twice, on
+        average); `trained_tokens` = steps x batch x tokens; seconds and peak_memory (None where not measured).
+    """
+    manifest, files = read_json_object(run.folder / "manifest.json"), pairs_files(run)
+    rows = [row for file in files for _, row in iterate_json_lines(file)]
+    lengths = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
+    batch, steps = run.recipe.training.global_batch_size, int(manifest["steps"])
+    cost = read_json_object(run.folder / COST) if (run.folder / COST).is_file() else {}
+    digest = hashlib.sha256(files[0].read_bytes()).hexdigest() if len(files) == 1 else None
+    return {
+        "steps": steps,
+        "batch": batch,
+        "pairs": len(rows),
+        "pairs_sha256": None if isinstance(run.recipe, IterateRecipe) else digest,
+        "trained_tokens": round(steps * batch * sum(lengths) / len(lengths)),
+        "seconds": cost.get("seconds"),
+        "peak_memory": cost.get("peak_memory") or None,
+    }
+
+
+def refuse_unequal(facts: Sequence[tuple[Run, dict[str, Any]]]) -> None:
+    """UserError unless all runs made as many updates of as many pairs, on the same pairs within a seed."""
+    for key in ("steps", "batch"):
+        if len({one[key] for _, one in facts}) > 1:
+            shown = ", ".join(f"{run}: {one[key]}" for run, one in facts)
+            raise UserError(f"the runs differ in {key} ({shown}), and would not be compared fairly")
+    by_seed: dict[int, dict[str, Run]] = {}
+    for run, one in facts:
+        if one["pairs_sha256"] is not None:
+            by_seed.setdefault(run.seed, {})[one["pairs_sha256"]] = run
+    for different in by_seed.values():
+        if len(different) > 1:
+            shown = " and ".join(str(run.folder) for run in different.values())
+            raise UserError(f"{shown} trained on different pairs, and would not be compared fairly")
