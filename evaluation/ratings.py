@@ -36,6 +36,7 @@ Index = NDArray[np.intp]
 
 ELO = 400 / math.log(10)  # points per nat: 400 points are odds of ten to one
 RESAMPLES, LEVEL = 1000, 0.95
+FEW_PAIRS = 10  # a feature of style that differs in fewer has no coefficient worth the name, and often no finite one
 
 
 @dataclass(frozen=True)
@@ -304,8 +305,9 @@ def rate_files(
     share, prompts = np.array([row.share for row in used]), [row.instruction for row in used]
     asked = [name for group in GROUPS if group in style for name in GROUPS[group]]
     table = style_differences([row.output_1 for row in used], [row.output_2 for row in used], asked)
-    differs = np.abs(table).sum(axis=0) > 0
-    features = [name for name, does in zip(asked, differs, strict=True) if does]
+    pairs_that_differ = (table != 0).sum(axis=0)  # [k]
+    differs = pairs_that_differ >= FEW_PAIRS
+    features = [name for name, does in zip(asked, differs.tolist(), strict=True) if does]
     found = rate(
         names, first, second, share, clusters=prompts, style=table[:, differs] if features else None,
         features=features, anchor=anchor, resamples=resamples, seed=seed,
@@ -316,7 +318,7 @@ def rate_files(
                     for name, i in sorted(place.items(), key=lambda item: -found.theta[item[0]].estimate)],
         "anchor": anchor,
         "style": {name: _limits(value) for name, value in found.style.items()},
-        "style_without_difference": [name for name in asked if name not in features],
+        "style_left_out": {n: k for n, k in zip(asked, pairs_that_differ.tolist(), strict=True) if n not in features},
         "pairs": pairs,
         "circles": circles(pairs),
         "annotations": len(used),
@@ -358,7 +360,7 @@ def describe(result: dict[str, Any]) -> str:
     for name, value in result["style"].items():
         low, high = value["interval"]
         lines.append(f"style {name}: {value['estimate']:+.3f} nats per standard deviation ({low:+.3f} to {high:+.3f})")
-    lines += [f"style {name}: never differs, left out" for name in result["style_without_difference"]]
+    lines += [f"style {name}: differs in {k} pairs only, left out" for name, k in result["style_left_out"].items()]
     return "\n".join(lines)
 
 

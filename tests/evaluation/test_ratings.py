@@ -201,10 +201,11 @@ def test_the_program_s_anchor_and_style(files):
     found = rate_files(files, anchor="middle", resamples=100)
     middle = next(row for row in found["systems"] if row["name"] == "middle")
     assert (middle["theta"], middle["win_rate"], middle["interval"]) == (0, 0.5, [0, 0])
-    assert (found["style"], found["style_without_difference"]) == ({}, [])
+    assert (found["style"], found["style_left_out"]) == ({}, {})
     plain = rate_files(files, anchor="middle", style=["markdown"], resamples=100)
     assert plain["systems"] == found["systems"]  # no text has any markdown
-    assert plain["style_without_difference"] == ["headers", "lists", "bold"]
+    assert plain["style_left_out"] == {"headers": 0, "lists": 0, "bold": 0}
+    assert "style bold: differs in 0 pairs only, left out" in describe(plain)
     for given, message in (
         ({"anchor": "midle"}, "--anchor 'midle': no such system; did you mean 'middle'?"),
         ({"style": ["lenght"]}, "--style 'lenght': unknown; did you mean 'length'?"),
