@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.files import write_text
-from alignment.pipeline.ledger import alone
+from alignment.models.pools import alone
 from evaluation.compare import runs as running
 from evaluation.compare.plan import (
     Arm,
@@ -49,7 +49,7 @@ def compare(path: Path, overrides: Sequence[str] = ()) -> Path:
     if (folder / "manifest.json").exists():
         raise UserError(f"training.output_dir: {folder} is a run; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder, patience=1.0):
+    with alone(folder):
         if recipe.compare.task is not None:
             _build_task(recipe.compare.task, folder / recipe.compare.task)
         prompts, steps = read_all_prompts(recipe), updates(recipe, iterative)
