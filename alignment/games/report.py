@@ -89,9 +89,9 @@ def _repelled(panel: Panel, name: str, curve: Curve) -> tuple[bool, str]:
     far = curve.gaps[-1] > CONVERGED
     among = f"among them {int((repelled & far).sum())} of the {int(repelled.sum())} whose Nash policy repels it"
     text = (
-        f"beta {panel.setting.beta:g}: {name} has not converged (gap above {CONVERGED:g}) in {_of(far)}, "
+        f"beta {panel.setting.beta:g}: {name} has not converged (gap above {number(CONVERGED)}) in {_of(far)}, "
         f"{among if bool(repelled.any()) else 'and no Nash policy repels it'}; linearised rate "
-        f"{_range(panel.mirror, 5)}"
+        f"{_range(panel.mirror, 6)}"
     )
     return bool((far | ~repelled).all()), text
 

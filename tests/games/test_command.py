@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,25 @@ def test_a_folder_that_cannot_be_made(file, tmp_path):
 
         recipe = load_games_recipe(file)
         run_and_write(recipe.claim, recipe.experiment(), tmp_path / "taken")
+
+
+def test_commands_of_the_page_and_of_recipes_can_be_run(root, monkeypatch):
+    """Files and keys exist; every recipe is shown; the page's tables have the rows that egpo.yaml makes."""
+    monkeypatch.chdir(root)
+    page = (root / "docs" / "games.md").read_text()
+    heads = [path.read_text().replace("#   alignment", "alignment") for path in Path("recipes/games").glob("*.yaml")]
+    lines = [line for text in (page, *heads) for line in text.splitlines() if line.startswith("alignment games run ")]
+    shown = set()
+    for line in lines:
+        words = shlex.split(line, comments=True)[3:]
+        load_games_recipe(words[0], [word for word in words[1:] if "=" in word])
+        shown.add(words[0])
+    assert shown == {str(path) for path in Path("recipes/games").glob("*.yaml")} and len(lines) >= 8
+    recipe = load_games_recipe("recipes/games/egpo.yaml")
+    for setting in recipe.settings:
+        eta = 4 * setting.learning_rate / (recipe.games.arms * setting.beta)
+        for share in (0.1, 0.5, 1):
+            assert page.count(f"| beta {setting.beta:g}, eta {eta:.2g} | {setting.iterations * share:.0f} |") == 2
 
 
 @pytest.mark.parametrize("name", ["egpo", "neural", "rock_paper_scissors", "sampled"])

@@ -181,10 +181,11 @@ def test_files(tmp_path):
         (Method("egpo"), Method("inpo"), Method("dpo", name="offline dpo")),
         (Setting(0.01, 0.0075, 160), Setting(0.1, 0.03, 20)), seeds=2, offset=1.0,
     )  # fmt: skip
+    # egpo's rate in the first setting (the second is too short for it), inpo's end in both
     text, holds = run_and_write("What is claimed", experiment, tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
     assert holds and (folder / "table.md").read_text() == text and text.startswith("What is claimed\n")
-    assert "1 game (rock paper scissors, 3 arms) and 2 seeds" in text and text.count("* holds:") == 3  # the second is too short for a rate
+    assert "1 game (rock paper scissors, 3 arms) and 2 seeds" in text and text.count("* holds:") == 3
     table = json.loads((folder / "table.json").read_text())
     (curve,) = [table["panels"][0]["curves"]["inpo"]]
     assert len(curve["median"]) == len(curve["iterations"]) == 161 and len(curve["last"]) == 2
@@ -208,9 +209,9 @@ def test_the_same_figure_twice_is_the_same_file(panels, tmp_path):
 @pytest.mark.slow
 def test_the_whole_recipe_holds_within_two_minutes(recipe, tmp_path):
     """Also beta = 0.001, where EGPO takes 1e5 iterations: to 1e-6 in every game, and mirror descent in some only."""
-    began = time.perf_counter()
+    began = time.process_time()  # of one thread: what others do on the machine does not count
     text, holds = run_and_write(recipe.claim, recipe.experiment(), tmp_path)
-    assert time.perf_counter() - began < 120
+    assert time.process_time() - began < 120
     assert holds and text.count("* holds:") == 6
     panel = json.loads((tmp_path / "table.json").read_text())["panels"][2]
     assert max(panel["curves"]["egpo"]["last"]) < 1e-6 < 1e-2 < max(panel["curves"]["online_ipo1"]["last"])
