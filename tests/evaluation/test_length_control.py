@@ -61,6 +61,10 @@ def test_the_fit_is_a_minimum_in_every_direction():
 
     for c in (0.01, 0.3, 10.0):
         w = fit_l1(x, p, weight, c)
+        slope = -c * (
+            rows.T @ (weights * labels * expit(-labels * (rows @ w)))
+        )  # must be -sign(w), or in [-1, 1] at 0
+        assert slope[w != 0] == pytest.approx(-np.sign(w[w != 0]), abs=1e-7) and (np.abs(slope) <= 1 + 1e-7).all()
         for direction in [*np.eye(3), *rng.normal(size=(10, 3))]:
             line = minimize_scalar(lambda t, d=direction, c=c, w=w: objective(w + t * d, c), bracket=(-0.1, 0.1))
             assert objective(w, c) <= line.fun + 1e-7
@@ -113,11 +117,11 @@ def test_swapping_the_systems_gives_the_rest():
     length, gamma, share = simulate(rng, 300, drift=300)
     one = length_controlled(length, share, difficulty=gamma, resamples=100, seed=5)
     two = length_controlled(-length, 1 - share, difficulty=gamma, resamples=100, seed=5)
-    assert one.rate + two.rate == pytest.approx(1, abs=1e-5)
+    assert one.rate + two.rate == pytest.approx(1, abs=1e-9)
     assert one.interval is not None and two.interval is not None
-    assert one.interval.low + two.interval.high == pytest.approx(1, abs=1e-4)
+    assert one.interval.low + two.interval.high == pytest.approx(1, abs=1e-9)
     plain = length_controlled(length, share, resamples=0), length_controlled(-length, 1 - share, resamples=0)
-    assert plain[0].rate + plain[1].rate == pytest.approx(1, abs=1e-5)
+    assert plain[0].rate + plain[1].rate == pytest.approx(1, abs=1e-9)
 
 
 def test_systems_against_each_other_from_coefficients():
