@@ -1,8 +1,8 @@
 """The training runs of a comparison, one by one, each in processes of its own; what is complete is left as it is.
 
-A run is a normal run directory: `alignment report` and `evaluation/win_rate.py` read it, and FOLDER/recipes has its
-recipe. Killed anywhere, the same command goes on: an iterative run at its last stage, another one at its last whole
-checkpoint where its recipe writes any, else from its start.
+A run is a normal run directory, whose page `alignment report RUN` writes, and FOLDER/recipes has its recipe. Killed
+anywhere, the same command goes on: an iterative run at its last stage, another one at its last whole checkpoint where
+its recipe writes any, else from its start.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from alignment.recipes.iterate import iteration_folder
 from evaluation.compare.plan import Run, point_name
 
 COST = "cost.json"  # of the run, beside its manifest
-PAGES = ["evaluation.held_out", "evaluation.report", "matplotlib.backends.backend_svg"]
-EVERY = 0.02  # seconds between two looks at memory
+EVERY = 0.2  # seconds between two looks at memory
 
 
 def done(run: Run) -> bool:
@@ -100,7 +99,7 @@ def _train(run: Run, folder: Path) -> None:
     elif run.folder.exists():  # killed before its first checkpoint: nothing to go on from
         shutil.rmtree(run.folder)
     context = multiprocessing.get_context("forkserver")  # imports once; the same one that iterations use
-    context.set_forkserver_preload([*PRELOADED, *PAGES])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_child, args=(words,))
     process.start()
     process.join()
@@ -115,7 +114,7 @@ def _child(words: list[str]) -> None:
 
     die_with_parent()
     try:
-        run_or_exit(lambda: launched(words))
+        run_or_exit(lambda: launched(words, report=False))  # half of a tiny run's time; `alignment report` writes it
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
