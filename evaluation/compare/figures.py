@@ -37,6 +37,14 @@ def _ranked(result: Row) -> list[Row]:
     return sorted(result["objectives"], key=lambda row: row["over_start"]["rate"])
 
 
+def ordered_matrix(result: Row) -> tuple[list[str], list[list[Row | None]]]:
+    """Names and cells, the highest win rate over the start first, the start itself last."""
+    names, cells = result["matrix"]["names"], result["matrix"]["cells"]
+    ranked = [names.index(row["label"]) for row in reversed(_ranked(result))]
+    order = [*ranked, *(i for i in range(len(names)) if i not in ranked)]
+    return [names[i] for i in order], [[cells[i][j] for j in order] for i in order]
+
+
 def _plain(axes: Any, along: str = "x") -> None:
     axes.grid(axis=along, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -55,9 +63,10 @@ def win_rates(figure: Any, result: Row) -> None:
         one = row["over_start"]
         _interval(left, one, y, COLOURS[0], "win rate" if y == 0 else None)
         if row["length_controlled"] is not None:
-            x = 100 * row["length_controlled"]["rate"]
+            one = row["length_controlled"]
+            left.plot([100 * one["low"], 100 * one["high"]], [y - 0.25] * 2, color=COLOURS[1], linewidth=1)
             label = "length-controlled" if y == 0 else None
-            left.plot([x], [y - 0.25], "D", mfc="white", mec=COLOURS[1], markersize=5, label=label)
+            left.plot([100 * one["rate"]], [y - 0.25], "D", mfc="white", mec=COLOURS[1], markersize=5, label=label)
         if row["label"] != base:
             cell = result["matrix"]["cells"][names.index(row["label"])][names.index(base)]
             sure = row["versus_baseline"]["verdict"] in ("better", "worse")
@@ -80,7 +89,7 @@ def _interval(axes: Any, one: Row, y: float, colour: str, label: str | None) -> 
 
 def matrix(figure: Any, result: Row) -> None:
     """The matrix as a table of colours with its numbers."""
-    names, cells = result["matrix"]["names"], result["matrix"]["cells"]
+    names, cells = ordered_matrix(result)
     figure.set_size_inches(2.6 + 0.58 * len(names), 1.9 + 0.42 * len(names))
     axes = figure.subplots()
     table = [[50.0 if one is None else 100 * one["rate"] for one in line] for line in cells]
@@ -125,8 +134,21 @@ def frontier(figure: Any, result: Row) -> None:
         right.set_ylabel("win rate over the start, percent", color=INK)
     for axes in (left,) if right is None else (left, right):
         axes.set_xlabel("KL to the start, nats per response", color=INK)
+        _widened(axes, [row["kl"]["mean"] for row in rows])
         _plain(axes, "both")
     figure.legend(loc="outside lower center", ncols=6, frameon=False)
+
+
+def _widened(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis where one policy has gone so far that it would press all others into a corner."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if min(values) <= 0 or max(values) / min(values) < 10:
+        return
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def displacement(figure: Any, result: Row) -> None:

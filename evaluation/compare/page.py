@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.compare.figures import draw_all
+from evaluation.compare.figures import draw_all, ordered_matrix
 from evaluation.compare.matrix import NO_DIFFERENCE
 
 Row = Mapping[str, Any]
@@ -102,7 +102,7 @@ def _point(point: Row, chosen: float | None) -> str:
 
 def matrix_table(result: Row) -> Table:
     """Row against column."""
-    names, cells = result["matrix"]["names"], result["matrix"]["cells"]
+    names, cells = ordered_matrix(result)
     lines = [
         [name, *("–" if one is None else percent(one) for one in line)]
         for name, line in zip(names, cells, strict=True)
