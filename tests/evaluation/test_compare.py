@@ -1,0 +1,182 @@
+"""`alignment compare`, end to end on the tiny model, reduced: runs, tuning, report; then half of it is deleted.
+
+The whole of it at full size is recipes/compare/tiny.yaml. Rules that need no training: `test_compare_rules`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from alignment.cli import app
+from alignment.errors import UserError
+from evaluation.compare.command import compare
+
+TINY = Path(__file__).resolve().parents[2] / "recipes" / "compare" / "tiny.yaml"
+SMALL = [
+    "compare.tune=2",
+    "compare.tuning_factor=9",
+    "compare.seeds=2",
+    "compare.validation_limit=6",
+    "data.sample.limit=16",
+    "data.sample.samples_per_prompt=4",
+    "generation.max_new_tokens=8",
+    "training.num_train_epochs=1",
+    "evaluation.limit=10",
+    "evaluation.samples_per_prompt=3",
+    "evaluation.bootstrap=500",
+]
+TWO = "compare.objectives=[dpo, {name: f_dpo, divergence: reverse_kl}]"
+
+
+def prepared(tiny: Path, folder: Path) -> list[str]:
+    """The overrides of a reduced comparison in `folder`, where the model is built already."""
+    shutil.copytree(tiny, folder / "grammar" / "model")
+    return [*SMALL, f"training.output_dir={folder}"]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def without_times(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != "cost"}
+
+
+@pytest.fixture(scope="module")
+def done(tiny, tmp_path_factory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("compare")
+    overrides = [*prepared(tiny, folder), TWO]
+    shown = CliRunner().invoke(app, ["compare", str(TINY), *overrides])
+    assert shown.exit_code == 0, shown.output
+    assert "| f_dpo-reverse_kl |" in shown.output and "report.html" in shown.output
+    return folder, overrides
+
+
+def test_every_run_is_a_run_directory_and_only_the_chosen_point_has_all_seeds(done):
+    folder, _ = done
+    result = read(folder)
+    for row in result["objectives"]:
+        assert [point["value"] for point in row["tuned"]] == pytest.approx([0.1 / 3, 0.3], rel=1e-3)
+        best = max(row["tuned"], key=lambda point: point["win_rate"])
+        assert row["value"] == best["value"]
+        points = [path.parent for path in folder.glob(f"runs/{row['label']}/*/seed-0")]
+        seeds = {point.name: len(list(point.iterdir())) for point in points}
+        assert sorted(seeds.values()) == [1, 2] and seeds[row["point"]] == 2
+    for run in folder.glob("runs/*/*/seed-*"):
+        assert (run / "final" / "model.safetensors").is_file() and (run / "metrics.jsonl").is_file()
+        assert (folder / "recipes" / f"{run.parent.parent.name}-{run.parent.name}-{run.name}.yaml").is_file()
+
+
+def test_all_get_the_same_pairs_updates_and_start(done):
+    folder, _ = done
+    for seed in (0, 1):
+        runs = list(folder.glob(f"runs/*/*/seed-{seed}"))
+        assert len({(run / "preferences.jsonl").read_bytes() for run in runs}) == 1
+        manifests = [json.loads((run / "manifest.json").read_text()) for run in runs]
+        assert {manifest["steps"] for manifest in manifests} == {2}
+        assert len({manifest["frozen_weights"]["start"] for manifest in manifests}) == 1
+        assert all(manifest["recipe"]["reference"]["precompute"] for manifest in manifests)
+    first, second = (next(iter(folder.glob(f"runs/dpo/*/seed-{seed}/preferences.jsonl"))) for seed in (0, 1))
+    assert first.read_bytes() != second.read_bytes()
+
+
+def test_two_names_of_one_loss_are_one_policy_at_each_point_and_are_marked(done):
+    from safetensors.torch import load_file
+
+    folder, _ = done
+    dpo, other = read(folder)["objectives"]
+    assert (dpo["label"], other["label"]) == ("dpo", "f_dpo-reverse_kl") and dpo["versus_baseline"] is None
+    for point in folder.glob("runs/dpo/*"):
+        twin = folder / "runs" / "f_dpo-reverse_kl" / point.name
+        one, two = (load_file(place / "seed-0" / "final" / "model.safetensors") for place in (point, twin))
+        assert all((one[name] - two[name]).abs().max() < 1e-4 for name in one)
+        first, second = (json.loads((p / "seed-0" / "measured-validation.json").read_text()) for p in (point, twin))
+        assert first["responses"] != second["responses"]  # random numbers of their own
+    assert other["equals"] == f"= dpo (beta={other['value']:g})"
+    said = other["versus_baseline"]["verdict"]
+    assert (said == "the same loss") == (other["value"] == dpo["value"])  # another beta is another loss
+
+
+def test_the_matrix_is_two_sides_of_one_table_and_the_report_shows_it(done):
+    folder, _ = done
+    result = read(folder)
+    names, cells = result["matrix"]["names"], result["matrix"]["cells"]
+    assert names == ["dpo", "f_dpo-reverse_kl", "start"] and result["triples"] == 1
+    for i in range(3):
+        assert cells[i][i] is None
+        for j in range(3):
+            if i != j:
+                one, other = cells[i][j], cells[j][i]
+                assert one["rate"] + other["rate"] == pytest.approx(1)
+                assert one["low"] + other["high"] == pytest.approx(1)
+                assert one["low"] <= one["rate"] <= one["high"] and len(one["by_seed"]) == 2
+                assert sum(one["by_seed"]) / 2 == pytest.approx(one["rate"])
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 4 and "http" not in re.sub(r"http-equiv", "", page)
+    assert {file.name for file in (folder / "figures").iterdir()} == {
+        "win_rates.png", "matrix.png", "frontier.png", "displacement.png"
+    }  # fmt: skip
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert {row["label"] for row in rows} == {"dpo", "f_dpo-reverse_kl"}
+    assert all(0 <= float(row["over_start_low"]) <= float(row["over_start_high"]) <= 1 for row in rows)
+    assert all(float(row["seconds"]) > 0 and float(row["peak_memory"]) > 1e8 for row in rows)
+
+
+def test_what_was_killed_or_deleted_is_done_again_with_the_same_results(done, capsys):
+    folder, overrides = done
+    before = read(folder)
+    point, its = (row["point"] for row in before["objectives"])
+    other = next(path for path in folder.glob("runs/dpo/*") if path.name != point)
+    shutil.rmtree(other / "seed-0")  # deleted
+    killed = folder / "runs" / "dpo" / point / "seed-1"
+    shutil.rmtree(killed / "final")  # as if killed while it trained
+    manifest = json.loads((killed / "manifest.json").read_text())
+    (killed / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "steps"}))
+    (folder / "runs" / "f_dpo-reverse_kl" / its / "seed-0" / "measured-test.json").unlink()
+    for name in ("results.json", "report.html"):
+        (folder / name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("runs/f_dpo*/*/*/final/model.safetensors")}
+    capsys.readouterr()
+    compare(TINY, overrides)
+    assert without_times(read(folder)) == without_times(before)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert capsys.readouterr().out.count(": complete") == 6 - 2 + 2  # chosen runs of seed 0 are asked for twice
+
+
+def test_another_recipe_is_refused_with_the_difference(done):
+    folder, overrides = done
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*") if path.is_file()}
+    assert len(before) > 50
+    with pytest.raises(UserError, match=r"runs/dpo.*training.learning_rate was 0.0002, is 0.001"):
+        compare(TINY, [*overrides, "training.learning_rate=1e-3"])
+    with pytest.raises(UserError, match=r"reward.pattern was .*, is 'cold'"):
+        compare(TINY, [*overrides, "reward.pattern=cold"])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.slow
+def test_inpo_vpo_simpo_and_spo_within_the_same_budget(tiny, tmp_path):
+    overrides = prepared(tiny, tmp_path)
+    others = "{name: inpo, eta: 0.1}, {name: vpo, alpha: 0.05}, simpo, {name: spo, over: beta}"
+    objectives = f"compare.objectives=[dpo, {others}]"
+    folder = compare(TINY, [*overrides, objectives, "compare.tune=1"])
+    result = read(folder)
+    rows = {row["label"]: row for row in result["objectives"]}
+    assert {(row["steps"], row["batch"]) for row in rows.values()} == {(2, 8)}
+    inpo = folder / "runs" / "inpo" / "eta-0.1" / "seed-0"
+    prompts = [json.loads(line) for line in (inpo / "prompts" / "prompts.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in prompts].count(1) == 8 == len(prompts) / 2
+    pairs = [json.loads(line) for line in (folder / "runs/dpo/beta-0.1/seed-0/preferences.jsonl").open()]
+    assert {row["prompt"] for row in prompts} >= {row["prompt"] for row in pairs}
+    assert rows["inpo"]["equals"] == "first iteration = ipo (tau=0.1)" and rows["inpo"]["chosen"]["mean"] is not None
+    assert rows["vpo"]["equals"] is None and rows["vpo"]["hyperparameters"]["calibration"] == "given"
+    again = compare(TINY, [*overrides, objectives, "compare.tune=1"])
+    assert without_times(read(again)) == without_times(result)

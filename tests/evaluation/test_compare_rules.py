@@ -1,0 +1,363 @@
+"""The rules of a comparison without training: plans, budgets, equivalences, statistics by hand, and refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignment.errors import UserError, run_or_exit
+from alignment.files import write_json, write_json_lines
+from alignment.objectives import get_objective, list_objectives
+from alignment.recipes import IterateRecipe, Recipe, RecipeError
+from evaluation.compare.equivalence import RULES, describe_equal, loss_of
+from evaluation.compare.matrix import Cell, adjusted, cell, cyclic_triples, detectable, verdict
+from evaluation.compare.measure import Judge, Measured
+from evaluation.compare.page import claims, over_seeds, percent
+from evaluation.compare.plan import arms_of, grid, read_all_prompts, run_of, tuning_runs, updates
+from evaluation.compare.recipe import load_compare_recipe
+from evaluation.compare.results import best_of
+from evaluation.compare.runs import facts_of, refuse_unequal
+
+TINY = Path(__file__).resolve().parents[2] / "recipes" / "compare" / "tiny.yaml"
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    """Overrides that name three disjoint files of prompts in place of the task's."""
+    for name, count in (("train", 20), ("validation", 4), ("test", 6)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} prompt {i}\n" for i in range(count)))
+    (tmp_path / "model").mkdir()
+    return [
+        "compare.task=null",
+        f"compare.validation={tmp_path / 'validation.txt'}",
+        f"data.sample.prompts={tmp_path / 'train.txt'}",
+        f"evaluation.prompts={tmp_path / 'test.txt'}",
+        f"model.name_or_path={tmp_path / 'model'}",
+        f"training.output_dir={tmp_path / 'out'}",
+    ]
+
+
+def loaded(files, *more):
+    return load_compare_recipe(TINY, [*files, *more])
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_shipped_recipes_are_plans(root, monkeypatch):
+    monkeypatch.chdir(root)
+    tiny = load_compare_recipe("recipes/compare/tiny.yaml")
+    labels = [arm.label for arm in arms_of(tiny)]
+    divergences = {f"f_dpo-{name}" for name in ("jsd", "forward_kl", "alpha")}
+    assert {"dpo", "ipo", "rpo", "spo", "vpo", "inpo", "simpo"} | divergences <= set(labels)
+    assert tiny.compare.seeds >= 3 and tiny.model.name_or_path == "runs/compare-tiny/grammar/model"
+    small = load_compare_recipe("recipes/compare/smollm2.yaml")
+    assert len(arms_of(small)) <= 3 and small.compare.seeds == 1
+    assert len(read_all_prompts(small).test) == 128 and updates(small, False) == 24
+    for recipe in (tiny, small):
+        for arm in arms_of(recipe):
+            for value in arm.points:
+                run_of(recipe, arm, value, 0, 24)
+
+
+def test_every_arm_has_as_many_points_inside_its_range(files):
+    for tune in (1, 2, 3, 4):
+        recipe = loaded(files, f"compare.tune={tune}", "compare.objectives=all")
+        arms = arms_of(recipe)
+        assert {len(set(arm.points)) for arm in arms} == {tune}
+        assert len(list(tuning_runs(recipe, arms, 10))) == tune * len(arms)
+        for arm in arms:
+            for value in arm.points:
+                arm.objective(value)  # refuses a value outside its range
+
+
+def test_grid_by_hand():
+    assert grid(0.1, 3, 10, {}) == [0.01, 0.1, 1.0]
+    assert grid(0.1, 2, 4, {}) == [0.05, 0.2]
+    assert grid(0.1, 1, 4, {}) == [0.1]
+    assert grid(0.5, 3, 4, {"le": 0.5}) == [0.125, 0.25, 0.5]  # clipped, with as many points
+    assert grid(0.25, 3, 4, {"lt": 0.5})[-1] == pytest.approx(0.4995)
+
+
+def test_all_means_what_the_judge_can_feed(files):
+    under_reward = {arm.name for arm in arms_of(loaded(files, "compare.objectives=all"))}
+    oracle = "oracle={name: bradley_terry, reward: {name: length}}"
+    under_oracle = {arm.name for arm in arms_of(loaded(files, "compare.objectives=all", "reward=null", oracle))}
+    offline = {card.name for card in list_objectives() if card.batch == "pairs" and card.name != "squared_hinge"}
+    assert under_reward >= offline - {"sppo", "gpo"} and not under_reward & {"sppo", "gpo"}
+    assert under_oracle >= {"sppo", "gpo", "inpo"} and "reward_aware_rpo" not in under_oracle
+
+
+def test_vpo_is_calibrated_on_samples_unless_it_says_otherwise(files):
+    objectives = "compare.objectives=[dpo, vpo, {name: vpo, calibration: chosen, label: v2}]"
+    given, chosen = arms_of(loaded(files, objectives))[1:]
+    assert given.objective(0.1).calibration == "given" and "calibration" in given.objective(0.1).needs
+    assert chosen.objective(0.1).calibration == "chosen"
+    assert describe_equal(given.name, given.at(0.1)) is None
+    assert describe_equal(chosen.name, chosen.at(0.1)) == "= rpo (beta=0.1)"
+
+
+def test_budget_of_offline_and_iterative_runs_is_the_same(files):
+    recipe = loaded(files, "training.num_train_epochs=2")
+    arms = {arm.label: arm for arm in arms_of(recipe)}
+    steps = updates(recipe, True)
+    assert steps == 4 and updates(recipe, False) == 5  # 20 pairs, 2 epochs, batch 8: 5; a multiple of 2 iterations: 4
+    offline = run_of(recipe, arms["dpo"], 0.1, 2, steps).recipe
+    online = run_of(recipe, arms["inpo"], 0.1, 2, steps).recipe
+    assert isinstance(offline, Recipe) and isinstance(online, IterateRecipe)
+    assert online.iterate.iterations == 2 and online.training.max_steps * 2 == offline.training.max_steps == steps
+    assert online.iterate.samples == offline.data.sample.samples_per_prompt
+    (prompts,) = online.data.prompts
+    assert (prompts.name, prompts.limit) == (offline.data.sample.prompts, offline.data.sample.limit)
+    same = {"output_dir", "max_steps"}
+    assert offline.training.model_dump(exclude=same) == online.training.model_dump(exclude=same)
+    assert offline.generation == online.generation and offline.reward == online.reward
+    assert offline.reference.precompute and online.reference == "fixed"
+    other = run_of(recipe, arms["simpo"], 2.0, 2, steps).recipe
+    assert not other.reference.precompute  # it reads none
+    assert (other.data, other.generation, other.model) == (offline.data, offline.generation, offline.model)
+    assert run_of(recipe, arms["dpo"], 0.1, 3, steps).recipe.generation.seed == offline.generation.seed + 1
+
+
+def test_sppo_learns_from_samples_of_the_latest_policy(files):
+    judged = ["reward=null", "oracle={name: bradley_terry, reward: {name: length}}", "compare.objectives=[dpo, sppo]"]
+    recipe = loaded(files, *judged)
+    run = run_of(recipe, arms_of(recipe)[1], 1.0, 0, 10)
+    assert isinstance(run.recipe, IterateRecipe) and run.recipe.reference == "previous"
+
+
+def test_tau_follows_eta_where_it_is_not_given(files):
+    arm = arms_of(loaded(files, "compare.objectives=[dpo, {name: inpo, eta: 0.3}]"))[1]
+    assert [arm.objective(value).tau for value in arm.points] == pytest.approx([0.1 / 3, 0.1, 0.3], rel=1e-3)
+
+
+def test_the_best_point_and_ties():
+    rows = [{"value": v, "win_rate": w, "kl": 0.0} for v, w in ((1.0, 0.7), (2.0, 0.7), (3.0, 0.6))]
+    assert best_of(rows) == 2.0  # of equals the one in the middle
+    assert best_of(rows[::2]) == 1.0
+
+
+# --- fairness after the runs -----------------------------------------------------------------------------------------
+
+
+def test_runs_of_other_pairs_or_other_budgets_are_no_comparison(files, tmp_path):
+    recipe = loaded(files)
+    dpo, other = arms_of(recipe)[:2]
+    found = []
+    for arm, chosen in ((dpo, [5]), (other, [6])):
+        run = run_of(recipe, arm, 0.1, 0, 4)
+        write_json(run.folder / "manifest.json", {"steps": 4})
+        write_json_lines(
+            run.folder / "preferences.jsonl", [{"prompt_ids": [1, 2], "chosen_ids": chosen, "rejected_ids": [3, 4]}]
+        )
+        found.append((run, facts_of(run)))
+    assert found[0][1]["trained_tokens"] == 4 * 8 * (2 + 1 + 2 + 2) and found[0][1]["seconds"] is None
+    with pytest.raises(UserError, match="trained on different pairs"):
+        refuse_unequal(found)
+    refuse_unequal([found[0], found[0]])
+    with pytest.raises(UserError, match="differ in steps .*: 4, .*: 5"):
+        refuse_unequal([found[0], (found[0][0], found[0][1] | {"steps": 5})])
+
+
+# --- equivalences ----------------------------------------------------------------------------------------------------
+
+
+def test_equivalence_map():
+    assert describe_equal("robust", {"beta": 0.2, "label_smoothing": 0.0}) == "= dpo (beta=0.2)"
+    assert describe_equal("f_dpo", {"beta": 0.1, "divergence": "reverse_kl"}) == "= dpo (beta=0.1)"
+    assert describe_equal("rpo", {"eta": 0.0, "beta": 0.1}) == "= dpo (beta=0.1)"
+    assert describe_equal("spo", {"gamma": 0.0, "beta": 0.3}) == "= dpo (beta=0.3)"
+    assert describe_equal("inpo", {"eta": 0.1}) == "first iteration = ipo (tau=0.1)"
+    assert describe_equal("vpo", {"alpha": 0.05, "beta": 0.1}) == "= rpo (beta=0.1, eta=0.05)"
+    for name in ("dpo", "ipo", "simpo", "orpo"):
+        assert describe_equal(name, {}) is None
+    assert describe_equal("robust", {"label_smoothing": 0.1}) is None
+    assert loss_of("dpo", {"label_smoothing": 0.1}) != loss_of("robust", {"label_smoothing": 0.0})
+
+
+def test_every_rule_holds_for_the_losses_up_to_a_constant():
+    import torch
+
+    from alignment.objectives.batch import PairLogps
+
+    generator = torch.Generator().manual_seed(0)
+    columns = {
+        name: -10 * torch.rand(16, generator=generator, dtype=torch.float64)
+        for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    }
+    before, after = PairLogps(**columns), PairLogps(**columns | {"chosen": columns["chosen"] - 1})
+    later = PairLogps(**columns | {"rejected": columns["rejected"] + 2})
+    for name, holding, other, keys, fixed in RULES:
+        one = get_objective(name, **holding)
+        two = get_objective(other, **{theirs: one.hyperparameters[key] for key, theirs in keys.items()}, **fixed)
+        for moved in (after, later):
+            change = one.loss(moved) - one.loss(before)
+            assert torch.allclose(change, two.loss(moved) - two.loss(before)), name
+
+
+# --- statistics, by hand ---------------------------------------------------------------------------------------------
+
+
+def measured(*groups):
+    table = np.zeros((len(groups), len(groups[0])))
+    return Measured([list(group) for group in groups], table, table, 1.0, 0.5, 0.5, None)
+
+
+def test_shares_of_samples_by_hand(files):
+    judge = Judge(loaded(files, "reward={name: regex, pattern: kind}"))
+    ours = measured(("kind kind", "cold"), ("kind", "kind"))
+    theirs = measured(("kind", "cold"), ("cold", "cold"))
+    # First prompt: 2 > 1, 2 > 0, 0 < 1, 0 = 0: 2.5 of 4. Second: all four.
+    assert judge.shares(["a", "b"], ours, theirs).tolist() == [0.625, 1.0]
+    assert judge.shares(["a", "b"], theirs, ours).tolist() == [0.375, 0.0]
+    assert judge.one_to_one(["a", "b"], ours, theirs).tolist() == [[1.0, 0.5], [1.0, 1.0]]
+
+
+def test_an_oracle_gives_the_same_shares_where_it_is_sure(files):
+    oracle = "oracle={name: bradley_terry, temperature: 0.001, reward: {name: regex, pattern: kind}}"
+    judge = Judge(loaded(files, "reward=null", oracle, "compare.objectives=[dpo]"))
+    ours, theirs = measured(("kind kind", "cold")), measured(("kind", "cold"))
+    assert judge.shares(["a"], ours, theirs).tolist() == pytest.approx([0.625])
+    assert judge.one_to_one(["a"], ours, theirs).tolist() == [pytest.approx([1.0, 0.5])]
+
+
+def test_a_cell_by_hand():
+    one = cell(np.array([[0.625, 1.0, np.nan], [0.375, 1.0, np.nan]]), resamples=2000)
+    assert one.rate == 0.75 and one.by_seed == (0.8125, 0.6875)  # prompts: 1/2 and 1; nobody judged the third
+    assert one.low == 0.5 and one.high == 1.0  # of two prompts: both the first, or both the second
+    assert one.standard_error == pytest.approx(0.25)  # sd of (0, 1/2) over the square root of 2
+    assert one.p_value == 1.0  # flipping signs of (0, 1/2) never gives less
+    half = 12.706204736 * math.sqrt(2 * 0.0625**2) / math.sqrt(2)
+    assert (one.seeds_low, one.seeds_high) == (pytest.approx(0.75 - half), pytest.approx(0.75 + half))
+    assert one.swapped.rate == 0.25 and one.swapped.low == 0.0 and one.swapped.by_seed == (0.1875, 0.3125)
+    assert one.swapped.swapped == one
+
+
+def a_cell(rate, low=0.0, high=1.0, p=1.0, seeds=(None, None)):
+    return Cell(rate, low, high, 0.1, p, (rate,), *seeds)
+
+
+def test_intransitivity_by_hand():
+    def table(wins, sure=()):
+        return [
+            [None if i == j else a_cell(w, low=0.51 if (i, j) in sure else 0.0) for j, w in enumerate(row)]
+            for i, row in enumerate(wins)
+        ]
+
+    circle = [[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]]
+    assert cyclic_triples(table(circle)) == 1 and cyclic_triples(table(circle), sure=True) == 0
+    assert cyclic_triples(table(circle, sure={(0, 1), (1, 2), (2, 0)}), sure=True) == 1
+    assert cyclic_triples(table(np.array(circle).T.tolist())) == 1  # the other way round
+    assert cyclic_triples(table([[0.5, 0.9, 0.9], [0.1, 0.5, 0.9], [0.1, 0.1, 0.5]])) == 0
+    fourth = [[*row, 0.9] for row in circle] + [[0.1, 0.1, 0.1, 0.5]]
+    assert cyclic_triples(table(fourth)) == 1
+    assert cyclic_triples(table([[0.5, 0.5, 0.1], [0.5, 0.5, 0.9], [0.9, 0.1, 0.5]])) == 0  # a tie beats nobody
+
+
+def test_a_claim_needs_prompts_and_seeds():
+    assert adjusted([a_cell(0.6, p=0.01), a_cell(0.6, p=0.04), a_cell(0.6, p=0.9)]) == pytest.approx([0.03, 0.08, 0.9])
+    assert verdict(a_cell(0.6, seeds=(0.55, 0.65)), 0.01) == "better"
+    assert verdict(a_cell(0.4, seeds=(0.35, 0.45)), 0.05) == "worse"
+    assert verdict(a_cell(0.6, seeds=(0.55, 0.65)), 0.06) == "no significant difference"
+    assert verdict(a_cell(0.6, seeds=(0.45, 0.75)), 0.01) == "no significant difference"
+    assert verdict(a_cell(0.6), 0.01) == "better"  # one seed: the report says what that leaves open
+    assert detectable([a_cell(0.5)]) == pytest.approx(0.28, abs=0.001) and detectable([]) is None
+
+
+def test_claims_are_in_those_words():
+    def row(label, test):
+        return {"label": label, "over_start": {"rate": 0.6}, "versus_baseline": test}
+
+    rows = [row("dpo", None)]
+    for name, p in (("better", 0.01), ("worse", 0.02), ("no significant difference", 0.3), ("the same loss", None)):
+        rows.append(row(name.split()[0], {"p_adjusted": p, "verdict": name}))
+    assert claims({"baseline": "dpo", "objectives": rows}) == [
+        "better than dpo: better",
+        "worse than dpo: worse",
+        "no significant difference from dpo: no",
+        "the same loss as dpo, not tested: the",
+    ]
+    assert percent(None) == "not available" and percent({"rate": 0.5, "low": 0.25, "high": 1}) == "50.0 [25.0, 100.0]"
+    assert over_seeds({"mean": 1.0, "by_seed": [0.5, 1.5]}) == "1.00 (0.50 to 1.50)"
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("compare.objectives=[dpo, dpoo]", r"compare.objectives.1.name: unknown objective 'dpoo'; did you mean 'dpo'"),
+        ("compare.objectives=[dpo, {name: ipo, beta: 1}]", r"compare.objectives.1.beta: .*no hyper-parameter 'beta'"),
+        ("compare.objectives=[dpo, {name: ipo, tau: -1}]", r"compare.objectives.1.tau: .*must be a number > 0"),
+        ("compare.objectives=[dpo, dpo]", r"compare.objectives.1: 'dpo' is there twice"),
+        ("compare.objectives=[ipo, rpo]", r"compare.baseline: 'dpo' is none of ipo, rpo"),
+        ("compare.objectives=[dpo, p3o]", r"'p3o' samples while it trains"),
+        ("compare.objectives=[dpo, {name: ipo, over: beta}]", r"over: 'beta' is no number of ipo; it has tau"),
+        ("compare.objectives=[dpo, {name: ipo, label: a/b}]", r"label 'a/b': letters, digits"),
+        ("compare.objectives=[dpo, sppo]", r"compare.objectives.1: sppo: .*oracle"),
+        ("compare.objectives=3", r"compare.objectives: expected all, or a list of objectives, got 3"),
+        ("compare.sedes=3", r"compare.sedes: unknown key; did you mean 'seeds'"),
+        ("compare.seeds=0", r"compare.seeds: must be >= 1, got 0"),
+        ("compare.tuning_seeds=4", r"compare.tuning_seeds: 4, and compare.seeds is 3"),
+        ("compare.validation=null", r"compare.tune: 3 values need compare.validation"),
+        ("training.learnin_rate=1", r"training.learnin_rate: unknown key; did you mean 'learning_rate'"),
+        ("objective={name: dpo}", r"objective: unknown key"),
+        ("reward=null", r"compare: needs a reward or oracle section"),
+        ("data={train: a.jsonl, sample: null}", r"data: objectives are compared on pairs drawn from the model"),
+        ("generation.temperature=0.5", r"inpo: generation.temperature: .*assumes samples of the iterate itself"),
+    ],
+)
+def test_mistakes_are_one_line_with_their_place(files, override, said):
+    key = override.partition("=")[0]
+    kept = [one for one in files if not f"{one.partition('=')[0]}.".startswith(f"{key}.")]
+    with pytest.raises(RecipeError, match=said) as failed:
+        recipe = load_compare_recipe(TINY, [*kept, override])
+        for arm in arms_of(recipe):
+            run_of(recipe, arm, arm.points[0], 0, 4)
+    assert "\n" not in str(failed.value)
+
+
+def test_a_mistake_in_the_file_has_its_line(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(TINY.read_text().replace("  tune: 3 ", "  tunes: 3"))
+    line = next(i for i, text in enumerate(file.read_text().splitlines(), start=1) if "tunes: 3" in text)
+    with pytest.raises(RecipeError, match=rf"mine.yaml:{line}: compare.tunes: unknown key; did you mean 'tune'"):
+        load_compare_recipe(file)
+
+
+def test_prompts_that_stand_in_two_sets_are_refused(files, tmp_path):
+    (tmp_path / "test.txt").write_text("fresh\nvalidation   prompt 3\n")
+    with pytest.raises(RecipeError, match=r"compare.validation: 'validation prompt 3' stands in evaluation.prompts"):
+        read_all_prompts(loaded(files))
+    (tmp_path / "test.txt").write_text("train prompt 7\n")
+    with pytest.raises(RecipeError, match=r"evaluation.prompts: 'train prompt 7' stands in data.sample.prompts, too"):
+        read_all_prompts(loaded(files))
+    assert len(read_all_prompts(loaded(files, "data.sample.limit=5")).test) == 1
+
+
+def test_steps_that_iterations_cannot_share(files):
+    with pytest.raises(RecipeError, match="training.max_steps: makes 5 steps, to be shared out evenly over 2"):
+        updates(loaded(files, "training.max_steps=5"), True)
+    assert updates(loaded(files, "training.max_steps=6"), True) == 6
+    with pytest.raises(RecipeError, match="num_train_epochs: makes 0 steps"):
+        updates(loaded(files, "training.num_train_epochs=0.5"), True)
+
+
+def test_the_command_ends_with_one_line_and_code_2(files, tmp_path, capsys):
+    from alignment.cli import app
+
+    def command(*words):
+        with pytest.raises(SystemExit) as ended:
+            run_or_exit(lambda: app(["compare", str(TINY), *files, *words]))
+        return ended.value.code, capsys.readouterr().err
+
+    code, said = command("compare.seeds=0")
+    assert code == 2 and said.count("\n") == 1 and said.startswith("error: command line: compare.seeds")
+    write_json(tmp_path / "out" / "manifest.json", json.loads("{}"))
+    code, said = command()
+    assert code == 2 and said.count("\n") == 1 and "is a run; give another folder" in said
