@@ -7,15 +7,16 @@ straight line is linear convergence. matplotlib only, no pyplot.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from alignment.games.lab import Curve, Panel
 
-FLOOR = 1e-12  # of the vertical axis
+FLOOR = 1e-12  # of the vertical axis, or higher where no curve goes as low
 _COLOURS = ("#1f5fbf", "#d9730d", "#2e8b57", "#b0307a", "#7a7a7a", "#8c6d31", "#17a2b8", "#5b4ba0")
-_DASHES: tuple[Any, ...] = ("-", "-", "-", (0, (4, 3)), "-", (0, (1, 1.5)), (0, (4, 3)), "-")
+_DASHES: tuple[Any, ...] = ("-", "-", (0, (6, 2)), (0, (2, 2)), "-", (0, (6, 2)), (0, (2, 2)), "-")
 
 
 def write(panels: Sequence[Panel], stem: Path) -> list[Path]:
@@ -28,6 +29,8 @@ def write(panels: Sequence[Panel], stem: Path) -> list[Path]:
         figure = Figure(figsize=(max(4.2 * columns, 5.5), 6.2), layout="constrained")
         figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr,call-arg]
         grid = figure.subplots(2, columns, sharey=True, squeeze=False)
+        grid[0][0].set_yscale("log")
+        grid[0][0].set_ylim(_lowest(panels), 2)
         for row, what in enumerate(("iterations", "gradient evaluations")):
             for column, panel in enumerate(panels):
                 axes = grid[row][column]
@@ -36,8 +39,8 @@ def write(panels: Sequence[Panel], stem: Path) -> list[Path]:
                 if row == 0:
                     axes.set_title(f"β {panel.setting.beta:g}, {panel.step.replace('eta', 'η')}", fontsize=10)
             grid[row][0].set_ylabel("duality gap")
-        games = next(iter(panels[0].curves.values())).gaps.shape[1]
-        note = f"line: median of {games} games; thin line: the worst of them" if games > 1 else ""
+        runs = next(iter(panels[0].curves.values())).gaps.shape[1]
+        note = f"thick line: median of {runs} runs; thin line: the worst of them" if runs > 1 else ""
         figure.supxlabel(note, fontsize=8, color="#555555")
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False)
@@ -54,12 +57,10 @@ def _draw(axes: Any, panel: Panel, *, per_gradient: bool) -> None:
         x, middle, worst = _line(curve, per_gradient)
         axes.plot(
             x, middle, color=colour, linewidth=1.8, linestyle=_DASHES[number % len(_DASHES)], label=name,
-            zorder=20 - number,
+            zorder=20 if number == 0 else 10 + number,
         )  # fmt: skip
-        axes.fill_between(x, middle, worst, color=colour, alpha=0.12, linewidth=0, zorder=10 - number)
-        axes.plot(x, worst, color=colour, linewidth=0.5, alpha=0.6, zorder=10 - number)
-    axes.set_yscale("log")
-    axes.set_ylim(FLOOR, 2)
+        axes.fill_between(x, middle, worst, color=colour, alpha=0.12, linewidth=0, zorder=2)
+        axes.plot(x, worst, color=colour, linewidth=0.5, alpha=0.6, zorder=2)
     axes.set_xlim(0, end)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -67,6 +68,12 @@ def _draw(axes: Any, panel: Panel, *, per_gradient: bool) -> None:
     axes.locator_params(axis="x", nbins=5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _lowest(panels: Sequence[Panel]) -> float:
+    """The power of ten below the smallest gap of all, at least `FLOOR`."""
+    smallest = min(float(curve.gaps.nan_to_num(1.0).min()) for panel in panels for curve in panel.curves.values())
+    return max(FLOOR, 10.0 ** math.floor(math.log10(max(smallest, FLOOR))))
 
 
 def _line(curve: Curve, per_gradient: bool) -> tuple[list[float], list[float], list[float]]:

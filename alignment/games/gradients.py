@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignment.games.solution import win_rate
+from alignment.games.solution import NotFound, win_rate
 from alignment.objectives import Objective, PairLogps, SamplePairs
 
 DOUBLE = torch.float64
@@ -207,7 +207,7 @@ def minimiser(objective: Objective, logits: Tensor, situation: Situation, steps:
     One step for a square of margins; others (logistic) take several. Responses that are never drawn stay put.
 
     Raises:
-        RuntimeError: the gradient does not vanish: the loss has no minimum, or Newton's method does not find it.
+        NotFound: the gradient does not vanish: the loss has no minimum, or Newton's method does not find it.
     """
     theta = logits.detach()
     for _ in range(steps):
@@ -220,7 +220,7 @@ def minimiser(objective: Objective, logits: Tensor, situation: Situation, steps:
         theta = theta - move
         if bool(move.abs().amax() <= 1e-12 * (1 + theta.abs().amax())) and bool(slope.abs().amax() <= 1e-9):
             return theta
-    raise RuntimeError(f"{objective.card.name}: no minimum of the population loss within {steps} Newton steps")
+    raise NotFound(f"{objective.card.name}: no minimum of the population loss within {steps} Newton steps")
 
 
 @dataclass(frozen=True)

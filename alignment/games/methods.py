@@ -116,6 +116,9 @@ class Learner:
         policy: tabular by default.
         sampling: draws; None for exact gradients.
         autograd: never take the shortcut of `Slopes`.
+
+    Raises:
+        ValueError: a setting that the objective refuses, or exact iterations of a network or of samples.
     """
 
     def __init__(
@@ -140,8 +143,10 @@ class Learner:
         self.eta = 4 * learning_rate / (ref_logits.shape[-1] * beta)
         self.mixture = self.eta * beta if self.method.mixture is None else self.method.mixture
         self.objective = self.method.build(beta, self.eta)
-        plain = isinstance(self.policy, Tabular) and sampling is None and not autograd and not self.method.exact
-        slopes = Slopes.read(self.objective) if plain else None
+        exact = isinstance(self.policy, Tabular) and sampling is None
+        if self.method.exact and not exact:
+            raise ValueError(f"{self.method.name}: an exact iteration needs a table and exact gradients")
+        slopes = Slopes.read(self.objective) if exact and not autograd and not self.method.exact else None
         self.fast = None if slopes is None else slopes.bind(self.reference, preference)
 
     def iterate(self, parameters: Parameters) -> Parameters:

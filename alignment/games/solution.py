@@ -17,7 +17,12 @@ from torch import Tensor
 from alignment.games.preferences import check
 
 TOLERANCE = 1e-12  # of the Nash policy, on preferences: |beta (log pi - log ref) - P pi - const|
+EPS = torch.finfo(torch.float64).eps
 NEWTON_STEPS = 100
+
+
+class NotFound(ValueError):
+    """A policy that was to be computed was not found to the precision that is promised."""
 
 
 def check_beta(beta: float) -> float:
@@ -98,7 +103,8 @@ def nash_policy(preference: Tensor, ref_logits: Tensor, beta: float) -> Tensor:
 
     Raises:
         ValueError: as `duality_gap`.
-        RuntimeError: no convergence to `TOLERANCE` (not seen down to beta = 1e-4 on random games).
+        NotFound: no convergence to `TOLERANCE`, or to what float64 allows: times beta above 1, and EPS/beta where that
+            is more (below beta = 2e-4). Not seen.
     """
     beta, preference = check_beta(beta), check(preference)
     _same_arms(preference, ref_logits=ref_logits)
@@ -113,8 +119,8 @@ def nash_policy(preference: Tensor, ref_logits: Tensor, beta: float) -> Tensor:
             break
         stage /= 2
     residual = fixed_point_residual(theta, ref, matrices, beta)
-    if not bool((residual <= TOLERANCE).all()):
-        raise RuntimeError(f"no Nash policy to {TOLERANCE:g}: residual {residual.max().item():.1e} at beta {beta:g}")
+    if not bool((residual <= max(TOLERANCE, TOLERANCE * beta, EPS / beta)).all()):
+        raise NotFound(f"no Nash policy to {TOLERANCE:g}: residual {residual.max().item():.1e} at beta {beta:g}")
     return theta.log_softmax(-1).reshape(shape).to(ref_logits.dtype)
 
 

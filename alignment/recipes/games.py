@@ -124,6 +124,8 @@ class GamesRecipe(_Root):
         for at, section in enumerate(self.methods):
             if names.index(names[at]) != at:
                 yield _at(f"{names[at]!r} is there twice; give one of them a `name`", "methods", at)
+            if section.method().resolved().exact and (self.policy != "tabular" or self.samples is not None):
+                yield _at("an exact iteration needs a table and exact gradients; write `exact: false`", "methods", at)
             for setting in self.settings:
                 eta = 4 * setting.learning_rate / (arms * setting.beta)
                 try:

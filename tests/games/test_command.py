@@ -86,6 +86,12 @@ def test_what_theory_says_and_does_not_hold_is_exit_code_1(file, tmp_path, monke
         ("kind: random", "matrix: [[0.5, 0.7], [0.3]]", 2, "games.matrix: the matrix is not square"),
         ("learning_rate: 0.05", "learning_rate: 1.5", 4, "eta beta = 4 lr/4 must be at most 1, got lr 1.5"),
         ("iterations: 300", "iterations: 0", 4, "settings.0.iterations: must be >= 1, got 0"),
+        (
+            "{objective: online_ipo1}",
+            "{objective: inpo}\nsamples: 10",
+            7,
+            "methods.1: an exact iteration needs a table and exact gradients; write `exact: false`",
+        ),
         ("claim: A small one\n", "", None, "claim: required section is missing"),
         ("claim", "clam", 1, "clam: unknown key; did you mean 'claim'?"),
         ("methods:\n  - {objective: egpo}\n  - {objective: online_ipo1}", "methods: []", 5, "at least one is needed"),

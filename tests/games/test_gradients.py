@@ -14,6 +14,7 @@ from alignment.games.gradients import (
     population,
     random_pairs,
 )
+from alignment.games.solution import NotFound
 from alignment.objectives import SamplePairs, get_objective, list_objectives
 from alignment.objectives.egpo import EGPO
 from tests.games.playing import centred, draw, games, mirror_step, situation
@@ -140,7 +141,7 @@ def test_minimisers_of_offline_objectives():
     found = minimiser(get_objective("ipo", tau=0.5), at.policy, at)
     won = torch.einsum("gij,gj->gi", at.preference, at.sampler)
     torch.testing.assert_close(centred(found), centred(at.reference + won / 0.5), rtol=0, atol=1e-11)
-    with pytest.raises(RuntimeError, match="hinge: no minimum"):
+    with pytest.raises(NotFound, match="hinge: no minimum"):
         minimiser(get_objective("hinge"), at.policy, at, steps=3)
 
 

@@ -95,6 +95,14 @@ def test_the_nash_policy_solves_its_equation(kind, beta):
         assert duality_gap(pi + draw(20, 7, seed=10, scale=0.01), ref, matrices, beta).min() > 1e-9
 
 
+@pytest.mark.parametrize(("beta", "precision"), [(1e-5, 1e-12), (1e-7, 1e-9), (1e4, 1e-8)])
+def test_extreme_betas_are_solved_as_far_as_rounding_lets(beta, precision):
+    matrices, ref = games(10, 20, seed=15)
+    pi = nash_policy(matrices, ref, beta)
+    residual = centred(beta * (pi - ref) - torch.einsum("gij,gj->gi", matrices, pi.exp()))
+    assert residual.abs().max() < precision
+
+
 def test_the_nash_policy_is_where_damped_iteration_ends():
     matrices, ref = games(6, 1, seed=11)
     theta = ref[0]
