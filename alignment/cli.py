@@ -119,13 +119,10 @@ def iterate(
     """
     from alignment.recipes import RecipeError, load_iterate_recipe
     from alignment.recipes.inspection import what_is_missing
-    from alignment.recipes.launch import read_launch
 
     loaded = load_iterate_recipe(recipe, overrides or ())
     if problems := what_is_missing(loaded):
         raise RecipeError(problems)
-    if accelerate_config is not None:
-        read_launch(accelerate_config)
     from alignment.pipeline.driver import run
 
     folder = run(loaded, accelerate_config)

@@ -1,4 +1,4 @@
-"""The processes of a launch: how long they wait for each other, and how many CPU threads each has.
+"""The processes of a launch: how long they wait for each other, what each does of a batch, and its CPU threads.
 
 For everything that `accelerate launch` starts; importing it imports nothing heavy.
 """
@@ -6,9 +6,12 @@ For everything that `accelerate launch` starts; importing it imports nothing hea
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import sys
 from typing import TYPE_CHECKING
+
+from alignment.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -32,6 +35,25 @@ def connect(threads: int | None = None) -> PartialState:
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(hours=WAIT_HOURS))
     set_threads(threads, state)
     return state
+
+
+def plan_batches(global_batch: int, per_device: int, world: int) -> tuple[int, int]:
+    """(pairs per device and pass, accumulation steps) with which `world` processes make up the declared batch.
+
+    The per-device batch is the largest divisor of each process's share that is at most `per_device`: the losses are
+    per pair, so it changes memory and speed but no result.
+
+    Raises:
+        UserError: the declared batch cannot be split evenly.
+    """
+    if global_batch % world:
+        raise UserError(
+            f"training.global_batch_size: {global_batch} pairs cannot be split evenly over {world} processes; "
+            f"declare {math.ceil(global_batch / world) * world}, or launch fewer"
+        )
+    share = global_batch // world
+    fitting = max(d for d in range(1, min(per_device, share) + 1) if share % d == 0)
+    return fitting, share // fitting
 
 
 def set_threads(wanted: int | None, state: PartialState) -> None:

@@ -191,7 +191,10 @@ def with_label_noise(
     return [_flipped(row) if flip else row for row, flip in zip(rows, flips, strict=True)], sum(flips)
 
 
-_SWAPPED = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"), *TOGETHER)
+_SWAPPED = (
+    *(("chosen", "rejected"), ("chosen_ids", "rejected_ids"), ("sample_chosen", "sample_rejected")),
+    *TOGETHER,
+)
 
 
 def _flipped(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,11 @@ with the same versions and, on CPUs, threads). How samples are drawn is a backen
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ import numpy as np
 
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, read_json_object, write_json, write_json_lines
+from alignment.locks import alone, is_leftover, make_folder, remove_unfinished
 from alignment.models.backends import Backend, TransformersBackend
 from alignment.models.sampling import Generation, Prompt, Sample, prompt_ids
 
@@ -164,8 +164,7 @@ def sample_pool(
 
     from alignment.models.loading import settle_accelerator
 
-    if generation.temperature <= 0:
-        raise UserError("temperature: must be above 0 for a pool; greedy samples of a prompt are all the same")
+    _refuse_greed(generation, n)
     if not prompts:
         raise UserError(f"{folder}: no prompts to sample")
     settle_accelerator()
@@ -188,7 +187,7 @@ def sample_pool(
     with contextlib.ExitStack() as held:
 
         def claim() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             held.enter_context(alone(folder))
             _refuse_changes(folder, manifest)
             write_json(folder / "manifest.json", manifest)
@@ -199,6 +198,17 @@ def sample_pool(
         _warn_of_idle(Pool(folder, manifest), state)
         _draw(Pool(folder, manifest), backend, tokenizer, prompts, generation, state, progress)
     return open_pool(folder)
+
+
+def _refuse_greed(generation: Generation, n: int) -> None:
+    """UserError for settings under which all samples of a prompt are the same, or that are no numbers."""
+    for key in ("temperature", "top_p"):
+        value = getattr(generation, key)
+        if not 0 < value < math.inf:
+            greedy = "; greedy samples of a prompt are all the same" if value == 0 else ""
+            raise UserError(f"{key}: must be a number above 0 for a pool, not {value:g}{greedy}")
+    if generation.top_k == 1 and n > 1:
+        raise UserError("top_k: 1 is greedy, and greedy samples of a prompt are all the same")
 
 
 def _warn_of_idle(pool: Pool, state: PartialState) -> None:
@@ -287,7 +297,7 @@ def _refuse_changes(folder: Path, manifest: Mapping[str, Any]) -> None:
     """UserError where the folder holds a pool of other settings, or something that is no pool."""
     file = folder / "manifest.json"
     if not file.is_file():
-        if folder.exists() and (not folder.is_dir() or any(p.suffix != ".tmp" for p in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(not is_leftover(p) for p in folder.iterdir())):
             raise UserError(f"{folder}: exists and is not a pool; give a new folder")
         return
     stored = read_json_object(file)
@@ -297,31 +307,3 @@ def _refuse_changes(folder: Path, manifest: Mapping[str, Any]) -> None:
                 f"{file}: {key} is {stored.get(key)!r} there and {manifest[key]!r} now; a pool has one setting: give "
                 "the same again, or a new folder"
             )
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One program at a time in a folder; the lock goes with the process, however it ends.
-
-    Raises:
-        UserError: another one holds it.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process is writing there; wait for it") from None
-    else:
-        yield
-    finally:
-        os.close(handle)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process was writing; nobody else writes there now."""
-    leftovers = list(folder.glob(".*.tmp"))
-    for file in leftovers:
-        file.unlink()
-    if leftovers:
-        text = f"{folder}: removed {len(leftovers)} unfinished file{'' if len(leftovers) == 1 else 's'}"
-        print(text, file=sys.stderr, flush=True)

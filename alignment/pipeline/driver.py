@@ -6,7 +6,6 @@ started again, it ends with the files that an undisturbed run has.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import time
@@ -19,14 +18,18 @@ import yaml
 
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, read_json_object, write_json_lines, write_text
-from alignment.pipeline.ledger import UNFINISHED, Ledger, alone
+from alignment.locks import alone, is_leftover, make_folder, remove_unfinished
+from alignment.pipeline.ledger import Ledger, unfinished
 from alignment.pipeline.processes import run_stage
+from alignment.processes import plan_batches
 from alignment.recipes import IterateRecipe
 from alignment.recipes.inspection import flatten
 from alignment.recipes.iterate import iteration_folder, iteration_sections
+from alignment.recipes.launch import read_launch
 
 PACKAGES = ("alignment", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "tokenizers")
 SINGLE = ("prompts", "judged", "pairs")  # stages that one process does, whatever the launch
+PATIENCE = 60.0  # seconds that processes of a killed driver are given to end
 
 
 def stages(recipe: IterateRecipe) -> Iterator[tuple[int, str]]:
@@ -59,9 +62,12 @@ def run(recipe: IterateRecipe, accelerate_config: Path | None = None) -> Path:
         SystemExit: a stage has said what is wrong.
     """
     folder = Path(recipe.training.output_dir)
+    world = 1 if accelerate_config is None else read_launch(accelerate_config).num_processes
+    plan_batches(recipe.training.global_batch_size, 1, world)  # not after hours of sampling
     _refuse_others(folder, recipe)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with alone(folder, patience=1.0):
+        remove_unfinished(folder)
         ledger = Ledger(folder, {"recipe": recipe.resolved(), "recipe_path": str(recipe.path), **_facts(recipe)})
         write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False))
         for iteration, stage in stages(recipe):
@@ -75,30 +81,39 @@ def run(recipe: IterateRecipe, accelerate_config: Path | None = None) -> Path:
                 write_json_lines(folder / "metrics.jsonl", [_summary(folder, t) for t in range(1, iteration + 1)])
         ledger.note(chat=_chat(folder), steps=_steps(folder, recipe.iterate.iterations))
         _point_to_last(folder, recipe.iterate.iterations)
+        for work in (*folder.glob("unfinished"), *folder.glob("iteration-*/unfinished")):
+            work.rmdir()
     return folder
 
 
 def _carry_out(recipe: IterateRecipe, folder: Path, iteration: int, stage: str, config: Path | None) -> None:
     """One stage, into its unfinished folder."""
     place = folder if iteration == 0 else iteration_folder(folder, iteration)
-    place.mkdir(parents=True, exist_ok=True)
-    with alone(place) if iteration else contextlib.nullcontext():
+    work = unfinished(place / stage)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with alone(work.parent, PATIENCE):
         pass  # what a killed driver had started has ended
-    unfinished = place / f"{stage}{UNFINISHED}"
     words = [stage, str(folder), str(iteration)]
     if stage in ("logps", "train"):
         text = yaml.safe_dump(iteration_sections(recipe, folder, iteration), sort_keys=False)
         write_text(place / "recipe.yaml", text)
     if stage == "train":
-        if _trained(unfinished):
-            return
-        if any(unfinished.glob("checkpoint-*/files.json")):
-            words.append("--resume")
-        elif unfinished.exists():  # killed before its first checkpoint: nothing to go on from
-            shutil.rmtree(unfinished)
-    elif stage in ("prompts", "pairs", "logps"):
-        shutil.rmtree(unfinished, ignore_errors=True)  # these are not resumed: a fresh folder
+        return _train(work, words, config)
+    if stage in ("prompts", "pairs", "logps"):
+        shutil.rmtree(work, ignore_errors=True)  # these are not resumed: a fresh folder
     run_stage(words, None if stage in SINGLE else config)
+
+
+def _train(work: Path, words: list[str], config: Path | None) -> None:
+    """Train, or go on from the newest checkpoint; a run that was complete when the driver was killed is left alone."""
+    if not _trained(work):
+        if any(work.glob("checkpoint-*/files.json")):
+            words = [*words, "--resume"]
+        elif work.exists():  # killed before its first checkpoint: nothing to go on from
+            shutil.rmtree(work)
+        run_stage(words, config)
+    manifest = work / "manifest.json"  # it says where it is: where it will be
+    write_text(manifest, manifest.read_text(encoding="utf-8").replace(str(work), str(work.parents[1] / work.name)))
 
 
 def _trained(run: Path) -> bool:
@@ -129,17 +144,19 @@ def _file_digest(recipe: IterateRecipe) -> str | None:
 
 def _refuse_others(folder: Path, recipe: IterateRecipe) -> None:
     """UserError unless the folder is empty, or holds a run of this recipe (apart from what changes no result)."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(is_leftover(file) for file in folder.iterdir())):
         return
     manifest = read_json_object(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     if "stages" not in manifest:
         raise UserError(f"training.output_dir: {folder} exists and is not an iterative run; give another folder")
     before, now = dict(flatten(manifest["recipe"])), dict(flatten(recipe.resolved()))
+    # The prompts of the evaluation were compared with those of the training when the run began.
     free = {f"training.{key}" for key in recipe.training.NO_EFFECT_ON_RESULT}
+    free |= {f"evaluation.{key}" for key in ("samples_per_prompt", "bootstrap", "seed")}
     differences = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before | now)
-        if before.get(key) != now.get(key) and key not in free and not key.startswith("evaluation.")
+        if before.get(key) != now.get(key) and key not in free
     ]
     if differences:
         raise UserError(

@@ -19,41 +19,44 @@ from typing import Any
 from tqdm import tqdm
 
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, read_json_object, write_json, write_json_lines
+from alignment.files import iterate_json_lines, write_json, write_json_lines
+from alignment.locks import make_folder, remove_unfinished
 from alignment.models.pools import open_pool
+from alignment.pipeline.prompts import judge_of
 from alignment.recipes import IterateRecipe
-from alignment.rewards import get_oracle, get_reward
 
 Pair = tuple[int, int]
 # Asks for P(i > j) of each of (prompt, i, j), all prompts of a shard at once.
 Ask = Callable[[Sequence[tuple[int, int, int]]], list[float]]
 
 
-def judge_samples(recipe: IterateRecipe, samples: Path, out: Path) -> None:
+def judge_samples(recipe: IterateRecipe, samples: Path, out: Path, at_the_start: str) -> None:
     """Judge every shard of a pool that is not judged yet.
 
+    Args:
+        recipe: names the judge.
+        samples: the pool.
+        out: where judgements go.
+        at_the_start: how the judge described itself when the run began.
+
     Raises:
-        UserError: the judge cannot go on; or it is another one than that of the shards which are there.
+        UserError: the judge cannot go on, or is another one than at the start.
     """
-    reward = None if recipe.reward is None else get_reward(recipe.reward.name, **recipe.reward.options)
-    oracle = None if recipe.oracle is None else get_oracle(recipe.oracle.name, **recipe.oracle.options)
-    judge: Any = reward or oracle
-    described = {"judge": judge.describe(), "pairing": recipe.iterate.pairing}
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "judge.json").is_file() and read_json_object(out / "judge.json") != described:
-        raise UserError(
-            f"{out}: was begun by another judge: {read_json_object(out / 'judge.json')['judge']}; remove it"
-        )
-    write_json(out / "judge.json", described)
+    judge = judge_of(recipe)
+    described = judge.describe()
+    if described != at_the_start:
+        raise UserError(f"the judge is {described!r}, and the run began with {at_the_start!r}: bring that one back")
+    make_folder(out)
+    remove_unfinished(out)
+    write_json(out / "judge.json", {"judge": described, "pairing": recipe.iterate.pairing})
     pool = open_pool(samples)
     for number in tqdm(range(len(pool.shards)), desc="  judging", unit=" shards"):
         file = out / f"{number:05d}.jsonl"
         if file.is_file():
             continue
         rows = [row for _, row in iterate_json_lines(pool.file(number))]
-        write_json_lines(
-            file, _scored(recipe, rows, reward) if reward is not None else _compared(recipe, rows, oracle)
-        )
+        judged = _scored if recipe.reward is not None else _compared
+        write_json_lines(file, judged(recipe, rows, judge))
 
 
 def considered(row: dict[str, Any], drop_unfinished: bool) -> list[int]:

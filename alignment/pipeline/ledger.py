@@ -1,26 +1,25 @@
-"""What a run has completed: stages and the SHA-256 of their files, in its manifest; and who may work on it.
+"""What a run has completed: stages and the SHA-256 of their files, in its manifest.
 
 Knows nothing of what a stage does.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
-from alignment.files import read_json_object, write_json
+from alignment.files import read_json_object, write_json, write_text
 
 # Of a training run what counts is the model and how it came about; checkpoints may be deleted to save space.
 LASTING = {"train": ("final", "metrics.jsonl")}
-UNFINISHED = ".unfinished"
-PATIENCE = 60.0  # seconds that processes of a killed driver are given to end
+
+
+def unfinished(folder: Path) -> Path:
+    """Where the stage that will be in `folder` is at work: under the same name, one folder aside."""
+    return folder.parent / "unfinished" / folder.name
 
 
 def digest(folder: Path) -> str:
@@ -49,9 +48,17 @@ class Ledger:
     def __init__(self, run: Path, facts: Mapping[str, Any]) -> None:
         self.run, self.file = run, run / "manifest.json"
         begun = read_json_object(self.file) if self.file.is_file() else {}
-        self.manifest: dict[str, Any] = {**facts, **begun, "recipe": facts["recipe"]}
+        moved_from = begun.get("place", str(run))
+        self.manifest: dict[str, Any] = {**facts, **begun, "recipe": facts["recipe"], "place": str(run)}
         self.manifest.setdefault("stages", {})
+        if moved_from != str(run):
+            self._follow(moved_from)
         write_json(self.file, self.manifest)
+
+    def _follow(self, before: str) -> None:
+        """A run that was moved: stages at work say where their files are."""
+        for file in (*self.run.glob("iteration-*/unfinished/*/manifest.json"),):
+            write_text(file, file.read_text(encoding="utf-8").replace(f'"{before}/', f'"{self.run}/'))
 
     def done(self, name: str) -> bool:
         """Whether the stage in folder RUN/`name` is complete; one that was renamed and not yet noted is noted.
@@ -75,9 +82,9 @@ class Ledger:
         return True
 
     def complete(self, name: str, seconds: float) -> None:
-        """RUN/`name`.unfinished becomes RUN/`name`, and is noted."""
+        """What is at work for RUN/`name` becomes it, and is noted."""
         folder = self.run / name
-        Path(f"{folder}{UNFINISHED}").rename(folder)
+        unfinished(folder).rename(folder)
         self._note(name, digest(folder), round(seconds, 1))
 
     def _note(self, name: str, sha256: str, seconds: float | None = None) -> None:
@@ -88,25 +95,3 @@ class Ledger:
         """Add facts to the manifest."""
         self.manifest |= facts
         write_json(self.file, self.manifest)
-
-
-@contextlib.contextmanager
-def alone(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
-    """One process at a time; the lock goes with the process, however it ends.
-
-    Raises:
-        UserError: another process still holds it after `patience` seconds.
-    """
-    handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + patience
-    try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"{folder}: another process is at work there; wait for it, or stop it") from None
-                time.sleep(0.2)
-        yield
-    finally:
-        os.close(handle)

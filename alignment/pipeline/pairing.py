@@ -15,18 +15,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.data.sampled import log_odds_in_all_or_none, strengths
+from alignment.data.sampled import log_odds_in_all_or_none, strengths, with_label_noise
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, read_json_object, write_json, write_json_lines
 from alignment.pipeline.judging import penalised
 from alignment.pipeline.prompts import seed_of
 from alignment.recipes import IterateRecipe
 from alignment.recipes.iterate import IterateSection
-from alignment.rewards.oracles import flip_labels
 
 Columns = dict[str, float]  # of one response: reward, or preference and log_odds
 Choice = tuple[int, int, Columns, Columns]  # chosen, rejected, and their columns
-REASONS = ("short", "unjudged", "ties", "identical")
+REASONS = ("short", "unjudged", "ties", "upset", "identical")
 
 
 def choices(
@@ -164,13 +163,15 @@ def write_pairs(recipe: IterateRecipe, folder: Path, iteration: int, out: Path) 
                     **(calibration[number] if calibration else {}),
                     "iteration": iteration,
                     "prompt_number": number,
-                    "samples": [chosen, rejected],
+                    "sample_chosen": chosen,
+                    "sample_rejected": rejected,
                 }
             )
     if not rows:
         raise UserError(f"iteration {iteration}: no pair is left of {dict(counts)}: {_remedy(counts)}")
     rows = log_odds_in_all_or_none(rows) if recipe.oracle is not None else rows
-    rows = _as_chats(_with_noise(rows, settings.label_noise, seed, counts))
+    rows, counts["flipped"] = with_label_noise(rows, settings.label_noise, seed)
+    rows = _as_chats(rows)
     counts["pairs"] = len(rows)
     mean = {"mean_reward": math.fsum(judgements) / len(judgements)} if judgements else {}
     write_json_lines(out / "pairs.jsonl", rows)
@@ -198,22 +199,6 @@ def _calibration(folder: Path) -> list[dict[str, Any]]:
 def _uniform(seed: int, prompt: int, pair: int) -> float:
     """In [0, 1), the same for the same pair however the work is split."""
     return int.from_bytes(hashlib.sha256(f"{seed} {prompt} {pair}".encode()).digest()[:6], "big") / 2**48
-
-
-def _with_noise(
-    rows: list[dict[str, Any]], probability: float, seed: int, counts: Counter[str]
-) -> list[dict[str, Any]]:
-    """Rows with some labels turned round; what belongs to a response goes with it."""
-    flips = flip_labels([f"{row['prompt_number']}/{row['samples']}" for row in rows], probability, seed)
-    counts["flipped"] = sum(flips)
-    return [_turned(row) if flip else row for row, flip in zip(rows, flips, strict=True)]
-
-
-def _turned(row: dict[str, Any]) -> dict[str, Any]:
-    other = {"chosen": "rejected", "rejected": "chosen"}
-    return {"_".join(other.get(part, part) for part in key.split("_")): value for key, value in row.items()} | {
-        "samples": row["samples"][::-1]
-    }
 
 
 def _as_chats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ from alignment.data.pipeline import Prepared, write_rejected
 from alignment.data.preferences import read_prompts as read_text_prompts
 from alignment.data.prompts import prepare_prompts
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, write_json_lines
+from alignment.files import iterate_json_lines, read_json_object, write_json, write_json_lines
 from alignment.models import load_tokenizer
 from alignment.recipes import IterateRecipe
+from alignment.rewards import get_oracle, get_reward
 from alignment.trainers.launching import tokenizer_arguments
 
 
@@ -42,7 +43,8 @@ def shares(total: int, iterations: int, each: int | None = None) -> list[int]:
 def write_prompts(recipe: IterateRecipe, out: Path) -> None:
     """OUT/prompts.jsonl: `iteration`, `prompt` and `prompt_ids` of every prompt, and what could not be used.
 
-    One source is shuffled by training.seed and shared out; of several each is an iteration's.
+    Each source is shuffled by training.seed. One is shared out; of several each is an iteration's. The judge is made
+    here, too: what is wrong with it is said before hours of sampling, and every iteration has the same.
 
     Raises:
         UserError: too few prompts, or some that the evaluation asks.
@@ -66,10 +68,18 @@ def write_prompts(recipe: IterateRecipe, out: Path) -> None:
     for prepared in found:
         for line in prepared.summary():
             print(f"  {line}", flush=True)
-    rows = _shared_out(recipe, _fresh(found))
+    fresh = _fresh(found)
+    rows = _shared_out(recipe, fresh)
     write_json_lines(out / "prompts.jsonl", rows)
     counts = Counter(row["iteration"] for row in rows)
-    print(f"  {settings.iterations} iterations of {', '.join(str(counts[t]) for t in sorted(counts))}", flush=True)
+    read, once = sum(len(prepared.dataset) for prepared in found), sum(map(len, fresh))
+    facts = {"usable": read, "repeated": read - once, "not_asked": once - len(rows)}
+    asked = {str(t): counts[t] for t in sorted(counts)}
+    write_json(out / "counts.json", {**facts, "iterations": asked, "judge": judge_of(recipe).describe()})
+    print(f"  {settings.iterations} iterations of {', '.join(map(str, asked.values()))}", flush=True)
+    for name in ("repeated", "not_asked"):
+        if facts[name]:
+            print(f"  {facts[name]} prompts {name.replace('_', ' ')}", flush=True)
 
 
 def _not_judged_on(recipe: IterateRecipe, found: Prepared, name: str) -> Prepared:
@@ -85,7 +95,7 @@ def _not_judged_on(recipe: IterateRecipe, found: Prepared, name: str) -> Prepare
 
 
 def _fresh(found: Sequence[Prepared]) -> list[list[dict[str, Any]]]:
-    """The rows of each source; a prompt that stood before, there or in another source, is left out and counted."""
+    """The rows of each source; a prompt that stood before, there or in another source, is left out."""
     seen: set[str] = set()
     parts: list[list[dict[str, Any]]] = []
     for prepared in found:
@@ -95,17 +105,15 @@ def _fresh(found: Sequence[Prepared]) -> list[list[dict[str, Any]]]:
             if key not in seen:
                 parts[-1].append(row)
             seen.add(key)
-    repeated = sum(len(prepared.dataset) for prepared in found) - len(seen)
-    if repeated:
-        print(f"  {repeated} prompts that stand there more than once are asked once", flush=True)
     return parts
 
 
 def _shared_out(recipe: IterateRecipe, found: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    settings, random_order = recipe.iterate, random.Random(recipe.training.seed)
+    settings, order = recipe.iterate, random.Random(recipe.training.seed)
+    for part in found:
+        order.shuffle(part)
     try:
         if len(found) == 1:
-            random_order.shuffle(found[0])
             each = shares(len(found[0]), settings.iterations, settings.prompts_per_iteration)
             parts = [found[0][sum(each[:t]) : sum(each[: t + 1])] for t in range(settings.iterations)]
         else:
@@ -120,6 +128,19 @@ def _shared_out(recipe: IterateRecipe, found: Sequence[list[dict[str, Any]]]) ->
         for t, part in enumerate(parts, start=1)
         for row in part
     ]
+
+
+def judge_of(recipe: IterateRecipe) -> Any:
+    """The recipe's reward or oracle."""
+    if recipe.reward is not None:
+        return get_reward(recipe.reward.name, **recipe.reward.options)
+    assert recipe.oracle is not None  # the recipe says so
+    return get_oracle(recipe.oracle.name, **recipe.oracle.options)
+
+
+def judge_at_the_start(run: Path) -> str:
+    """How the judge described itself when the run began."""
+    return str(read_json_object(run / "prompts" / "counts.json")["judge"])
 
 
 def read_prompts(run: Path, iteration: int) -> list[dict[str, Any]]:

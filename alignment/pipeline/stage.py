@@ -2,24 +2,27 @@
 
     python -m alignment.pipeline.stage NAME RUN ITERATION [--resume]
 
-Reads RUN/recipe.yaml, and what earlier stages left; writes RUN/iteration-ITERATION/NAME.unfinished. Started by
+Reads RUN/recipe.yaml, and what earlier stages left; writes RUN/iteration-ITERATION/unfinished/NAME. Started by
 `driver`, which renames that folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.errors import run_or_exit
-from alignment.pipeline.ledger import UNFINISHED, alone
+from alignment.locks import alone
+from alignment.pipeline.ledger import unfinished
+from alignment.pipeline.processes import complaining, die_with_parent
 from alignment.recipes import IterateRecipe, Recipe, load_iterate_recipe, load_recipe
 from alignment.recipes.iterate import iterate_model, iteration_folder, reference_model
 
+PATIENCE = 60.0  # seconds that processes of a killed driver are given to end
 SAMPLES_PER_SHARD = 512  # drawn or judged anew after a kill, at most
 
 
@@ -27,11 +30,11 @@ def main(words: Sequence[str]) -> None:
     """Words: NAME RUN ITERATION [--resume]."""
     name, run, iteration = words[0], Path(words[1]), int(words[2])
     place = run if iteration == 0 else iteration_folder(run, iteration)
-    out = place / f"{name}{UNFINISHED}"
+    out = unfinished(place / name)
     if name == "train":
         from alignment.launched import main as launched
 
-        with _main_process_alone(place, iteration):
+        with _main_process_alone(out.parent):
             # The report comes when the run is where it stays.
             return launched([str(place / "recipe.yaml"), f"training.output_dir={out}", *words[3:]], report=False)
     recipe = load_iterate_recipe(run / "recipe.yaml")
@@ -43,26 +46,25 @@ def main(words: Sequence[str]) -> None:
         "pairs": _pairs,
         "logps": _logps,
     }
-    with _main_process_alone(place, iteration):
+    with _main_process_alone(out.parent):
         stages[name](recipe, run, iteration, out)
 
 
 def run(words: list[str]) -> None:
-    """`main` as a child of the driver; a mistake is one line and exit code 2."""
-    from alignment.pipeline.processes import die_with_parent
-
+    """`main` as a child of the driver."""
     die_with_parent()
+    driver = multiprocessing.parent_process()
+    if driver is not None and not driver.is_alive():  # it was killed before this could ask to be told
+        return
     try:
-        run_or_exit(lambda: main(words))
+        complaining(words, lambda: main(words))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def _main_process_alone(place: Path, iteration: int) -> contextlib.AbstractContextManager[None]:
-    """Processes of a killed driver may still be ending: they are waited for. Of a launch one holds the lock; RUN
-    itself is the driver's."""
-    held = iteration > 0 and os.environ.get("RANK", "0") == "0"
-    return alone(place) if held else contextlib.nullcontext()
+def _main_process_alone(work: Path) -> contextlib.AbstractContextManager[None]:
+    """Processes of a killed driver may still be ending: they are waited for. Of a launch one holds the lock."""
+    return alone(work, PATIENCE) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
 
 
 def _prompts(recipe: IterateRecipe, run: Path, iteration: int, out: Path) -> None:
@@ -113,8 +115,9 @@ def _draw(
 
 def _judged(recipe: IterateRecipe, run: Path, iteration: int, out: Path) -> None:
     from alignment.pipeline.judging import judge_samples
+    from alignment.pipeline.prompts import judge_at_the_start
 
-    judge_samples(recipe, iteration_folder(run, iteration) / "samples", out)
+    judge_samples(recipe, iteration_folder(run, iteration) / "samples", out, judge_at_the_start(run))
 
 
 def _pairs(recipe: IterateRecipe, run: Path, iteration: int, out: Path) -> None:
@@ -134,7 +137,5 @@ def _training(run: Path, iteration: int) -> Recipe:
 
 
 if __name__ == "__main__":
-    from alignment.pipeline.processes import die_with_parent
-
     die_with_parent()
-    run_or_exit(lambda: main(sys.argv[1:]))
+    complaining(sys.argv[1:], lambda: main(sys.argv[1:]))

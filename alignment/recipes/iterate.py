@@ -128,6 +128,7 @@ def iterate_problems(recipe: IterateRecipe) -> Iterator[InitErrorDetails]:
     yield from _judged(recipe, objective)
     yield from _referred(recipe, objective)
     yield from _sampled(recipe, objective)
+    yield from _idle(recipe, objective)
     settings = recipe.iterate
     sources = len(recipe.data.prompts)
     if sources not in (1, settings.iterations):
@@ -142,6 +143,18 @@ def iterate_problems(recipe: IterateRecipe) -> Iterator[InitErrorDetails]:
         yield error("there are no held-out preferences; see the evaluation section", "training", "eval_strategy")
     if (recipe.training.model_extra or {}).get("save_only_model"):
         yield error("an iteration that was killed could not go on", "training", "save_only_model")
+
+
+def _idle(recipe: IterateRecipe, objective: Objective) -> Iterator[InitErrorDetails]:
+    """Keys that would do nothing."""
+    name, settings, reads = recipe.objective.name, recipe.iterate, set(objective.needs)
+    if recipe.lora is not None and recipe.model.adapter is not None:
+        yield error("trains a fresh adapter, and model.adapter is trained on as it is: give one of them", "lora")
+    if "previous" in reads and recipe.reference == "previous":
+        message = f"{name} reads the previous iterate besides: its weight tau would do nothing; fixed or a checkpoint"
+        yield error(message, "reference")
+    if settings.label_noise and reads & {"preference", "log_odds"}:
+        yield error(f"objective {name!r} does not read which response is chosen", "iterate", "label_noise")
 
 
 def _judged(recipe: IterateRecipe, objective: Objective) -> Iterator[InitErrorDetails]:
@@ -264,7 +277,7 @@ def iteration_sections(recipe: IterateRecipe, run: str | Path, iteration: int) -
             "overlap": "allow",  # the prompts were compared before they were sampled
         },
         "training": recipe.training.model_dump()
-        | {"output_dir": str(folder / "train"), "seed": recipe.training.seed + iteration - 1},
+        | {"output_dir": str(folder / "by-itself"), "seed": recipe.training.seed + iteration - 1},
     }
     if recipe.lora is not None and start["adapter"] is None:
         sections["lora"] = recipe.lora.model_dump()

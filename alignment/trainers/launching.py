@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from alignment.errors import UserError
 from alignment.files import write_json
 from alignment.models.loading import settle_accelerator
-from alignment.processes import WAIT_HOURS, set_threads
+from alignment.processes import WAIT_HOURS, plan_batches, set_threads
 from alignment.recipes import AnyRecipe, EveryRecipe
 from alignment.trainers import hub, rundir
 
@@ -48,25 +47,6 @@ def begin(recipe: EveryRecipe) -> PartialState:
         hub.check_login()  # not after hours of training
     set_threads(recipe.training.cpu_threads, state)
     return state
-
-
-def plan_batches(global_batch: int, per_device: int, world: int) -> tuple[int, int]:
-    """(pairs per device and pass, accumulation steps) with which `world` processes make up the declared batch.
-
-    The per-device batch is the largest divisor of each process's share that is at most `per_device`: the losses are
-    per pair, so it changes memory and speed but no result.
-
-    Raises:
-        UserError: the declared batch cannot be split evenly.
-    """
-    if global_batch % world:
-        raise UserError(
-            f"training.global_batch_size: {global_batch} pairs cannot be split evenly over {world} processes; "
-            f"declare {math.ceil(global_batch / world) * world}, or launch fewer"
-        )
-    share = global_batch // world
-    fitting = max(d for d in range(1, min(per_device, share) + 1) if share % d == 0)
-    return fitting, share // fitting
 
 
 def say(state: PartialState, text: str) -> None:

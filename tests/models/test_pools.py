@@ -251,7 +251,7 @@ def test_prompts_of_a_jsonl_and_a_limit(root, words, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--temperature", "0"], "temperature: must be above 0 for a pool"),
+        (["--temperature", "0"], "temperature: must be a number above 0 for a pool"),
         (["--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--model", "./nowhere"], "cannot load './nowhere'"),
         (["--endpoint-model", "m"], "--endpoint-model without --endpoint"),

@@ -47,6 +47,7 @@ def small(tiny: Path, prompts: Path) -> Callable[..., list[str]]:
             f"training.output_dir={folder}",
             "training.learning_rate=1e-3",
             "training.save_steps=2",
+            "training.save_total_limit=null",
             "training.cpu_threads=1",
             "training.use_cpu=true",
         ]
@@ -77,7 +78,7 @@ def content(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
-        if "checkpoint-" in name or ".unfinished" in name or name.startswith("final"):
+        if "checkpoint-" in name or "unfinished/" in name or name.startswith("final"):
             continue
         if file.name == "metrics.jsonl":
             rows = read_rows(file)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignment.data.preferences import read_rows
+from alignment.errors import UserError
 from alignment.pipeline.driver import run
 from alignment.recipes import load_iterate_recipe
 from tests.pipeline.conftest import QUICKSTART, content
@@ -54,11 +55,9 @@ def test_a_judge_that_fails_midway_loses_nothing(judged_by, capfd):
 
     with endpoint(until_it_breaks) as judge:
         recipe = judged_by(judge.url, "run")
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(UserError, match="HTTP 402 .*out of credit") as stopped:
             run(recipe)
-        assert stopped.value.code == 2
-        complaints = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-        assert len(complaints) == 1 and "HTTP 402" in complaints[0] and "out of credit" in complaints[0]
+        assert "\n" not in str(stopped.value) and "Traceback" not in capfd.readouterr().err
         folder = Path(recipe.training.output_dir)
         done = json.loads((folder / "manifest.json").read_text())["stages"]
         assert list(done) == ["prompts", "iteration-1/samples"]
@@ -80,6 +79,8 @@ def test_a_judge_that_fails_midway_loses_nothing(judged_by, capfd):
         (["iterate.prompts_per_iteration=30"], "41 prompts for 2 iterations of 30 are 19 too few"),
         (["data.prompts={prompts}.gone"], "no such file"),
         (["generation.max_new_tokens=1", "iterate.unfinished=drop"], "no pair is left of"),
+        (["oracle={{name: general, path: /nowhere}}"], "/nowhere"),
+        (["training.output_dir=/proc/x/y"], "/proc/x/y: cannot be made"),
         (["oracle={{name: tabular, table: {{responses: [x], matrix: [[0.5]]}}}}"], "no pair is left of"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -87,6 +88,27 @@ def test_a_judge_that_fails_midway_loses_nothing(judged_by, capfd):
 def test_a_mistake_is_one_line_and_exit_code_2(small, prompts, tmp_path, root, overrides, message):
     given = small(tmp_path / "run", *(override.format(prompts=prompts) for override in overrides))
     words = [sys.executable, "scripts/iterate.py", str(QUICKSTART), *given]
+    ended = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=300)
+    complaints = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert ended.returncode == 2, ended.stderr
+    assert len(complaints) == 1 and message in complaints[0]
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.global_batch_size=7"], "7 pairs cannot be split evenly over 2 processes"),
+        (["generation.max_new_tokens=1", "iterate.unfinished=drop"], "no pair is left of"),
+        (["lora={{target_modules: [nope]}}"], "cannot set up training: Target modules"),
+    ],
+    ids=["before anything", "in one process", "in both processes"],
+)
+def test_a_mistake_in_a_launch_is_one_line_too(small, tmp_path, root, overrides, message):
+    given = small(tmp_path / "run", *(override.format() for override in overrides))
+    config = ["--accelerate-config", "recipes/accelerate/cpu2.yaml"]
+    words = [sys.executable, "scripts/iterate.py", str(QUICKSTART), *given, *config]
     ended = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=300)
     complaints = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert ended.returncode == 2, ended.stderr

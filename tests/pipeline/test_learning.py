@@ -73,6 +73,9 @@ def test_the_last_iterate_beats_the_base(iterate, files, method):
         assert lines[1]["reward"] > lines[0]["reward"]  # the samples of pi_2 against those of pi_1
         pairs = [row for t in (1, 2) for row in read_rows(folder / f"iteration-{t}" / "pairs" / "pairs.jsonl")]
         assert all(row["reward_chosen"] > row["reward_rejected"] for row in pairs)
+        judged = [r for row in read_rows(folder / "iteration-1" / "judged" / "00000.jsonl") for r in row["rewards"]]
+        judged = [r for r in judged if r is not None]
+        assert lines[0]["reward"] == pytest.approx(sum(judged) / len(judged))
 
 
 LAUNCHES = {

@@ -8,7 +8,7 @@ import pytest
 
 from alignment.data.preferences import read_rows
 from alignment.errors import UserError
-from alignment.files import write_json_lines
+from alignment.files import read_json_object, write_json_lines
 from alignment.pipeline.prompts import seed_of, shares, write_prompts
 from alignment.recipes import load_iterate_recipe
 from tests.pipeline.conftest import QUICKSTART
@@ -59,8 +59,15 @@ def test_a_source_for_each_iteration_and_no_prompt_in_two(written, tmp_path, cap
     write_json_lines(tmp_path / "one.jsonl", [{"prompt": f"my {n}"} for n in ("dog", "cat", "coat")])
     write_json_lines(tmp_path / "two.jsonl", [{"prompt": f"my {n}"} for n in ("boat", "cat", "river")])
     rows = by_iteration(written(f"data.prompts=[{tmp_path / 'one.jsonl'}, {tmp_path / 'two.jsonl'}]"))
-    assert rows.of1 == ["my dog", "my cat", "my coat"] and rows.of2 == ["my boat", "my river"]
-    assert "1 prompts that stand there more than once are asked once" in capsys.readouterr().out
+    assert sorted(rows.of1) == ["my cat", "my coat", "my dog"] and sorted(rows.of2) == ["my boat", "my river"]
+    assert "1 prompts repeated" in capsys.readouterr().out
+    counts = read_json_object(tmp_path / "out" / "counts.json")
+    assert counts["usable"] == 6 and counts["repeated"] == 1 and counts["iterations"] == {"1": 3, "2": 2}
+    sources = f"data.prompts=[{tmp_path / 'one.jsonl'}, {tmp_path / 'two.jsonl'}]"
+    with pytest.raises(UserError, match="2 prompts for 1 iterations of 3 are 1 too few"):
+        written(sources, "iterate.prompts_per_iteration=3")
+    assert len(written(sources, "iterate.prompts_per_iteration=1")) == 2
+    assert read_json_object(tmp_path / "out" / "counts.json")["not_asked"] == 3
 
 
 def test_prompts_that_the_evaluation_asks_are_refused_or_dropped(written, prompts, tmp_path):

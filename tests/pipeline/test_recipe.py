@@ -52,6 +52,12 @@ REFUSED = [
         ["objective={name: vpo}", "reference=previous", "iterate.start=base"],
         "iterate.start: trains from the base, and the reference would be another model",
     ),
+    (["lora={r: 4}", "model.adapter=x"], "lora: trains a fresh adapter, and model.adapter is trained on as it is"),
+    (["reference=previous"], "reference: inpo reads the previous iterate besides: its weight tau would do nothing"),
+    (
+        ["objective={name: sppo}", "reference=previous", "iterate.pairing=best_worst", "iterate.label_noise=0.1"],
+        "iterate.label_noise: objective 'sppo' does not read which response is chosen",
+    ),
     (["model.quantization=nf4"], "model.quantization: quantised weights cannot be trained: add a lora section"),
     (["iterate.rounds=3"], "iterate.rounds: unknown key"),
 ]
@@ -101,7 +107,7 @@ def test_an_iteration_is_an_ordinary_recipe(root, monkeypatch):
 
 
 def test_the_reference_is_a_setting(root, monkeypatch):
-    moving = recipe_of(root, monkeypatch, "reference=previous")
+    moving = recipe_of(root, monkeypatch, "reference=previous", "objective={name: dpo}")
     second = Recipe.model_validate(iteration_sections(moving, "RUN", 2))
     assert second.reference.name_or_path is None  # the model that training starts from, which is pi_2
     assert reference_model(moving, "RUN", 3) == iterate_model(moving, "RUN", 3)

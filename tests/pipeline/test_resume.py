@@ -63,6 +63,9 @@ def copied(undisturbed: Path, folder: Path, names: list[str], keep: int) -> Path
 def same(one: Path, other: Path) -> None:
     mine, theirs = content(one), content(other)
     assert mine.keys() == theirs.keys()
+    for name in ("prompts", "iteration-1/judged", "iteration-2/judged"):  # which name no folder
+        noted = [json.loads((place / "manifest.json").read_text())["stages"][name]["sha256"] for place in (one, other)]
+        assert noted[0] == noted[1], name
     for name, value in mine.items():
         assert strip(value, one, other) == strip(theirs[name], one, other), name
     assert (one / "final" / "model.safetensors").is_file()
@@ -87,7 +90,7 @@ def test_stages_and_what_the_manifest_says_of_them(undisturbed, names):
     assert manifest["steps"] == sum(
         json.loads((undisturbed / f"iteration-{t}" / "train" / "manifest.json").read_text())["steps"] for t in (1, 2)
     )
-    assert not list(undisturbed.rglob("*.unfinished"))
+    assert not list(undisturbed.rglob("unfinished"))
     lines = read_rows(undisturbed / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2] and all(line["pairs"] > 10 for line in lines)
 
@@ -123,29 +126,38 @@ def test_killed_in_the_middle_of_a_stage(undisturbed, recipe_in, names, tmp_path
     """Half of its shards; of training a checkpoint and lines of steps that must be repeated."""
     name = f"iteration-2/{stage}"
     folder = copied(undisturbed, tmp_path / "run", names, names.index(name))
-    unfinished = folder / f"{name}.unfinished"
-    shutil.copytree(undisturbed / name, unfinished)
-    for file in unfinished.glob("*.json"):  # a run that was killed says where it lies itself
-        file.write_text(file.read_text().replace(str(undisturbed), str(folder)))
+    at_work = folder / "iteration-2" / "unfinished" / stage
+    shutil.copytree(undisturbed / name, at_work)
+    for file in at_work.glob("*.json"):  # what a killed run says of where it is
+        moved = {str(undisturbed): str(folder), f"/iteration-2/{stage}": f"/iteration-2/unfinished/{stage}"}
+        for old, new in moved.items():
+            file.write_text(file.read_text().replace(old, new))
     if stage == "train":
-        shutil.rmtree(unfinished / "final")
-        manifest = json.loads((unfinished / "manifest.json").read_text())
-        (unfinished / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "steps"}))
+        shutil.rmtree(at_work / "final")
+        manifest = json.loads((at_work / "manifest.json").read_text())
+        (at_work / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "steps"}))
+        shutil.rmtree(at_work / "checkpoint-3")
+        first = {path: path.stat().st_mtime_ns for path in (at_work / "checkpoint-2").iterdir()}
     else:
-        shards = sorted(unfinished.rglob("000*.jsonl"))
+        shards = sorted(at_work.rglob("000*.jsonl"))
         shards[-1].unlink()
         (shards[-1].parent / f".{shards[-1].name}.123.tmp").write_text('{"half a li')
     run(recipe_in(folder))
     same(folder, undisturbed)
+    assert not list(folder.rglob(".*.tmp"))
+    if stage == "train":  # it went on from there, and did not begin again
+        place = folder / "iteration-2" / "train" / "checkpoint-2"
+        assert {place / path.name: time for path, time in first.items()} == {
+            path: path.stat().st_mtime_ns for path in place.iterdir()
+        }
 
 
 def test_killed_before_the_first_checkpoint(undisturbed, recipe_in, names, tmp_path):
     folder = copied(undisturbed, tmp_path / "run", names, names.index("iteration-1/train"))
-    unfinished = folder / "iteration-1" / "train.unfinished"
-    unfinished.mkdir()
-    shutil.copy(undisturbed / "iteration-1" / "train" / "manifest.json", unfinished)
-    manifest = json.loads((unfinished / "manifest.json").read_text())
-    (unfinished / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "steps"}))
+    at_work = folder / "iteration-1" / "unfinished" / "train"
+    at_work.mkdir(parents=True)
+    manifest = json.loads((undisturbed / "iteration-1" / "train" / "manifest.json").read_text())
+    (at_work / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "steps"}))
     run(recipe_in(folder))
     same(folder, undisturbed)
     assert not list(folder.rglob("train*.1"))  # nothing was moved aside
@@ -182,13 +194,61 @@ def test_a_folder_of_something_else_is_left_alone(recipe_in, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
+def test_killed_while_it_wrote_its_first_file(recipe_in, undisturbed, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".manifest.json.123.tmp").write_text('{"recipe": ')
+    assert run(recipe_in(tmp_path / "run")) == tmp_path / "run"
+    same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("stage", ["samples", "train"])
+def test_a_run_may_be_moved_between_two_starts(undisturbed, recipe_in, names, tmp_path, stage):
+    """Killed in the middle of a stage, moved, started again."""
+    folder = copied(undisturbed, tmp_path / "moved", names, names.index(f"iteration-2/{stage}"))
+    at_work = folder / "iteration-2" / "unfinished" / stage
+    shutil.copytree(undisturbed / "iteration-2" / stage, at_work)
+    if stage == "train":
+        shutil.rmtree(at_work / "final")
+        manifest = json.loads((at_work / "manifest.json").read_text())
+        (at_work / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "steps"}))
+    assert str(undisturbed) in (at_work / "manifest.json").read_text()
+    run(recipe_in(folder))
+    same(folder, undisturbed)
+
+
+def test_what_each_iteration_draws_is_its_own(undisturbed):
+    """Seeds differ by iteration and purpose; the calibration response is the reference's, and of the same prompt."""
+    pools = {
+        (t, role): json.loads((undisturbed / f"iteration-{t}" / role / "manifest.json").read_text())
+        for t in (1, 2)
+        for role in ("samples", "calibration")
+    }
+    assert len({pool["seed"] for pool in pools.values()}) == 4
+    base = pools[1, "samples"]["model_sha256"]
+    assert pools[1, "calibration"]["model_sha256"] == pools[2, "calibration"]["model_sha256"] == base
+    assert pools[2, "samples"]["model_sha256"] != base
+    for t in (1, 2):
+        place = undisturbed / f"iteration-{t}"
+        drawn = {row["prompt"]: row["ids"][0] for row in read_rows(place / "calibration" / "shards" / "00000.jsonl")}
+        pairs = read_rows(place / "pairs" / "pairs.jsonl")
+        assert all(row["calibration_ids"] == drawn[row["prompt"]] for row in pairs)
+        samples = {row["prompt"]: row for row in read_rows(place / "samples" / "shards" / "00000.jsonl")}
+        for row in pairs:
+            mine = samples[row["prompt"]]
+            assert row["chosen_ids"] == mine["ids"][row["sample_chosen"]]
+            assert row["rejected_ids"] == mine["ids"][row["sample_rejected"]]
+        counts = json.loads((place / "pairs" / "counts.json").read_text())
+        assert counts["unfinished"] == sum(not done for row in samples.values() for done in row["finished"]) > 0
+        assert counts["prompts"] == len(pairs) + sum(counts[k] for k in ("short", "unjudged", "ties", "identical"))
+
+
 def test_two_drivers_do_not_work_on_one_run(undisturbed, recipe_in):
     import fcntl
 
     handle = os.open(undisturbed, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(UserError, match="another process is at work there"):
+        with pytest.raises(UserError, match="another process is writing there"):
             run(recipe_in(undisturbed))
     finally:
         os.close(handle)
@@ -217,7 +277,7 @@ def test_killed_at_random_moments(undisturbed, small, tmp_path, record_property)
             time.sleep(0.005)
         if process.poll() is not None:
             break
-        seen |= {path.name.removesuffix(".unfinished") for path in folder.rglob("*.unfinished")}
+        seen |= {path.name for path in folder.rglob("unfinished/*") if path.is_dir()}
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
@@ -227,7 +287,7 @@ def test_killed_at_random_moments(undisturbed, small, tmp_path, record_property)
 
 
 def listed(folder: Path) -> set[str]:
-    """The shards, checkpoints and stages that are there."""
+    """The shards, checkpoints and stages that are there, at work or complete."""
     return {
         str(p.relative_to(folder)) for p in folder.rglob("*") if not p.name.startswith((".", "recipe", "manifest"))
     }
@@ -239,7 +299,7 @@ def test_killing_the_driver_alone_leaves_no_orphan_at_work(undisturbed, small, t
 
     folder = tmp_path / "run"
     process = started(folder, small)
-    while not (folder / "iteration-1" / "train.unfinished" / "manifest.json").is_file():
+    while not (folder / "iteration-1" / "unfinished" / "train" / "manifest.json").is_file():
         assert process.poll() is None
         time.sleep(0.01)
     children = psutil.Process(process.pid).children(recursive=True)
