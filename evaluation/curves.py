@@ -114,6 +114,47 @@ CURVES = (
         share=True,
     ),
     Curve(
+        "Gradient entanglement: probe pairs",
+        (
+            ("both fall", "entanglement/both_fall"),
+            ("both rise", "entanglement/both_rise"),
+            ("parted", "entanglement/parted"),
+        ),
+        "pairs",
+        "What a small step on the margin of a probe pair would do to its own two responses, by their gradients: part "
+        "them (healthy), or drag both down or up because the gradients are too much alike. It says nothing of what "
+        "other pairs do to them.",
+    ),
+    Curve(
+        "Gradient entanglement: size",
+        (("cosine", "entanglement/cosine"), ("ratio", "entanglement/ratio")),
+        "mean over probe pairs",
+        "How alike the gradients of log π(chosen) and log π(rejected) are: cosine of their angle, and inner product "
+        "over the smaller squared norm. A pair is entangled where its ratio is above 1 (dashed).",
+        (1.0, "entangled above"),
+    ),
+    Curve(
+        "Probe pairs since the last probe",
+        (("chosen", "entanglement/moved_chosen"), ("rejected", "entanglement/moved_rejected")),
+        "nats per response",
+        "How far log π of the probe pairs' responses moved between probes, under all pairs and the real optimiser: to "
+        "be held against the verdicts. Both below 0 is displacement, whichever pairs cause it.",
+        (0.0, "unmoved"),
+    ),
+    Curve(
+        "Calibration error of the implicit reward",
+        (
+            ("training", "calibration/ece"),
+            ("held out", "eval_calibration/ece"),
+            ("held out, by chance", "eval_calibration/noise"),
+        ),
+        "ECE",
+        "Mean gap between sigmoid(|margin|), the confidence in a pair's order, and the share of labels on that side. "
+        "Read the held-out line against the third one, what a calibrated model would show on so few pairs; the "
+        "training line has fewer. Small rewards are under-confident: early in a run the error is accuracy minus 1/2.",
+        share=True,
+    ),
+    Curve(
         "Pairs without push",
         (("saturated", "saturated"),),
         "share of pairs",

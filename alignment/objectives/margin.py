@@ -14,7 +14,8 @@ def is_margin_loss(objective: Objective) -> bool:
     """Whether dL/dlog π(chosen) = -dL/dlog π(rejected) everywhere, and nothing else carries a gradient.
 
     So for dpo, ipo (sum form), hinge, robust, reward_aware_rpo and inpo; not where there is a likelihood term (rpo,
-    cpo), a further response (vpo) or head (spo), or a function of each log-ratio (f_dpo, dpop, simpo by its lengths).
+    cpo), a further response (vpo) or head (spo), or a function of each log-ratio (dpop, simpo by its lengths, f_dpo
+    but for reverse KL).
     """
     if {"calibration", "ref_calibration", "degree"} & set(objective.needs):
         return False

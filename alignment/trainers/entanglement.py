@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
 from alignment.errors import UserError
@@ -256,7 +257,7 @@ class GradientProbe(TrainerCallback):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(jsonable(row)) + "\n")
-            print(f"  step {state.global_step}, {in_words(row)}", flush=True)
+            tqdm.write(f"  step {state.global_step}, {in_words(row)}")
 
 
 def summary(row: dict[str, Any], before: dict[str, Any] | None) -> dict[str, float]:
