@@ -1,42 +1,62 @@
-"""The generated table and docs page are up to date and say what the cards say."""
+"""What is generated in README and docs is up to date and says what the cards say; every objective has a whole page."""
 
-from pathlib import Path
+import re
+import shutil
 
 import pytest
 
 from alignment.objectives import list_objectives
-from alignment.objectives.render import BEGIN, END, docs_markdown, readme_with_table, show, table_markdown, write_docs
+from alignment.objectives.render import SECTIONS, blocks, own_cards, show, with_block, write_docs
+from tests.pages import ROOT, anchors, read
 
-ROOT = Path(__file__).resolve().parents[2]
 REMEDY = "is stale: run `python -m alignment.objectives.render`"
+CARDS = own_cards()
 
 
-def test_the_docs_page_is_current() -> None:
-    assert (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8") == docs_markdown(), f"docs page {REMEDY}"
+@pytest.mark.parametrize("name", blocks())
+def test_what_is_generated_is_current(name) -> None:
+    text = read(name)
+    for marker, content in blocks()[name].items():
+        assert with_block(text, marker, content, name) == text, f"{name} {REMEDY}"
 
 
-def test_the_readme_s_table_is_current() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme_with_table(text) == text, f"README table {REMEDY}"
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_an_objective_s_page_is_whole(card) -> None:
+    """Title, idea and all sections in order; nothing is left to do; its measured row stands in the table of all."""
+    text = read(f"docs/objectives/{card.name}.md")
+    assert text.startswith(f"# {card.name}: ")
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == [*SECTIONS, "Card"]
+    parts = re.split(r"^## .*$", text.split("<!-- card:begin -->")[0], flags=re.MULTILINE)
+    assert all(len(part) > 100 for part in parts) and "TODO" not in text
+    measured = parts[-1]
+    assert "python evaluation/replication.py recipes/replications/" in measured
+    rows = re.findall(r"^\| `.*$", measured, flags=re.MULTILINE)
+    if card.name != "likelihood":  # has an experiment of its own
+        assert {f"| `{card.name}` |", "| `start` |"} <= {row[: row.index("|", 1) + 1] for row in rows}
+        assert set(rows) <= set(read("docs/objectives.md").splitlines())
 
 
-def test_write_docs_changes_only_the_marked_block(tmp_path) -> None:
-    (tmp_path / "README.md").write_text(f"# Title\n\n{BEGIN}\nstale row\n{END}\n\nrest\n")
-    assert sorted(path.name for path in write_docs(tmp_path)) == ["README.md", "objectives.md"]
+def test_write_docs_changes_only_the_marked_blocks_and_begins_missing_pages(tmp_path) -> None:
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
     assert write_docs(tmp_path) == []
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("# Title\n\n") and text.endswith("\n\nrest\n")
-    assert table_markdown() in text and "stale row" not in text
+    page, new = tmp_path / "docs" / "objectives" / "dpo.md", tmp_path / "docs" / "objectives" / "ipo.md"
+    whole = page.read_text()
+    page.write_text(whole.replace("| paper |", "| pamphlet |"))
+    new.unlink()
+    assert write_docs(tmp_path) == [page, new]
+    assert page.read_text() == whole
+    assert anchors(new.read_text()) >= {"formula", "when-to-use-it", "card"} and "TODO" in new.read_text()
 
 
-def test_a_readme_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="objectives:begin"):
-        readme_with_table("# Title\n")
+def test_a_file_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="README.md: needs one <!-- objectives:begin -->"):
+        with_block("# Title\n", "objectives", "", "README.md")
 
 
 def test_every_table_row_has_as_many_cells_as_the_header() -> None:
-    for table in (table_markdown(), docs_markdown()):
-        for line in table.splitlines():
+    for contents in blocks().values():
+        for line in "\n".join(contents.values()).splitlines():
             if line.startswith("|"):
                 cells = line.replace(r"\|", "").count("|") - 1
                 assert cells in (2, 4, 5), line
