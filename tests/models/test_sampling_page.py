@@ -1,8 +1,7 @@
-"""docs/sampling.md: its commands and its Python run, on the tiny model; README leads there."""
+"""docs/sampling.md: its commands and its Python run, on the tiny model."""
 
 from __future__ import annotations
 
-import re
 import runpy
 import shlex
 import sys
@@ -13,9 +12,9 @@ import pytest
 
 from alignment.models.pools import open_pool
 from alignment.models.sampling import Generation
+from tests.pages import ROOT, blocks, read
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "sampling.md").read_text()
+PAGE = read("docs/sampling.md")
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def workplace(tmp_path, monkeypatch):
 
 def test_the_commands_run(workplace, tiny, monkeypatch, capsys):
     """In this process, the launch of two as one process: tests/models/test_pools.py launches."""
-    (script,) = re.findall(r"^```bash\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+    (script,) = blocks(PAGE, "bash")
     for line in script.splitlines():
         words = [str(tiny) if word == "MODEL" else word for word in shlex.split(line)]
         if "--config_file" in words:
@@ -46,18 +45,14 @@ def test_the_commands_run(workplace, tiny, monkeypatch, capsys):
 
 
 def test_the_python_runs(workplace, tiny, capsys):
-    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+    (code,) = blocks(PAGE, "python")
     exec(code.replace("MODEL", str(tiny)), {})
     assert capsys.readouterr().out.startswith("4 samples, ") and open_pool(Path("pools/python")).n == 4
 
 
 def test_columns_and_settings_are_on_the_page(workplace, tiny):
-    code = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)[0]
+    (code,) = blocks(PAGE, "python")
     scope: dict = {}
     exec(code.replace("MODEL", str(tiny)), scope)
     for name in (*scope["pool"].rows(0)[0], *asdict(Generation())):
         assert f"`{name}`" in PAGE, name
-
-
-def test_readme_leads_here():
-    assert "docs/sampling.md" in (ROOT / "README.md").read_text()

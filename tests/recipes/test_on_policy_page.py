@@ -15,17 +15,13 @@ from alignment.recipes import load_recipe
 from alignment.recipes.rows import HubPromptsSection
 from alignment.recipes.sections import AnswerSection, RolloutSection
 from alignment.trainers.rollout import Record
-from tests.recipes.conftest import ROOT
+from tests.pages import ROOT, blocks, read
 
-TEXT = (ROOT / "docs" / "on_policy.md").read_text()
+TEXT = read("docs/on_policy.md")
 BASE = {
     "model": {"name_or_path": "some/model"},
     "training": {"global_batch_size": 8, "learning_rate": 1e-6},
 }
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_every_recipe_of_a_real_model_is_named():
@@ -45,7 +41,7 @@ def test_every_key_field_and_objective_is_on_the_page():
     assert keys - {"subset", "chat"} <= words
 
 
-@pytest.mark.parametrize("block", blocks("yaml"))
+@pytest.mark.parametrize("block", blocks(TEXT, "yaml"))
 def test_every_recipe_example_is_a_recipe(tmp_path, monkeypatch, block):
     monkeypatch.chdir(tmp_path)
     example = yaml.safe_load(block)
@@ -57,13 +53,6 @@ def test_every_recipe_example_is_a_recipe(tmp_path, monkeypatch, block):
 
 
 def test_the_python_example_runs():
-    (code,) = blocks("python")
+    (code,) = blocks(TEXT, "python")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-
-
-def test_links_lead_somewhere_and_the_page_is_linked():
-    links = re.findall(r"\]\((?!http)([^)#]+)", TEXT)
-    assert links and all((ROOT / "docs" / link).exists() for link in links)
-    assert "docs/on_policy.md" in (ROOT / "README.md").read_text()
-    assert "\n## Replications, small and real\n" in TEXT

@@ -22,9 +22,9 @@ from alignment.recipes import load_recipe, load_reward_model_recipe
 from alignment.rewards import list_oracles, list_rewards, oracle_keys, reward_keys
 from alignment.trainers.reward_run import train
 from evaluation import best_of_n, held_out
+from tests.pages import ROOT, blocks, read
 
-ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "docs" / "rewards.md").read_text()
+TEXT = read("docs/rewards.md")
 JUDGES = [("reward", name) for name in list_rewards()] + [("oracle", name) for name in list_oracles()]
 BASE = {
     "objective": {"name": "dpo"},
@@ -32,10 +32,6 @@ BASE = {
     "data": {"train": "pairs.jsonl"},
     "training": {"global_batch_size": 4, "learning_rate": 1e-6},
 }
-
-
-def blocks(language: str, text: str = TEXT) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def of(kind: str, name: str) -> str:
@@ -57,7 +53,7 @@ def test_every_judge_is_there_with_all_its_keys(kind, name):
     assert (f"name: {name}" in part) or not part.count("```yaml")
 
 
-@pytest.mark.parametrize("block", blocks("yaml"))
+@pytest.mark.parametrize("block", blocks(TEXT, "yaml"))
 def test_every_recipe_example_is_a_recipe(tmp_path, monkeypatch, block):
     monkeypatch.chdir(tmp_path)
     example = yaml.safe_load(block)
@@ -68,7 +64,7 @@ def test_every_recipe_example_is_a_recipe(tmp_path, monkeypatch, block):
 
 
 def test_the_python_example_runs():
-    (code,) = blocks("python")
+    (code,) = blocks(TEXT, "python")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "Bradley–Terry with temperature 2" in done.stdout
@@ -76,7 +72,7 @@ def test_the_python_example_runs():
 
 def test_the_commands_run(tmp_path):
     """paper beats rock at .9; the pattern is in paper alone; VADER finds nothing in either."""
-    (script,) = blocks("sh")
+    (script,) = blocks(TEXT, "sh")
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -103,7 +99,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 def test_the_commands_for_reward_models_run(workplace, tiny, capsys):
     """All but the launch of two processes, of which the e2e tests have many."""
-    (script,) = blocks("sh", (ROOT / "docs" / "reward_models.md").read_text())
+    (script,) = blocks(read("docs/reward_models.md"), "sh")
     done = []
     for words in map(shlex.split, script.splitlines()):
         program = next(word for word in words if word.endswith(".py"))
@@ -122,12 +118,6 @@ def test_the_commands_for_reward_models_run(workplace, tiny, capsys):
     assert re.search(r"held out: \d+ pairs .*\n  member 0 +\d", capsys.readouterr().out)
 
 
-def test_recipes_that_the_page_names_are_there():
-    text = (ROOT / "docs" / "reward_models.md").read_text()
-    named = set(re.findall(r"recipes/\w+/\w+\.yaml", text))
-    assert len(named) >= 5 and all((ROOT / name).is_file() for name in named)
-
-
 def test_the_examples_of_best_of_n_run(workplace, tiny):
     """The commands, with two prompts; the Python, whose arrays the page does not make."""
     (workplace / "prompts.txt").write_text("my dog is\nthe cat was\n")
@@ -140,8 +130,8 @@ def test_the_examples_of_best_of_n_run(workplace, tiny):
         ]
         given += ["reward_model.bootstrap=false", "reward_model.mode=independent"] if members == "1" else []
         train(load_reward_model_recipe("recipes/quickstart/reward_model.yaml", given))
-    text = (ROOT / "docs" / "best_of_n.md").read_text()
-    (script,), (code,) = blocks("bash", text), blocks("python", text)
+    text = read("docs/best_of_n.md")
+    (script,), (code,) = blocks(text, "bash"), blocks(text, "python")
     lines = re.sub(r"\\\n", " ", script).splitlines()
     for words in map(shlex.split, lines):
         assert words[:2] == ["python", "evaluation/best_of_n.py"]

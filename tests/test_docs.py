@@ -1,0 +1,143 @@
+"""README and docs/: links resolve, shown commands exist with their options, named files are there, the site builds.
+
+What single pages promise beside that has a test of its own beside what it is about.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from alignment.cli import app
+from alignment.recipes import load_any
+from tests.pages import PAGES, ROOT, anchors, commands, links, mentioned, prose, read, shell_lines
+
+SHOWN = [
+    pytest.param(page, words, id=f"{page} {' '.join(words)[:60]}")
+    for page in PAGES
+    for words in [*commands(shell_lines(read(page))), *mentioned(read(page))]
+]
+READS_RECIPES = ("train", "iterate", "doctor", "export", "report", "recipe", "data")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in links(read(page)):
+        name, _, anchor = link.partition("#")
+        target = (Path(page).parent / name) if name else Path(page)
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
+    """Paths of the checkout in code or prose; a folder, a file, or `file.py::test`."""
+    found = re.findall(r"(?<![\w/.])((?:alignment|docs|evaluation|recipes|scripts|tests)/[\w./-]*\w)", read(page))
+    assert [name for name in found if not (ROOT / name).exists() and "NAME" not in name] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lists_and_tables_begin_after_an_empty_line(page):
+    """GitHub does without, the site does not."""
+    lines = prose(read(page)).splitlines()
+    for before, line in zip(lines, lines[1:], strict=False):
+        for start in (r"\* |- ", r"\d+\. ", r"\|"):
+            if re.match(start, line) and before.strip() and not before.startswith((" ", "<!--")):
+                assert re.match(start, before), line
+
+
+def _known(command: Any, words: list[str]) -> None:
+    """Every option of the words is one of the command's; subcommands are followed."""
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        assert words[0] in command.commands, words[0]
+        command, words = command.commands[words[0]], words[1:]
+    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    given = {word.partition("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
+    assert given - options - {"--help"} == set()
+
+
+def _recipe(words: list[str]) -> None:
+    """The recipes among the words take the overrides behind them."""
+    overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
+    for word in words:
+        if re.fullmatch(r"recipes/\S+\.yaml", word) and not word.startswith("recipes/accelerate/"):
+            load_any(word, overrides)
+
+
+def _python(words: list[str]) -> None:
+    """A program of the checkout, or a module: it is there and has these options."""
+    name = words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
+    assert words[0] == "-m" or Path(words[0]).is_file(), words[0]
+    assert importlib.util.find_spec(name) is not None, name
+    rest = words[2:] if words[0] == "-m" else words[1:]
+    if name in ("scripts.train", "scripts.sft", "scripts.train_reward_model"):
+        assert {word for word in rest if word.startswith("-")} <= {"--resume"}
+        _recipe(rest)
+    elif name == "scripts.iterate":
+        _known(typer.main.get_command(app), ["iterate", *rest])
+    elif name.startswith(("scripts.", "evaluation.")):
+        module = importlib.import_module(name)
+        if "app" in vars(module):
+            _known(typer.main.get_command(module.app), rest)
+        else:  # no options of its own
+            assert "_main" in vars(module) and not any(word.startswith("-") for word in rest)
+
+
+@pytest.mark.parametrize(("page", "words"), SHOWN)
+def test_shown_commands_exist(page, words):
+    from accelerate.commands.launch import launch_command_parser
+
+    words = ["1" if word.startswith("$") else word for word in words if "…" not in word]
+    files = [word for word in words if re.match(r"(recipes|scripts|evaluation|tests|docs)/", word)]
+    assert [name for name in files if not Path(name).is_file()] == []
+    if words[0] == "alignment":
+        _known(typer.main.get_command(app), words[1:])
+        if words[1] in READS_RECIPES:
+            _recipe(words[2:])
+        return
+    if words[0] == "python":
+        _python(words[1:])
+        return
+    assert words[:2] == ["accelerate", "launch"]
+    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if at is not None:
+        launch_command_parser().parse_args([*words[2:at], "program"])  # exits at an unknown option
+        _python(words[at:])
+
+
+def test_the_site_builds_strictly(tmp_path):
+    """Every page is in its navigation, every link and anchor within docs/ resolves: mkdocs.yml asks for these."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {str(Path(page).relative_to("docs").with_suffix(".html")) for page in PAGES if page != "README.md"}
+    assert pages <= {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*.html")}
+    assert "<table" in (tmp_path / "site" / "objectives" / "dpo.html").read_text()
+
+
+def test_every_page_is_reachable_from_readme():
+    seen, ahead = set(), ["README.md"]
+    while ahead:
+        page = ahead.pop()
+        seen.add(page)
+        targets = {(ROOT / page).parent / link.partition("#")[0] for link in links(read(page))}
+        found = {str(t.resolve().relative_to(ROOT)) for t in targets if t.suffix == ".md"}
+        ahead += sorted(found - seen)
+    assert set(PAGES) <= seen
