@@ -171,7 +171,8 @@ class Judge:
 
     def describe(self) -> str:
         """Its name and settings."""
-        return json.dumps((self.reward or self.oracle).describe(), ensure_ascii=False)
+        said = (self.reward or self.oracle).describe()
+        return said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
 
     def scores(self, prompts: Sequence[str], one: Measured) -> Array:
         """[Q, S] of a reward; each policy's samples are scored once."""

@@ -16,7 +16,7 @@ from pydantic_core import InitErrorDetails
 from alignment.recipes import Problem, RecipeError
 from alignment.recipes.document import Document
 from alignment.recipes.loading import _Root, _translate
-from alignment.recipes.merge import apply_overrides, read_with_bases
+from alignment.recipes.merge import COMMAND_LINE, apply_overrides, read_with_bases
 from alignment.recipes.registries import objective_defaults_and_errors
 from alignment.recipes.rows import DataSection
 from alignment.recipes.schema import Section, Text, error, option, refused_at
@@ -156,8 +156,14 @@ def problems_of(failed: ValidationError, document: Document, kind: Any = Compare
 
 
 def _fill_in(document: Document) -> None:
-    """The folder's default, and the task's folder in the place of {task}."""
+    """The folder's default, {task}, and objectives' files as they lie from the recipe."""
     training, section = document.values.get("training"), document.values.get("compare")
+    entries = section.get("objectives") if isinstance(section, dict) else None
+    for i, entry in enumerate(entries if isinstance(entries, list) else []):
+        if isinstance(entry, dict) and isinstance(entry.get("file"), str):
+            place = document.origin(("compare", "objectives", i)).source
+            folder = Path() if place == COMMAND_LINE else Path(place).parent
+            entry["file"] = str((folder / entry["file"]).resolve())
     if not isinstance(training, dict):
         return
     document.values["training"] = training = {
@@ -166,8 +172,7 @@ def _fill_in(document: Document) -> None:
     }
     task = section.get("task") if isinstance(section, dict) else None
     if isinstance(task, str):
-        place = str(Path(str(training["output_dir"])) / task)
-        document.values = _replaced(document.values, place)
+        document.values = _replaced(document.values, str(Path(str(training["output_dir"])) / task))
 
 
 def _replaced(value: Any, place: str) -> Any:

@@ -330,6 +330,25 @@ def test_a_mistake_in_the_file_has_its_line(tmp_path):
         load_compare_recipe(file)
 
 
+def test_an_objective_of_ones_own_lies_beside_the_recipe(files, tmp_path, monkeypatch):
+    from alignment.objectives import registry
+
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    (tmp_path / "mine.py").write_text(
+        "from alignment.objectives import Card, Objective, hyper, register\n"
+        "@register\nclass Mine(Objective):\n"
+        "    card = Card('mine', 'Mine', 'none', 'none', '(1 - beta m)^2')\n"
+        "    beta: float = hyper('scale', default=0.2, gt=0)\n"
+        "    def pair_loss(self, batch):\n        return (1 - self.beta * batch.margin) ** 2\n"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"extends: {TINY}\ncompare: {{objectives: [dpo, {{name: mine, file: mine.py}}]}}\n")
+    loaded = load_compare_recipe(recipe, files)
+    arm = arms_of(loaded)[1]
+    assert arm.file == str(tmp_path / "mine.py") and arm.points[1] == 0.2
+    assert run_of(loaded, arm, 0.2, 0, 4).recipe.objective.file == arm.file
+
+
 def test_prompts_that_stand_in_two_sets_are_refused(files, tmp_path):
     (tmp_path / "test.txt").write_text("fresh\nvalidation   prompt 3\n")
     with pytest.raises(RecipeError, match=r"compare.validation: 'validation prompt 3' stands in evaluation.prompts"):
