@@ -18,6 +18,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -181,7 +182,7 @@ def _measured(replication: Replication, folder: Path, task: Path, name: str, see
     """Numbers of one trained policy on held-out prompts; kept in its run directory."""
     run_dir = folder / f"{name}-{seed}"
     file = run_dir / "measured.json"
-    key = {"reward": replication.reward, "limit": replication.limit, "measure": replication.measure}
+    key = {"draws": 2, "reward": replication.reward, "limit": replication.limit, "measure": replication.measure}
     if file.is_file() and read_json_object(file)["of"] == key:
         numbers: dict[str, float] = read_json_object(file)["numbers"]
         return numbers
@@ -211,7 +212,9 @@ def _responses(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, A
     recipe = read_json_object(run_dir / "manifest.json")["recipe"]
     model, tokenizer = load_model(run_dir / "final"), load_tokenizer(run_dir / "final")
     new = recipe["generation"]["max_new_tokens"]
-    drawn = sample(model, tokenizer, [row["prompt"] for row in rows], SAMPLES, max_new_tokens=new, seed=1)
+    # A seed of each run's own: with shared random numbers, close policies would say the same, and tie.
+    seed = int.from_bytes(hashlib.sha256(run_dir.name.encode()).digest()[:6], "big")
+    drawn = sample(model, tokenizer, [row["prompt"] for row in rows], SAMPLES, max_new_tokens=new, seed=seed)
     return model, tokenizer, drawn
 
 
