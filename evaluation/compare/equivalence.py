@@ -1,7 +1,7 @@
 """Which objectives are the same method under another name: the equivalence map, as rules. Nothing is trained here.
 
-Every line is an identity of losses up to a constant that the policy cannot change, and is proved on numbers in
-tests/objectives; see docs/compare.md for the whole map.
+Every rule is an identity of losses up to a constant that the policy cannot change; tests/evaluation/
+test_compare_rules.py proves each on numbers, and docs/compare.md has them in words.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RULES: tuple[tuple[str, Mapping[str, Any], str, Mapping[str, str], Mapping[str, 
     ("vpo", {"alpha": 0.0}, "dpo", {"beta": "beta"}, {"label_smoothing": 0.0}),
     ("rpo", {"eta": 0.0}, "dpo", {"beta": "beta"}, {"label_smoothing": 0.0}),
 )  # fmt: skip
-FIRST_ITERATION = {"inpo": ("ipo", {"eta": "tau"}, {"normalization": "sum"})}  # there previous = reference
+FIRST_ITERATION = {"inpo": ("ipo", {"eta": "tau"})}  # sum form; there the previous iterate is the reference
 
 
 def loss_of(name: str, hyperparameters: Mapping[str, Any]) -> Loss:
@@ -45,7 +45,7 @@ def loss_of(name: str, hyperparameters: Mapping[str, Any]) -> Loss:
 def describe_equal(name: str, hyperparameters: Mapping[str, Any]) -> str | None:
     """`= dpo (beta=0.1)`, in words for the table; None where no rule applies."""
     if name in FIRST_ITERATION:
-        other, keys, _ = FIRST_ITERATION[name]
+        other, keys = FIRST_ITERATION[name]
         values = get_objective(name, **hyperparameters).hyperparameters
         shown = ", ".join(f"{theirs}={values[key]:g}" for key, theirs in keys.items())
         return f"first iteration = {other} ({shown})"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import ValidationError
 
@@ -166,8 +166,6 @@ def _arm(
 
 def tunable(name: str, keys: Mapping[str, Any]) -> dict[str, Mapping[str, float | None]]:
     """The objective's real hyper-parameters that have a value, in the card's order, with their bounds."""
-    from typing import get_type_hints
-
     cls = objective_class(name).variant(keys)
     hints, values = get_type_hints(cls), get_objective(name, **keys).hyperparameters
     return {

@@ -172,8 +172,9 @@ def facts_of(run: Run) -> dict[str, Any]:
     """Of a complete run: what it cost, and what must be equal for all of a seed.
 
     Returns:
-        steps, batch; pairs, their SHA-256 (None where the run samples again) and tokens (of a pair, prompt twice, on
-        average); `trained_tokens` = steps x batch x tokens; seconds and peak_memory (None where not measured).
+        steps, batch; start_sha256 (None where the start is no reference); pairs, pairs_sha256 (None where the run
+        samples again); trained_tokens = steps x batch x mean tokens of a pair, prompt twice; seconds and peak_memory
+        (None where not measured).
     """
     manifest, files = read_json_object(run.folder / "manifest.json"), pairs_files(run)
     rows = [row for file in files for _, row in iterate_json_lines(file)]
@@ -185,6 +186,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "steps": steps,
         "batch": batch,
         "pairs": len(rows),
+        "start_sha256": (manifest.get("frozen_weights") or {}).get("start"),
         "pairs_sha256": None if isinstance(run.recipe, IterateRecipe) else digest,
         "trained_tokens": round(steps * batch * sum(lengths) / len(lengths)),
         "seconds": cost.get("seconds"),
@@ -198,6 +200,10 @@ def refuse_unequal(facts: Sequence[tuple[Run, dict[str, Any]]]) -> None:
         if len({one[key] for _, one in facts}) > 1:
             shown = ", ".join(f"{run}: {one[key]}" for run, one in facts)
             raise UserError(f"the runs differ in {key} ({shown}), and would not be compared fairly")
+    starts = {one["start_sha256"]: run for run, one in facts if one["start_sha256"] is not None}
+    if len(starts) > 1:
+        shown = " and ".join(str(run.folder) for run in starts.values())
+        raise UserError(f"{shown} started from different weights, and would not be compared fairly")
     by_seed: dict[int, dict[str, Run]] = {}
     for run, one in facts:
         if one["pairs_sha256"] is not None:

@@ -159,6 +159,8 @@ def test_runs_of_other_pairs_or_other_budgets_are_no_comparison(files, tmp_path)
     with pytest.raises(UserError, match="trained on different pairs"):
         refuse_unequal(found)
     refuse_unequal([found[0], found[0]])
+    with pytest.raises(UserError, match="started from different weights"):
+        refuse_unequal([(found[0][0], found[0][1] | {"start_sha256": digest}) for digest in ("a", "b")])
     with pytest.raises(UserError, match="differ in steps .*: 4, .*: 5"):
         refuse_unequal([found[0], (found[0][0], found[0][1] | {"steps": 5})])
 
