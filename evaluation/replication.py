@@ -18,7 +18,6 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -182,7 +181,7 @@ def _measured(replication: Replication, folder: Path, task: Path, name: str, see
     """Numbers of one trained policy on held-out prompts; kept in its run directory."""
     run_dir = folder / f"{name}-{seed}"
     file = run_dir / "measured.json"
-    key = {"draws": 2, "reward": replication.reward, "limit": replication.limit, "measure": replication.measure}
+    key = {"reward": replication.reward, "limit": replication.limit, "measure": replication.measure}
     if file.is_file() and read_json_object(file)["of"] == key:
         numbers: dict[str, float] = read_json_object(file)["numbers"]
         return numbers
@@ -205,15 +204,13 @@ def _measured(replication: Replication, folder: Path, task: Path, name: str, see
     return numbers
 
 
-def _responses(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Any, list[Any]]:
+def _responses(run_dir: Path, rows: Sequence[Mapping[str, Any]], seed: int = 1) -> tuple[Any, Any, list[Any]]:
     from alignment.models import load_model, load_tokenizer
     from alignment.models.sampling import sample
 
     recipe = read_json_object(run_dir / "manifest.json")["recipe"]
     model, tokenizer = load_model(run_dir / "final"), load_tokenizer(run_dir / "final")
     new = recipe["generation"]["max_new_tokens"]
-    # A seed of each run's own: with shared random numbers, close policies would say the same, and tie.
-    seed = int.from_bytes(hashlib.sha256(run_dir.name.encode()).digest()[:6], "big")
     drawn = sample(model, tokenizer, [row["prompt"] for row in rows], SAMPLES, max_new_tokens=new, seed=seed)
     return model, tokenizer, drawn
 
@@ -261,8 +258,9 @@ def _duels(replication: Replication, folder: Path, task: Path) -> dict[str, Any]
     wins, exploited = [], []
     for seed in range(replication.seeds):
         texts = {
-            name: [[one.text for one in group] for group in _responses(folder / f"{name}-{seed}", rows)[2]]
-            for name in names
+            # Draws of each policy's own: with shared random numbers close policies would say the same, and tie.
+            name: [[one.text for one in group] for group in _responses(folder / f"{name}-{seed}", rows, number)[2]]
+            for number, name in enumerate(names, start=1)
         }
         wins.append(np.array([[won(texts[a], texts[b]) for b in names] for a in names]))
         said = Counter(text for name in names for group in texts[name] for text in group)
