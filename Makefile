@@ -15,6 +15,9 @@ OUTPUT_DIR := import sys; from alignment.recipes import load_recipe; print(load_
 # `accelerate launch` warns about each of these that is left to its default, and adds a traceback of its own to any
 # error unless it is told to be quiet.
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Two test processes, a file in one of them: what a file's tests share is made once.
+WORKERS ?= 2
+SPREAD := -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/pip --disable-pip-version-check install
 export TOKENIZERS_PARALLELISM := false
 
@@ -29,11 +32,11 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed
 	@$(MAKE) --no-print-directory static
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" $(SPREAD)
 
 test-all: $(VENV)/installed
 	@$(MAKE) --no-print-directory static
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(SPREAD)
 
 .PHONY: static
 static:
