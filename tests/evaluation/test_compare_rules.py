@@ -305,7 +305,7 @@ def test_claims_are_in_those_words():
         ("compare.objectives=3", r"compare.objectives: expected all, or a list of objectives, got 3"),
         ("compare.sedes=3", r"compare.sedes: unknown key; did you mean 'seeds'"),
         ("compare.seeds=0", r"compare.seeds: must be >= 1, got 0"),
-        ("compare.tuning_seeds=4", r"compare.tuning_seeds: 4, and compare.seeds is 3"),
+        ("compare.tuning_seeds=6", r"compare.tuning_seeds: 6, and compare.seeds is 5"),
         ("compare.validation=null", r"compare.tune: 3 values need compare.validation"),
         ("training.learnin_rate=1", r"training.learnin_rate: unknown key; did you mean 'learning_rate'"),
         ("objective={name: dpo}", r"objective: unknown key"),
