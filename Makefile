@@ -56,7 +56,8 @@ $(VENV)/installed: setup.cfg constraints.txt pyproject.toml
 	@touch $@
 
 docs: $(VENV)/installed
-	@$(BIN)/mkdocs build --strict --quiet && echo "site/index.html"
+	@# Not --quiet: what it does not say, --strict does not count.
+	@$(BIN)/mkdocs build --strict && echo "site/index.html"
 
 clean:
 	rm -rf $(VENV)
