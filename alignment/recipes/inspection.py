@@ -77,8 +77,10 @@ def _missing_files(recipe: EveryRecipe) -> Iterator[tuple[str, str]]:
         for rows in sources or ():
             if rows.is_local and not rows.path.exists():
                 yield dotted, f"{rows.name}: no such file (looked in {Path.cwd()})"
-    if recipe.model.adapter is not None and not Path(recipe.model.adapter).is_dir():
-        yield "model.adapter", f"{recipe.model.adapter}: no such folder"
+    if recipe.model.adapter is not None and not (Path(recipe.model.adapter) / "adapter_config.json").is_file():
+        there = Path(recipe.model.adapter).is_dir()
+        what = "no adapter_config.json there: not a folder of a LoRA adapter" if there else "no such folder"
+        yield "model.adapter", f"{recipe.model.adapter}: {what}"
     if recipe.lora is not None and (Path(recipe.model.name_or_path) / "adapter_config.json").is_file():
         yield (
             "lora",
