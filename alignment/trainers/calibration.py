@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 BINS = 10  # of equal width over confidences 1/2 to 1
+TIE = 1e-3  # a smaller margin names neither response: at the start its sign is that of rounding
 
 
 class Calibration:
@@ -35,7 +36,7 @@ class Calibration:
         margins = margins.detach().double()
         confidence = margins.abs().sigmoid()
         right = torch.ones_like(margins) if label is None else label.double()
-        right = torch.where(margins > 0, right, torch.where(margins < 0, 1 - right, 0.5))
+        right = torch.where(margins > TIE, right, torch.where(margins < -TIE, 1 - right, 0.5))
         place = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
         each = torch.stack([confidence - right, confidence * (1 - confidence), torch.ones_like(margins)])
         found = each.new_zeros(3, BINS).index_add_(1, place, each)

@@ -125,7 +125,7 @@ def test_what_is_no_pool_is_refused(tiny, tmp_path):
         draw(tiny, tmp_path)
     with pytest.raises(UserError, match="no manifest.json there"):
         open_pool(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="temperature: must be above 0"):
+    with pytest.raises(UserError, match="temperature: must be a number above 0"):
         draw(tiny, tmp_path / "new", generation=Generation(temperature=0.0))
     with pytest.raises(UserError, match="no prompts to sample"):
         draw(tiny, tmp_path / "new", prompts=[])
