@@ -281,7 +281,8 @@ def assert_same_training(run: Path, plain: Path) -> None:
     assert max(float((trained[name] - wanted[name]).abs().max()) for name in trained) < 1e-4
 
 
-MODES = ("one", *LAUNCHES)
+# ZeRO-2 is between two processes and ZeRO-3: for the ten minutes' sake in `make test-all`.
+MODES = [pytest.param(m, marks=[pytest.mark.slow] if m == "zero2" else []) for m in ("one", *LAUNCHES)]
 
 
 @pytest.mark.parametrize("case", [*FAST.runs, ADAPTER])
@@ -294,7 +295,7 @@ def test_half_and_half_is_the_whole(trained, mode, case):
 
 
 @pytest.mark.parametrize("case", [*FAST.runs, ADAPTER])
-@pytest.mark.parametrize("mode", LAUNCHES)
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_every_launch_is_the_same_training(trained, mode, case):
     assert_same_training(straight(trained(mode), case), straight(trained("one"), case))
 

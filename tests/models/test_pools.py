@@ -202,6 +202,7 @@ def straight(tiny, folder):
     ).folder
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_run_again_make_the_files_of_one(root, tiny, words, tmp_path):
     """SIGKILL to all once a shard stands; the same command again; byte for byte what one process writes."""
     two, command = ["--config_file", "recipes/accelerate/cpu2.yaml"], words(tmp_path / "pool")

@@ -37,6 +37,11 @@ def judged_by(small, tmp_path):
     return recipe
 
 
+def late(override: str, message: str):
+    """A case for `make test-all`: the stages that it needs take ten seconds to start."""
+    return pytest.param([override], message, marks=pytest.mark.slow)
+
+
 def test_a_judge_that_fails_midway_loses_nothing(judged_by, capfd):
     """It answers 60 questions and then refuses; the run goes on when it answers again, asking for none of the 60."""
     with endpoint(prefers_the_longer) as well:
@@ -76,12 +81,12 @@ def test_a_judge_that_fails_midway_loses_nothing(judged_by, capfd):
     ("overrides", "message"),
     [
         (["iterate.samples=1"], "iterate.samples: one sample makes no pair: at least 2"),
-        (["iterate.prompts_per_iteration=30"], "41 prompts for 2 iterations of 30 are 19 too few"),
         (["data.prompts={prompts}.gone"], "no such file"),
-        (["generation.max_new_tokens=1", "iterate.unfinished=drop"], "no pair is left of"),
-        (["oracle={{name: general, path: /nowhere}}"], "/nowhere"),
         (["training.output_dir=/proc/x/y"], "/proc/x/y: cannot be made"),
-        (["oracle={{name: tabular, table: {{responses: [x], matrix: [[0.5]]}}}}"], "no pair is left of"),
+        (["generation.max_new_tokens=1", "iterate.unfinished=drop"], "no pair is left of"),
+        late("iterate.prompts_per_iteration=30", "41 prompts for 2 iterations of 30 are 19 too few"),
+        late("oracle={{name: general, path: /nowhere}}", "/nowhere"),
+        late("oracle={{name: tabular, table: {{responses: [x], matrix: [[0.5]]}}}}", "no pair is left of"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

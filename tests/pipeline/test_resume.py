@@ -27,7 +27,7 @@ from tests.pipeline.conftest import QUICKSTART, content
 
 # All stages: a calibration response of the reference, and its log-probs. Shards of 8 prompts at most.
 EVERY_STAGE = ("objective={name: vpo, calibration: given, alpha: 0.01, mode: online}", "iterate.pairing=best_worst")
-QUICK = (1, 4, 6)  # boundaries that `make test` looks at; all are in `make test-all`
+QUICK = (1,)  # boundaries that `make test` looks at; all are in `make test-all`
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,7 @@ def test_tau_equal_to_eta_ignores_the_previous_iterate(iterate):
     assert max(abs(p - r) for p, r in zip(prev, ref, strict=True)) > 0.1  # there was something to ignore
 
 
+@pytest.mark.slow
 def test_tau_zero_is_ipo_against_the_previous_iterate(iterate):
     """And so `reference: previous` is what it says."""
     self_play = iterate("inpo", "objective={name: inpo, eta: 0.25, tau: 0.0}")
@@ -67,6 +68,7 @@ def test_tau_zero_is_ipo_against_the_previous_iterate(iterate):
     assert close(self_play, ipo, 1) and close(self_play, ipo, 2)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_as_reference_is_a_setting(iterate, tiny, inpo):
     """Naming the base as the checkpoint is `fixed`; naming an iterate is not."""
     named = iterate("named", f"reference={{checkpoint: {tiny}}}")
