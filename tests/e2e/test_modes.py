@@ -377,6 +377,7 @@ def test_the_first_batch_is_kept_as_the_starting_model_scores_it(trained, mode):
         assert own == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_under_zero3_and_resumed_by_another_launch(files, trained):
     """kill -9 to the launcher and both workers after a checkpoint, then what a user does: the command and --resume."""
     uninterrupted = straight(trained("zero3"), "dpo-lora")

@@ -50,8 +50,8 @@ MODES = ["one", *LAUNCHES]
 IMPOSSIBLE = {("zero3", "frozen")}
 LEFT_OUT = {("zero2", "members"), ("zero3", "members")}  # each member is what "lora" is
 POSSIBLE = [(mode, case) for mode in MODES for case in CASES if (mode, case) not in IMPOSSIBLE | LEFT_OUT]
-# Two processes and ZeRO-2 are in `make test-all`: what they do not share with ZeRO-3 is little.
-MARKED = [pytest.param(m, c, marks=[pytest.mark.slow] if m in ("two", "zero2") else []) for m, c in POSSIBLE]
+# Launches of several processes are in `make test-all`: preference training's stand for them in `make test`.
+MARKED = [pytest.param(m, c, marks=[pytest.mark.slow] if m != "one" else []) for m, c in POSSIBLE]
 
 
 def job(tiny: Path, folder: Path, mode: str, case: str, **more: Any) -> dict[str, Any]:
