@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import importlib.util
 import json
 import math
@@ -62,6 +63,12 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, also of one packed with gzip (.gz)."""
     with _open_text(path) as handle:
         return str(handle.read())
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def parse_json(text: str) -> Any:

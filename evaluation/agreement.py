@@ -18,7 +18,6 @@ if __package__ in (None, ""):  # started as a file: this folder must not shadow 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ import typer
 from numpy.typing import NDArray
 
 from alignment.errors import UserError, run_or_exit
-from alignment.files import jsonable, write_json
+from evaluation.files import deliver
 from evaluation.statistics import cluster_bootstrap, percentile_interval
 
 Array = NDArray[np.float64]
@@ -321,7 +320,7 @@ def main(
     judge: Annotated[Path | None, typer.Option(help="The judge's annotations of the same pairs.")] = None,
     judge_key: Annotated[str, typer.Option(help="Key of the judge's label.")] = "preference",
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 1,
-    output: Annotated[Path | None, typer.Option(help="Folder for agreement.json. [nothing kept]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for agreement.json and .md. [nothing kept]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print agreement.json's content.")] = False,
 ) -> None:
     """Agreement and Cohen's κ of human raters with each other and of a judge with their majority."""
@@ -330,9 +329,7 @@ def main(
         raise UserError("--rater: two raters, or one and --judge, are needed to compare")
     given = read_labelled(judge, [judge_key]) if judge is not None else None
     result = summarise(read_labelled(humans, raters), given, seed=seed)
-    if output is not None:
-        write_json(output / "agreement.json", result)
-    print(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) if as_json else describe(result))
+    deliver(result, describe(result), "agreement", output, as_json)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

@@ -28,6 +28,7 @@ from scipy.special import gammaln
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import jsonable
+from evaluation.options import BatchSize, Chat, Dtype, Limit, MaxNewTokens, Seed, Temperature, TopK, TopP
 from evaluation.statistics import bootstrap_means, percentile_interval
 
 Array = NDArray[np.float64]
@@ -313,15 +314,15 @@ def sample_command(
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line.")],
     pool: PoolFolder,
     n: Annotated[int, typer.Option(min=1, help="Samples per prompt; twice the largest n of interest or more.")] = 512,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts. [all]")] = None,
-    chat: Annotated[bool, typer.Option(help="Prompts go through the chat template as what a user says.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response; time grows with it.")] = 24,
-    temperature: Annotated[float, typer.Option(help="1 samples the model as trained.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0 is off.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Responses drawn at once; part of what a seed means.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of all samples.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Weights: float32, bfloat16, float16.")] = "float32",
+    limit: Limit = None,
+    chat: Chat = False,
+    max_new_tokens: MaxNewTokens = 24,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    batch_size: BatchSize = 64,
+    seed: Seed = 1,
+    dtype: Dtype = "float32",
     shard: Annotated[
         int | None, typer.Option(min=1, help="Prompts per file: what is lost when killed. [4,096 samples' worth]")
     ] = None,

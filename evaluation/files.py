@@ -6,14 +6,15 @@ is wrong with a file raises a `UserError` that names the file and the row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignment.data.preferences import read_prompts, same_prompt
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, read_text
+from alignment.files import iterate_json_lines, jsonable, read_text, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,14 @@ class Prompt:
 
     text: str
     where: str
+
+
+def deliver(result: Mapping[str, Any], text: str, name: str, output: Path | None, as_json: bool) -> None:
+    """Keep a program's result as OUTPUT/NAME.json and its text as NAME.md, and print the one or the other."""
+    if output is not None:
+        write_text(output / f"{name}.md", text + "\n")
+        write_json(output / f"{name}.json", result)
+    print(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) if as_json else text)
 
 
 def shorten(text: str, width: int = 60) -> str:

@@ -17,7 +17,6 @@ if __package__ in (None, ""):  # started as a file: this folder must not shadow 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import itertools
-import json
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import typer
 from numpy.typing import NDArray
 
 from alignment.errors import UserError, nearest, run_or_exit
-from alignment.files import jsonable, write_json
+from evaluation.files import deliver
 from evaluation.statistics import Interval, cluster_sums, holm, percentile_interval, sign_flip_p_value
 
 Array = NDArray[np.float64]
@@ -375,12 +374,7 @@ def main(
 ) -> None:
     """Bradley–Terry ratings of all systems in annotation files, with 95 % intervals over prompts."""
     result = rate_files(files, style=style or (), anchor=anchor, resamples=bootstrap, seed=seed)
-    if output is not None:
-        from alignment.files import write_text
-
-        write_text(output / "ratings.md", describe(result) + "\n")
-        write_json(output / "ratings.json", result)
-    print(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) if as_json else describe(result))
+    deliver(result, describe(result), "ratings", output, as_json)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

@@ -17,7 +17,6 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: this folder must not shadow the standard library's `statistics`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +27,9 @@ import typer
 from numpy.typing import NDArray
 
 from alignment.errors import UserError, run_or_exit
-from alignment.files import jsonable, write_json, write_text
 from alignment.rewards import RewardFunction, get_reward
 from evaluation.comparison import FEW_PROMPTS, describe_judge
+from evaluation.files import deliver
 from evaluation.statistics import bootstrap_means, cluster_sums, percentile_interval, wilson_interval
 
 Array = NDArray[np.float64]
@@ -334,10 +333,7 @@ def main(
     items = read_items(source, split, limit)
     result = {"reward": describe_judge(judge), "source": source, "split": split, "chat": chat}
     result |= summarise(items, score_items(judge, items, chat=chat), seed=seed)
-    if output is not None:
-        write_text(output / "reward_accuracy.md", describe(result) + "\n")
-        write_json(output / "reward_accuracy.json", result)
-    print(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) if as_json else describe(result))
+    deliver(result, describe(result), "reward_accuracy", output, as_json)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

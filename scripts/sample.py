@@ -7,12 +7,15 @@
 Only the command line: `alignment.models.pools` draws and writes, `evaluation` judges.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout, which has `evaluation`
 from alignment.errors import UserError, run_or_exit
+from evaluation.options import BatchSize, Chat, Dtype, Limit, MaxNewTokens, Seed, Temperature, TopK, TopP
 
 
 def read_prompts(path: Path, limit: int | None, chat: bool) -> list[Any]:
@@ -55,15 +58,15 @@ def main(
     prompts: Annotated[Path, typer.Option(help="Text, one prompt a line; or .jsonl with `prompt`, text or messages.")],
     output: Annotated[Path, typer.Option(help="Folder of the samples.")],
     samples: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts. [all]")] = None,
-    chat: Annotated[bool, typer.Option(help="Texts go through the chat template as what a user says.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response; what is cut is unfinished.")] = 256,
-    temperature: Annotated[float, typer.Option(help="1 samples the model as trained; above 0.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0 is off.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Responses drawn at once; part of what a seed means.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of all samples.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Weights: float32, bfloat16, float16.")] = "float32",
+    limit: Limit = None,
+    chat: Chat = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    batch_size: BatchSize = 64,
+    seed: Seed = 1,
+    dtype: Dtype = "float32",
     prompts_per_shard: Annotated[
         int | None, typer.Option(min=1, help="Per file: what a kill loses, and what processes share. [4,096 samples]")
     ] = None,

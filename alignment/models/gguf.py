@@ -8,7 +8,6 @@ like a hub id. The quantised values themselves are what the file holds: nothing 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.errors import UserError
+from alignment.files import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,12 +30,6 @@ FORMAT = "1"  # part of the cache key: raise it when the conversion changes
 def cache_root() -> Path:
     """Where this project keeps what can be rebuilt."""
     return Path(os.environ.get("ALIGNMENT_CACHE", "~/.cache/alignment")).expanduser()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def converted_folder(file: Path) -> Path:

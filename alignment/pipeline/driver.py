@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, read_json_object, write_json_lines, write_text
+from alignment.files import file_digest, iterate_json_lines, read_json_object, write_json_lines, write_text
 from alignment.locks import alone, is_leftover, make_folder, remove_unfinished
 from alignment.pipeline.ledger import Ledger, unfinished
-from alignment.pipeline.processes import run_stage
+from alignment.pipeline.processes import PATIENCE, run_stage
 from alignment.processes import plan_batches
 from alignment.recipes import IterateRecipe
 from alignment.recipes.inspection import flatten
@@ -29,7 +29,6 @@ from alignment.recipes.launch import read_launch
 
 PACKAGES = ("alignment", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "tokenizers")
 SINGLE = ("prompts", "judged", "pairs")  # stages that one process does, whatever the launch
-PATIENCE = 60.0  # seconds that processes of a killed driver are given to end
 
 
 def stages(recipe: IterateRecipe) -> Iterator[tuple[int, str]]:
@@ -58,8 +57,9 @@ def run(recipe: IterateRecipe, accelerate_config: Path | None = None) -> Path:
         accelerate_config: of the stages that sample, score and train; None: one plain process each.
 
     Raises:
-        UserError: the folder holds something else, or a run that began otherwise; a stage was stopped.
-        SystemExit: a stage has said what is wrong.
+        UserError: the folder holds something else, or a run that began otherwise; what a stage said, or what
+            stopped it.
+        SystemExit: it was interrupted.
     """
     folder = Path(recipe.training.output_dir)
     world = 1 if accelerate_config is None else read_launch(accelerate_config).num_processes
@@ -131,15 +131,12 @@ def _facts(recipe: IterateRecipe) -> dict[str, Any]:
     return {
         "seed": recipe.training.seed,
         "versions": {name: version(name) for name in PACKAGES},
-        "objective_file_sha256": _file_digest(recipe),
+        "objective_file_sha256": _objective_digest(recipe),
     }
 
 
-def _file_digest(recipe: IterateRecipe) -> str | None:
-    import hashlib
-
-    file = recipe.objective.file
-    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def _objective_digest(recipe: IterateRecipe) -> str | None:
+    return None if recipe.objective.file is None else file_digest(Path(recipe.objective.file))
 
 
 def _refuse_others(folder: Path, recipe: IterateRecipe) -> None:
@@ -163,7 +160,7 @@ def _refuse_others(folder: Path, recipe: IterateRecipe) -> None:
             f"{folder} began with another recipe: {'; '.join(differences)}; go back to that, or give another "
             "training.output_dir"
         )
-    if manifest.get("objective_file_sha256") != _file_digest(recipe):
+    if manifest.get("objective_file_sha256") != _objective_digest(recipe):
         raise UserError(f"{folder}: {recipe.objective.file} is not the file that the run began with")
     for name, was in manifest.get("versions", {}).items():
         if was != version(name):

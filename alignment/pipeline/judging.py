@@ -59,14 +59,9 @@ def judge_samples(recipe: IterateRecipe, samples: Path, out: Path, at_the_start:
         write_json_lines(file, judged(recipe, rows, judge))
 
 
-def considered(row: dict[str, Any], drop_unfinished: bool) -> list[int]:
-    """Numbers of a prompt's samples that take part."""
-    return [i for i, finished in enumerate(row["finished"]) if finished or not drop_unfinished]
-
-
 def _scored(recipe: IterateRecipe, rows: Sequence[dict[str, Any]], reward: Any) -> list[dict[str, Any]]:
-    """Each sample's reward; of a tournament the comparisons that they decide, too."""
-    taking_part = [considered(row, recipe.iterate.unfinished == "drop") for row in rows]
+    """Each sample's reward; of a pairing that compares, the comparisons that they decide, too."""
+    taking_part = _taking_part(recipe, rows)
     places = [(p, i) for p, numbers in enumerate(taking_part) for i in numbers]
     scores = reward.score([rows[p]["prompt"] for p, _ in places], [rows[p]["responses"][i] for p, i in places])
     of = dict(zip(places, map(float, scores), strict=True))
@@ -76,19 +71,14 @@ def _scored(recipe: IterateRecipe, rows: Sequence[dict[str, Any]], reward: Any) 
     ]
 
     def ask(pairs: Sequence[tuple[int, int, int]]) -> list[float]:
-        return [
-            _higher(_penalised(recipe, rows[p], found[p], i), _penalised(recipe, rows[p], found[p], j))
-            for p, i, j in pairs
-        ]
+        penalty = recipe.iterate.length_penalty
+        value = {key: penalised(score, len(rows[key[0]]["ids"][key[1]]), penalty) for key, score in of.items()}
+        return [_higher(value[p, i], value[p, j]) for p, i, j in pairs]
 
-    if recipe.iterate.pairing == "tournament":
-        for row, more in zip(found, tournaments(taking_part, recipe.iterate.samples, ask), strict=True):
-            row.update(more)
+    if recipe.iterate.pairing != "best_worst":
+        for row, more in zip(found, _comparisons(recipe, taking_part, ask), strict=True):
+            row |= more
     return found
-
-
-def _penalised(recipe: IterateRecipe, row: dict[str, Any], judged: dict[str, Any], i: int) -> float:
-    return penalised(judged["rewards"][i], len(row["ids"][i]), recipe.iterate.length_penalty)
 
 
 def penalised(reward: float | None, tokens: int, penalty: float) -> float:
@@ -102,27 +92,35 @@ def _higher(a: float, b: float) -> float:
 
 
 def _compared(recipe: IterateRecipe, rows: Sequence[dict[str, Any]], oracle: Any) -> list[dict[str, Any]]:
-    taking_part = [considered(row, recipe.iterate.unfinished == "drop") for row in rows]
+    """What the oracle says of the pairs that the pairing compares."""
+    taking_part = _taking_part(recipe, rows)
 
     def ask(pairs: Sequence[tuple[int, int, int]]) -> list[float]:
         texts = [(rows[p]["prompt"], rows[p]["responses"][i], rows[p]["responses"][j]) for p, i, j in pairs]
-        answers: list[float] = (
-            oracle.probability(*(list(column) for column in zip(*texts, strict=True))) if texts else []
-        )
+        columns = [list(column) for column in zip(*texts, strict=True)] or [[], [], []]
+        answers: list[float] = oracle.probability(*columns)
         return answers
 
+    found = _comparisons(recipe, taking_part, ask)
+    return [{"considered": numbers, **row} for numbers, row in zip(taking_part, found, strict=True)]
+
+
+def _taking_part(recipe: IterateRecipe, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Numbers of each prompt's samples that take part."""
+    every = recipe.iterate.unfinished == "keep"
+    return [[i for i, finished in enumerate(row["finished"]) if finished or every] for row in rows]
+
+
+def _comparisons(recipe: IterateRecipe, taking_part: Sequence[Sequence[int]], ask: Ask) -> list[dict[str, Any]]:
+    """`comparisons`, and of a tournament `finalists`, of each prompt."""
     if recipe.iterate.pairing == "tournament":
-        found = tournaments(taking_part, recipe.iterate.samples, ask)
-        return [{"considered": numbers, **row} for numbers, row in zip(taking_part, found, strict=True)]
+        return tournaments(taking_part, recipe.iterate.samples, ask)
     if recipe.iterate.pairing == "iid":
         wanted = [[(i, i + 1) for i in numbers if i % 2 == 0 and i + 1 in numbers] for numbers in taking_part]
     else:
         wanted = [list(itertools.combinations(numbers, 2)) for numbers in taking_part]
     answers = iter(ask([(p, i, j) for p, pairs in enumerate(wanted) for i, j in pairs]))
-    return [
-        {"considered": numbers, "comparisons": [[i, j, next(answers)] for i, j in pairs]}
-        for numbers, pairs in zip(taking_part, wanted, strict=True)
-    ]
+    return [{"comparisons": [[i, j, next(answers)] for i, j in pairs]} for pairs in wanted]
 
 
 # --- tournaments -----------------------------------------------------------------------------------------------------

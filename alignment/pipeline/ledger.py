@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
-from alignment.files import read_json_object, write_json, write_text
+from alignment.files import file_digest, read_json_object, write_json, write_text
 
 # Of a training run what counts is the model and how it came about; checkpoints may be deleted to save space.
 LASTING = {"train": ("final", "metrics.jsonl")}
@@ -32,8 +32,7 @@ def digest(folder: Path) -> str:
     )
     for file in files:
         total.update(f"{file.relative_to(folder)}\0".encode())
-        with file.open("rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
+        total.update(file_digest(file).encode())
     return total.hexdigest()
 
 
@@ -57,7 +56,7 @@ class Ledger:
 
     def _follow(self, before: str) -> None:
         """A run that was moved: stages at work say where their files are."""
-        for file in (*self.run.glob("iteration-*/unfinished/*/manifest.json"),):
+        for file in self.run.glob("iteration-*/unfinished/*/manifest.json"):
             write_text(file, file.read_text(encoding="utf-8").replace(f'"{before}/', f'"{self.run}/'))
 
     def done(self, name: str) -> bool:

@@ -111,17 +111,14 @@ def _independent(
 ) -> Iterator[Choice]:
     """Samples 1 and 2, 3 and 4, …; the label is the likelier one, or drawn with the probability."""
     columns = _columns(settings, row, judged)
+    answers = {(i, j): p for i, j, p in judged["comparisons"]}
     for k in range(len(row["ids"]) // 2):
         i, j = 2 * k, 2 * k + 1
-        if i not in judged["considered"] or j not in judged["considered"]:
+        if (i, j) not in answers:
             counts["short"] += 1
             continue
-        if "comparisons" in judged:
-            p = {(a, b): p for a, b, p in judged["comparisons"]}[i, j]
-        else:
-            gap = columns[i]["reward"] - columns[j]["reward"] if i in columns and j in columns else math.nan
-            p = None if math.isnan(gap) else 0.5 + 0.5 * ((gap > 0) - (gap < 0))
-        if p is None or math.isnan(p):
+        p = answers[i, j]
+        if p is None:
             counts["unjudged"] += 1
         elif settings.labels == "likelier" and p == 0.5:
             counts["ties"] += 1
@@ -137,49 +134,55 @@ def write_pairs(recipe: IterateRecipe, folder: Path, iteration: int, out: Path) 
     Raises:
         UserError: no pair is left.
     """
-    settings = recipe.iterate
+    settings, seed = recipe.iterate, seed_of(recipe.generation.seed, iteration, "labels")
     counts: Counter[str] = Counter({"prompts": 0, "samples": 0, "unfinished": 0, **dict.fromkeys(REASONS, 0)})
-    calibration = _calibration(folder)
-    rows: list[dict[str, Any]] = []
-    judgements: list[float] = []
-    seed = seed_of(recipe.generation.seed, iteration, "labels")
+    calibration, rows = _calibration(folder), []
+    rewards: list[float] = []
+    tokens = different = 0
     for number, (row, judged) in enumerate(_judged_rows(folder)):
         counts["prompts"] += 1
         counts["samples"] += len(row["ids"])
         counts["unfinished"] += len(row["ids"]) - sum(row["finished"])
-        judgements += [r for r in judged.get("rewards", ()) if r is not None]
+        rewards += [reward for reward in judged.get("rewards", ()) if reward is not None]
+        tokens += sum(map(len, row["ids"]))
+        different += len(set(row["responses"]))
         draw = [_uniform(seed, number, k) for k in range(len(row["ids"]) // 2)]
-        for chosen, rejected, better, worse in choices(settings, row, judged, draw, counts):
-            rows.append(
-                {
-                    "prompt": row["prompt"],
-                    "chosen": row["responses"][chosen],
-                    "rejected": row["responses"][rejected],
-                    "prompt_ids": row["prompt_ids"],
-                    "chosen_ids": row["ids"][chosen],
-                    "rejected_ids": row["ids"][rejected],
-                    **{f"{name}_chosen": value for name, value in better.items()},
-                    **{f"{name}_rejected": value for name, value in worse.items()},
-                    **(calibration[number] if calibration else {}),
-                    "iteration": iteration,
-                    "prompt_number": number,
-                    "sample_chosen": chosen,
-                    "sample_rejected": rejected,
-                }
-            )
+        extra = {**(calibration[number] if calibration else {}), "iteration": iteration, "prompt_number": number}
+        rows += [_pair(row, choice) | extra for choice in choices(settings, row, judged, draw, counts)]
     if not rows:
         raise UserError(f"iteration {iteration}: no pair is left of {dict(counts)}: {_remedy(counts)}")
     rows = log_odds_in_all_or_none(rows) if recipe.oracle is not None else rows
     rows, counts["flipped"] = with_label_noise(rows, settings.label_noise, seed)
-    rows = _as_chats(rows)
     counts["pairs"] = len(rows)
-    mean = {"mean_reward": math.fsum(judgements) / len(judgements)} if judgements else {}
-    write_json_lines(out / "pairs.jsonl", rows)
-    identity = {"iteration": iteration, "judge": read_json_object(folder / "judged" / "judge.json")["judge"]}
-    model = read_json_object(folder / "samples" / "manifest.json")
-    identity |= {"sampler": {key: model[key] for key in ("model", "model_sha256", "seed") if key in model}}
-    write_json(out / "counts.json", identity | dict(counts) | mean | _texts(folder))
+    write_json_lines(out / "pairs.jsonl", _as_chats(rows))
+    means = {"mean_tokens": tokens / counts["samples"], "different": different / counts["samples"]}
+    means |= {"mean_reward": math.fsum(rewards) / len(rewards)} if rewards else {}
+    write_json(out / "counts.json", {"iteration": iteration, **_who(folder), **counts, **means})
     print("  " + ", ".join(f"{count} {name}" for name, count in counts.items() if count), flush=True)
+
+
+def _pair(row: dict[str, Any], choice: Choice) -> dict[str, Any]:
+    """A row of preferences from a prompt's samples."""
+    chosen, rejected, better, worse = choice
+    return {
+        "prompt": row["prompt"],
+        "chosen": row["responses"][chosen],
+        "rejected": row["responses"][rejected],
+        "prompt_ids": row["prompt_ids"],
+        "chosen_ids": row["ids"][chosen],
+        "rejected_ids": row["ids"][rejected],
+        **{f"{name}_chosen": value for name, value in better.items()},
+        **{f"{name}_rejected": value for name, value in worse.items()},
+        "sample_chosen": chosen,
+        "sample_rejected": rejected,
+    }
+
+
+def _who(folder: Path) -> dict[str, Any]:
+    """Who sampled and who judged."""
+    pool = read_json_object(folder / "samples" / "manifest.json")
+    sampler = {key: pool[key] for key in ("model", "model_sha256", "seed") if key in pool}
+    return {"judge": read_json_object(folder / "judged" / "judge.json")["judge"], "sampler": sampler}
 
 
 def _judged_rows(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -207,14 +210,6 @@ def _as_chats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return rows
     answers = ("chosen", "rejected", "calibration")
     return [row | {a: [{"role": "assistant", "content": row[a]}] for a in answers if a in row} for row in rows]
-
-
-def _texts(folder: Path) -> dict[str, float]:
-    """Mean tokens of a sample, and the share of different samples."""
-    rows = [row for row, _ in _judged_rows(folder)]
-    lengths = [len(ids) for row in rows for ids in row["ids"]]
-    different = {(number, text) for number, row in enumerate(rows) for text in row["responses"]}
-    return {"mean_tokens": sum(lengths) / len(lengths), "different": len(different) / len(lengths)}
 
 
 def _remedy(counts: Counter[str]) -> str:

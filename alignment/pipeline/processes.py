@@ -20,6 +20,7 @@ from pathlib import Path
 from alignment.errors import UserError
 from alignment.files import read_text, write_text
 
+PATIENCE = 60.0  # seconds that processes of a killed driver are given to end
 PRELOADED = ["alignment.pipeline.stage", "alignment.launched", "alignment.trainers.run"]
 
 

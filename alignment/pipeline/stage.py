@@ -18,11 +18,10 @@ from typing import Any
 
 from alignment.locks import alone
 from alignment.pipeline.ledger import unfinished
-from alignment.pipeline.processes import complaining, die_with_parent
-from alignment.recipes import IterateRecipe, Recipe, load_iterate_recipe, load_recipe
+from alignment.pipeline.processes import PATIENCE, complaining, die_with_parent
+from alignment.recipes import IterateRecipe, load_iterate_recipe, load_recipe
 from alignment.recipes.iterate import iterate_model, iteration_folder, reference_model
 
-PATIENCE = 60.0  # seconds that processes of a killed driver are given to end
 SAMPLES_PER_SHARD = 512  # drawn or judged anew after a kill, at most
 
 
@@ -129,11 +128,7 @@ def _pairs(recipe: IterateRecipe, run: Path, iteration: int, out: Path) -> None:
 def _logps(recipe: IterateRecipe, run: Path, iteration: int, out: Path) -> None:
     from alignment.pipeline.logps import write_logps
 
-    write_logps(_training(run, iteration), out)
-
-
-def _training(run: Path, iteration: int) -> Recipe:
-    return load_recipe(iteration_folder(run, iteration) / "recipe.yaml")
+    write_logps(load_recipe(iteration_folder(run, iteration) / "recipe.yaml"), out)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ from pydantic_core import InitErrorDetails
 from alignment.games.lab import Experiment, Games, Setting
 from alignment.games.methods import Method
 from alignment.objectives import objective_class
-from alignment.recipes.document import RecipeError
-from alignment.recipes.loading import _Root, _translate
-from alignment.recipes.merge import apply_overrides, read_with_bases
+from alignment.recipes.checking import Root, checked
 from alignment.recipes.schema import Section, Text, error, option, refused_at
 
 OURS = "our choice"
@@ -89,7 +87,7 @@ class MethodSection(Section):
         )  # fmt: skip
 
 
-class GamesRecipe(_Root):
+class GamesRecipe(Root):
     """A checked recipe of the tabular lab."""
 
     claim: Text = Field(description="What is looked for, in words.")
@@ -161,13 +159,4 @@ def load_games_recipe(path: str | Path, overrides: Sequence[str] = ()) -> GamesR
         RecipeError: anything is wrong; its text is the first problem with its place, `problems` has all.
         UserError: an override is not of the form KEY=VALUE.
     """
-    document = apply_overrides(read_with_bases(Path(path)), overrides)
-    try:
-        recipe = GamesRecipe.model_validate(document.values)
-    except ValidationError as failed:
-        problems = [_translate(dict(e), document, GamesRecipe) for e in failed.errors(include_url=False)]
-        raise RecipeError(document.problems or problems) from None
-    if document.problems:
-        raise RecipeError(document.problems)
-    recipe._document = document
-    return recipe
+    return checked(GamesRecipe, path, overrides)

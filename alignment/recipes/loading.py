@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from alignment.errors import nearest
-from alignment.recipes.document import Document, KeyPath, Origin, Problem, RecipeError
+from alignment.recipes.checking import Kind, Root, checked, shown
+from alignment.recipes.document import Document, Origin, Problem, RecipeError
 from alignment.recipes.iterate import (
     IterateDataSection,
     IterateReference,
@@ -23,11 +22,11 @@ from alignment.recipes.iterate import (
     iterate_problems,
     iteration_sections,
 )
-from alignment.recipes.merge import COMMAND_LINE, apply_overrides, read_with_bases
+from alignment.recipes.merge import COMMAND_LINE
 from alignment.recipes.on_policy import on_policy_problems
 from alignment.recipes.reward_model import RewardDataSection, RewardModelSection, RewardTrainingSection
 from alignment.recipes.rows import DataSection
-from alignment.recipes.schema import OpenSection, Section, error
+from alignment.recipes.schema import error
 from alignment.recipes.sections import (
     EvaluationSection,
     GenerationSection,
@@ -42,29 +41,8 @@ from alignment.recipes.sections import (
 from alignment.recipes.supervised import SftDataSection, SftSection, SftTrainingSection
 from alignment.recipes.training import TrainingSection
 
-Kind = TypeVar("Kind", bound="_Root")
 
-
-class _Root(Section):
-    """What every kind of recipe has; `origin` says which line a value came from."""
-
-    _document: Document = PrivateAttr(default_factory=lambda: Document("recipe"))
-
-    @property
-    def path(self) -> Path:
-        """The recipe file."""
-        return Path(self._document.source)
-
-    def resolved(self) -> dict[str, Any]:
-        """Every value, defaults included, as plain JSON-able types."""
-        return self.model_dump(mode="json")
-
-    def origin(self, dotted: str) -> Origin | None:
-        """Where the value of `training.learning_rate` was written; None for a default."""
-        return self._document.origins.get(tuple(dotted.split(".")))
-
-
-class Recipe(_Root):
+class Recipe(Root):
     """A checked recipe of preference training. Attributes are the sections."""
 
     objective: ObjectiveSection = Field(description="The loss and its hyper-parameters.")
@@ -94,7 +72,7 @@ class Recipe(_Root):
         return self
 
 
-class SftRecipe(_Root):
+class SftRecipe(Root):
     """A checked recipe of supervised fine-tuning: the step before preference training. Attributes are the sections."""
 
     sft: SftSection = Field(description="What is learned of a row.")
@@ -110,7 +88,7 @@ class SftRecipe(_Root):
         return self
 
 
-class RewardModelRecipe(_Root):
+class RewardModelRecipe(Root):
     """A checked recipe of a reward model, or of an ensemble of them. Attributes are the sections."""
 
     reward_model: RewardModelSection = Field(description="What is fitted to the preferences, and how many times.")
@@ -129,7 +107,7 @@ class RewardModelRecipe(_Root):
         return self
 
 
-class IterateRecipe(_Root):
+class IterateRecipe(Root):
     """A checked recipe of iterative training. Attributes are the sections."""
 
     objective: ObjectiveSection = Field(description="The loss of one iteration and its hyper-parameters.")
@@ -213,7 +191,7 @@ def _misfits(recipe: AnyRecipe) -> Iterator[InitErrorDetails]:
     elif training.eval_strategy == "no":
         missing = "data.eval" if data.eval is None else "training.eval_strategy steps or epoch"
         for key, value in training.what_needs_evaluation().items():
-            yield error(f"{_show(value)} needs {missing}", "training", key)
+            yield error(f"{shown(value)} needs {missing}", "training", key)
     if (training.model_extra or {}).get("eval_on_start") and data.eval is None:
         yield error("true needs data.eval", "training", "eval_on_start")
 
@@ -297,19 +275,11 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> EveryRecipe:
         RecipeError: anything is wrong; its text is the first problem with its place, `problems` has all.
         UserError: an override is not of that form.
     """
-    document = apply_overrides(read_with_bases(Path(path)), overrides)
-    _fill_in(document)
-    kind = next((found for section, found in _KINDS.items() if section in document.values), Recipe)
-    try:
-        recipe = kind.model_validate(document.values)
-    except ValidationError as failed:
-        found = {problem.path for problem in document.problems}
-        new = [_translate(dict(e), document, kind) for e in failed.errors(include_url=False)]
-        raise RecipeError(document.problems + [problem for problem in new if problem.path not in found]) from None
-    if document.problems:
-        raise RecipeError(document.problems)
-    recipe._document = document
-    return recipe
+    return checked(_kind, path, overrides, _fill_in)
+
+
+def _kind(document: Document) -> type[EveryRecipe]:
+    return next((found for section, found in _KINDS.items() if section in document.values), Recipe)
 
 
 def _fill_in(document: Document) -> None:
@@ -328,119 +298,3 @@ def _fill_in(document: Document) -> None:
         origin = document.origin(("objective", "file"))
         folder = Path() if origin.source == COMMAND_LINE else Path(origin.source).parent
         document.values["objective"] = {**objective, "file": str((folder / objective["file"]).resolve())}
-
-
-_EXPECTED = {
-    "string_type": "text",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "finite_number": "a finite number",
-    "string_too_short": "text that is not empty",
-}
-_LIMITS = {
-    "greater_than": ("gt", ">"),
-    "greater_than_equal": ("ge", ">="),
-    "less_than": ("lt", "<"),
-    "less_than_equal": ("le", "<="),
-}
-_TRUTHS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
-
-
-def _translate(found: dict[str, Any], document: Document, root: type[_Root]) -> Problem:
-    """One pydantic error as a problem in our words, at the line of the key that it is about."""
-    loc = _as_written(found["loc"], document.values)
-    kind, value, ctx = found["type"], found["input"], found.get("ctx", {})
-    if kind == "extra_forbidden":
-        section = _section_at(root, loc[:-1])
-        reason = section.refused.get(str(loc[-1])) if issubclass(section, Section) else None
-        message = (
-            f"not accepted: {reason}" if reason else f"unknown key{nearest(str(loc[-1]), _keys_at(root, loc[:-1]))}"
-        )
-    elif kind == "missing":
-        what = "section" if len(loc) == 1 else "key"
-        message = f"required {what} is missing: {_description(root, loc)}"
-    elif kind in _EXPECTED:
-        message = f"expected {_EXPECTED[kind]}, got {_show(value)}{_type_hint(kind, value)}"
-    elif kind in _LIMITS:
-        name, sign = _LIMITS[kind]
-        message = f"must be {sign} {ctx[name]:g}, got {_show(value)}"
-    elif kind == "literal_error":
-        close = nearest(value, _choices(ctx["expected"])) if isinstance(value, str) else ""
-        close = close if close.startswith("; did") else ""
-        message = f"expected one of {ctx['expected'].replace(' or ', ', ')}; got {_show(value)}{close}"
-    elif kind in ("model_type", "dict_type", "model_attributes_type"):
-        message = f"expected a section with keys of its own, got {_show(value)}"
-    else:
-        message = found["msg"].removeprefix("Value error, ")
-    return Problem(document.origin(loc), tuple(str(part) for part in loc), message)
-
-
-def _as_written(loc: KeyPath, values: Any) -> KeyPath:
-    """`loc` without the places in lists that the file does not write as lists (one source of data)."""
-    path: list[str | int] = []
-    for part in loc:
-        if isinstance(part, int) and not isinstance(values, list):
-            continue
-        path.append(part)
-        known = isinstance(values, dict) and part in values or isinstance(values, list) and part in range(len(values))
-        values = values[part] if known else None
-    return tuple(path)
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "nothing (null)"
-    text = repr(value) if not isinstance(value, bool) else str(value).lower()
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _type_hint(kind: str, value: Any) -> str:
-    """A remedy where the cause is a well-known slip of YAML."""
-    if kind == "string_type" and isinstance(value, int | float):
-        return "; put it in quotes"
-    if kind == "bool_type" and isinstance(value, str) and value.lower() in _TRUTHS:
-        return f"; write {_TRUTHS[value.lower()]}"
-    if kind in ("float_type", "int_type") and isinstance(value, str) and _is_number(value):
-        return "; write it as a plain decimal number without quotes"
-    return ""
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _choices(expected: str) -> list[str]:
-    return [choice.strip().strip("'") for choice in expected.replace(" or ", ", ").split(",")]
-
-
-def _section_at(root: type[_Root], path: KeyPath) -> type[Section] | type[OpenSection]:
-    """The section model at `path`; the recipe itself at `()`."""
-    model: type[Section] | type[OpenSection] = root
-    for part in path:
-        if isinstance(part, str):  # a number is a place in a list of sections
-            model = next(_sections_in(model.model_fields[part].annotation))
-    return model
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section] | type[OpenSection]]:
-    """The section models inside a field's type: of `X`, `X | None`, `list[X]` with or without extra metadata."""
-    if isinstance(annotation, type) and issubclass(annotation, Section | OpenSection):
-        yield annotation
-    for inner in getattr(annotation, "__args__", ()):
-        yield from _sections_in(inner)
-
-
-def _keys_at(root: type[_Root], path: KeyPath) -> list[str]:
-    keys = list(_section_at(root, path).model_fields)
-    return keys if path else [*keys, "extends"]
-
-
-def _description(root: type[_Root], path: KeyPath) -> str:
-    field = _section_at(root, path[:-1]).model_fields[str(path[-1])]
-    return (field.description or "").rstrip(".")

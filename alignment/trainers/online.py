@@ -3,12 +3,12 @@
 Kept from TRL: generation (transformers or vLLM), PEFT, checkpoints, DeepSpeed, logging of completions. One rollout is
 sampled by all processes, scored under the frozen models, judged, and then known to every process, so that which
 prompts make up a step depends on no number of processes. Tested with TRL 1.16 only. Not here: how responses are drawn
-(`drawing`), judged (`judging`) and collated (`batches`); EGPO's look-ahead (`lookahead`); recipes (`online_run`).
+(`drawing`), judged (`judging`), collated (`batches`) and logged (`rollout_log`); EGPO's look-ahead (`lookahead`);
+recipes (`online_run`).
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -32,7 +32,6 @@ from alignment.trainers import chains, judging
 from alignment.trainers.batches import RolloutCollator, group_logps, labelled_pairs, sample_pairs
 from alignment.trainers.drawing import Sampler
 from alignment.trainers.layout import possible_layout
-from alignment.trainers.lookahead import LookAheadTrainer
 from alignment.trainers.metrics import Totals
 from alignment.trainers.rollout import (
     CHECKPOINT,
@@ -44,13 +43,11 @@ from alignment.trainers.rollout import (
     append_rollout,
     read_records,
 )
-from alignment.trainers.rollout_numbers import judgement, rollout_numbers
+from alignment.trainers.rollout_log import STAGES, RolloutLogTrainer
 from alignment.trainers.scoring import TOLERANCE, Layout, branch_tokens, forward_rows, relative_gap, scored_tokens
 
-STAGES = ("sample", "score", "train")
 
-
-class OnlinePreferenceTrainer(LookAheadTrainer):
+class OnlinePreferenceTrainer(RolloutLogTrainer):
     """Train a language model on responses that it samples itself, with any on-policy objective of the registry.
 
     The objective's `card.batch` says what is sampled: two responses a prompt ("samples"; "pairs" are labelled first),
@@ -438,79 +435,6 @@ class OnlinePreferenceTrainer(LookAheadTrainer):
         if not entries or entries[0][:2] != (rollout, 0):
             raise UserError(f"--resume: {self._resumed} falls inside rollout {rollout} and does not hold it")
         self._records, self._current = [record for _, _, record in entries], (rollout, 0)
-
-    # --- logging -------------------------------------------------------------------------------------------------
-
-    def _spent(self, stage: str, began: float, tokens: int) -> None:
-        self._seconds[stage] += time.perf_counter() - began
-        self._tokens[stage] += tokens
-
-    def _describe(self, records: list[Record], prefix: str = "") -> None:
-        """A rollout's numbers, of all processes, and the table of completions that TRL shows."""
-        for name, value in rollout_numbers(records, self.rollouts.sampler.plain).items():
-            if math.isfinite(value):  # n-grams of responses shorter than n
-                self._metrics["train"][prefix + name].append(value)
-        shown: Any = self._logs
-        for record in records:
-            for i, text in enumerate(record.texts):
-                shown["prompt"].append(self.columns["prompt"][record.row])
-                shown["completion"].append(text)
-                shown["rewards"]["judgement"].append(judgement(record, i))
-                shown["advantages"].append(math.nan)  # TRL's column; not every objective here has advantages
-
-    def _record(self, inputs: dict[str, torch.Tensor], batch: Any, losses: torch.Tensor, policy: torch.Tensor) -> None:
-        segments = inputs["row_segments"]
-        values = {"real_tokens": scored_tokens(segments), "padded_tokens": torch.ones_like(segments)}
-        kept = inputs["learned"] > 0  # every process adds every name: an empty value counts nothing
-        values |= {name: self._kept(value, kept) for name, value in self._statistics(batch).items()}
-        values["logps/policy"] = policy.detach()[kept]
-        self._totals["train"].add(values)
-
-    @staticmethod
-    def _kept(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        return values[kept] if len(values) == len(kept) else values
-
-    def _statistics(self, batch: Any) -> dict[str, torch.Tensor]:
-        if self.kind != "pairs":
-            found: dict[str, torch.Tensor] = self.objective.statistics(batch)  # type: ignore[attr-defined]
-            return {f"objective/{name}": value for name, value in found.items()}
-        chosen, rejected = (r.detach() for r in self.objective.rewards(batch))
-        agrees = torch.where(batch.label > 0.5, chosen > rejected, rejected > chosen).double()
-        found = {"rewards/margins": (chosen - rejected) * (2 * batch.label - 1).sign(), "rewards/accuracies": agrees}
-        if batch.calibration is not None and batch.ref_calibration is not None:
-            found["calibration/drift"] = (batch.calibration - batch.ref_calibration).detach()
-        return found
-
-    def log(self, logs, start_time=None):
-        """Adds the metrics since the last line, over all processes, to what transformers logs."""
-        mode = "train" if self.model.training else "eval"
-        found = self._totals[mode].reduce(lambda total: self.accelerator.reduce(total, reduction="sum"))
-        if found:
-            found.pop("tokens_per_second", None)
-            for stage in STAGES:
-                found[f"seconds/{stage}"] = self._seconds[stage]
-                if self._tokens[stage]:
-                    total = torch.tensor(float(self._tokens[stage]), device=self.accelerator.device)
-                    tokens = float(self.accelerator.reduce(total, reduction="sum"))
-                    found[f"tokens_per_second/{stage}"] = tokens / max(self._seconds[stage], 1e-9)
-            self._seconds, self._tokens = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0)
-            self._stop_if_drifted(found.get("calibration/drift"))
-        self._metrics[mode].update({name: [value] for name, value in found.items()})
-        super().log(logs, start_time)
-
-    def _stop_if_drifted(self, drift: float | None) -> None:
-        """VPO's optimistic term has no lower bound: stop before the policy is spent on it."""
-        limit = self.rollouts.drift
-        if drift is None or limit is None or drift > -limit:
-            return
-        self.control.should_training_stop = True
-        if self.accelerator.is_main_process:
-            print(
-                f"step {self.state.global_step}: calibration responses are {-drift:.1f} nats less likely than under "
-                f"the reference (rollout.drift {limit:g}): vpo's optimistic term runs away. Training stops here; "
-                "lower objective.alpha",
-                flush=True,
-            )
 
 
 class _StepBegin(TrainerCallback):

@@ -19,8 +19,8 @@ from alignment.data.pipeline import Prepared, fingerprint, write_rejected
 from alignment.data.preferences import read_prompts
 from alignment.data.prompts import prepare_prompts
 from alignment.errors import UserError
+from alignment.files import file_digest
 from alignment.models import load_model, load_tokenizer
-from alignment.models.gguf import file_digest
 from alignment.recipes import Recipe
 from alignment.recipes.on_policy import rollout_settings
 from alignment.rewards import get_oracle, get_reward

@@ -22,8 +22,14 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, jsonable, read_json_object, write_json, write_json_lines
-from alignment.models.gguf import file_digest
+from alignment.files import (
+    file_digest,
+    iterate_json_lines,
+    jsonable,
+    read_json_object,
+    write_json,
+    write_json_lines,
+)
 from alignment.recipes import AnyRecipe, Recipe
 
 CHECKPOINT_FILES = "files.json"

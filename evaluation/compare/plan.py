@@ -18,8 +18,9 @@ from alignment.data.preferences import read_prompts, same_prompt
 from alignment.objectives import get_objective, list_objectives, objective_class
 from alignment.objectives.base import Objective, number_type, reads_reference
 from alignment.recipes import IterateRecipe, Origin, Problem, Recipe, RecipeError
+from alignment.recipes.checking import problems_of
 from alignment.recipes.inspection import what_is_missing
-from evaluation.compare.recipe import CompareRecipe, problems_of
+from evaluation.compare.recipe import CompareRecipe
 
 DIVERGENCES: tuple[dict[str, Any], ...] = (  # what f_dpo stands for among "all"; reverse_kl is dpo
     {"divergence": "jsd"},

@@ -13,10 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from alignment.recipes import Problem, RecipeError
+from alignment.recipes.checking import Root, checked
 from alignment.recipes.document import Document
-from alignment.recipes.loading import _Root, _translate
-from alignment.recipes.merge import COMMAND_LINE, apply_overrides, read_with_bases
+from alignment.recipes.merge import COMMAND_LINE
 from alignment.recipes.registries import objective_defaults_and_errors
 from alignment.recipes.rows import DataSection
 from alignment.recipes.schema import Section, Text, error, option, refused_at
@@ -88,7 +87,7 @@ class CompareSection(Section):
         return self
 
 
-class CompareRecipe(_Root):
+class CompareRecipe(Root):
     """A checked compare recipe. Attributes are the sections."""
 
     compare: CompareSection = Field(description="The objectives, and how they are tuned and repeated.")
@@ -138,21 +137,7 @@ def load_compare_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Comp
         RecipeError: anything is wrong; its text is the first problem with its place.
         UserError: an override is not of the form SECTION.KEY=VALUE.
     """
-    document = apply_overrides(read_with_bases(Path(path)), overrides)
-    _fill_in(document)
-    try:
-        recipe = CompareRecipe.model_validate(document.values)
-    except ValidationError as failed:
-        raise RecipeError(document.problems or problems_of(failed, document)) from None
-    if document.problems:
-        raise RecipeError(document.problems)
-    recipe._document = document
-    return recipe
-
-
-def problems_of(failed: ValidationError, document: Document, kind: Any = CompareRecipe) -> list[Problem]:
-    """What pydantic found, each at its line."""
-    return [_translate(dict(e), document, kind) for e in failed.errors(include_url=False)]
+    return checked(CompareRecipe, path, overrides, _fill_in)
 
 
 def _fill_in(document: Document) -> None:

@@ -7,7 +7,6 @@ its recipe writes any, else from its start.
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import shutil
 import threading
@@ -19,7 +18,7 @@ from typing import Any
 import yaml
 
 from alignment.errors import UserError, run_or_exit
-from alignment.files import iterate_json_lines, read_json_object, write_json, write_text
+from alignment.files import file_digest, iterate_json_lines, read_json_object, write_json, write_text
 from alignment.pipeline.processes import PRELOADED, die_with_parent
 from alignment.recipes import IterateRecipe
 from alignment.recipes.inspection import flatten
@@ -181,7 +180,7 @@ def facts_of(run: Run) -> dict[str, Any]:
     lengths = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
     batch, steps = run.recipe.training.global_batch_size, int(manifest["steps"])
     cost = read_json_object(run.folder / COST) if (run.folder / COST).is_file() else {}
-    digest = hashlib.sha256(files[0].read_bytes()).hexdigest() if len(files) == 1 else None
+    digest = file_digest(files[0]) if len(files) == 1 else None
     return {
         "steps": steps,
         "batch": batch,

@@ -104,8 +104,3 @@ def test_a_drawn_label_follows_the_probability():
     assert first == 300
     tied = {"comparisons": [[0, 1, 0.5]]}  # a tie is a fair coin there, not a dropped pair
     assert chosen(row, tied, (0.4,), pairing="iid", labels="drawn")[0] == [("a", "b")]
-
-
-def test_independent_pairs_of_a_reward():
-    found, counts = chosen(a_row(*"abcd"), {"rewards": [0.0, 1.0, 1.0, None]}, pairing="iid")
-    assert found == [("b", "a")] and counts == {"unjudged": 1}

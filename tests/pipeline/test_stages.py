@@ -95,6 +95,20 @@ def test_a_length_penalty_decides_games(folder, judged):
     assert first["finalists"] == [1, 3] and second["finalists"] == [3, 2]
 
 
+def test_independent_pairs_of_a_reward(judged, folder):
+    """One and two kind words, then none and three: the higher one is chosen; where one was cut there is no pair."""
+    file = folder / "samples" / "shards" / "00000.jsonl"
+    rows = read_rows(file)
+    rows[0]["finished"][1] = False
+    write_json_lines(file, rows)
+    found = judged(*REWARD, "iterate.pairing=iid", "iterate.unfinished=drop")
+    write_pairs(found.recipe, folder, 1, folder / "pairs")
+    pairs = [(row["prompt"], row["chosen"]) for row in read_rows(folder / "pairs" / "pairs.jsonl")]
+    first, second = " kind and warm .", " kind and warm and good ."
+    assert pairs[:3] == [("my 00", second), ("my 01", first), ("my 01", second)] and len(pairs) == 7
+    assert read_json_object(folder / "pairs" / "counts.json")["short"] == 1
+
+
 def test_a_lock_is_waited_for_and_then_refused(tmp_path):
     with alone(tmp_path), pytest.raises(UserError, match="another process is writing there"), alone(tmp_path, 0.3):
         pass

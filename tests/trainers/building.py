@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -31,8 +32,9 @@ def preferences(n: int = 32, chat: bool = False) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def config(folder: Path, **more) -> DPOConfig:
-    given = {
+def arguments(folder: Path, **more: Any) -> dict[str, Any]:
+    """Of any of TRL's configurations, for a few steps on the CPU."""
+    return {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
         "max_steps": 5,
@@ -45,8 +47,11 @@ def config(folder: Path, **more) -> DPOConfig:
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "disable_tqdm": True,
-    }
-    return DPOConfig(**given | more)
+    } | more
+
+
+def config(folder: Path, **more: Any) -> DPOConfig:
+    return DPOConfig(**arguments(folder, **more))
 
 
 def trainer_for(tiny: Path, folder: Path, objective: str | Objective = "dpo", **more) -> PreferenceTrainer:

@@ -16,6 +16,7 @@ from alignment.objectives import get_objective
 from alignment.trainers.online import OnlinePreferenceTrainer, Rollouts
 from alignment.trainers.rollout import PromptOrder, Record, append_rollout
 from tests import tiny_lm
+from tests.trainers.building import arguments
 
 OPENINGS = tiny_lm.openings()[:8]
 KIND = set(tiny_lm.KIND)
@@ -64,23 +65,8 @@ class Preference:
 
 
 def settings(folder: Path, **more: Any) -> RLOOConfig:
-    given = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "num_generations": 2,
-        "max_completion_length": 8,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    } | more
+    given = arguments(folder, gradient_accumulation_steps=1, num_generations=2, max_completion_length=8)
+    given |= {"max_steps": 1, "learning_rate": 1e-3} | more
     return RLOOConfig(**given, generation_batch_size=2 * given["per_device_train_batch_size"])
 
 

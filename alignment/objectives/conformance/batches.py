@@ -165,3 +165,22 @@ def slopes(objective: Objective, batch: PairLogps) -> dict[str, Tensor]:
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     pairs = zip(present, gradients, strict=True)
     return {name: torch.zeros_like(columns[name]) if value is None else value for name, value in pairs}
+
+
+def pairs() -> PairLogps:
+    """Random pairs and, below, the corners of the log-ratio square."""
+    parts = random_batch(7, seed=41), grid_batch((-30.0, 0.5, 30.0))
+    columns = parts[1].columns()
+    return PairLogps(**{name: torch.cat([value, columns[name]]) for name, value in parts[0].columns().items()})
+
+
+def same(
+    one: Objective, other: Objective, batch: PairLogps, constant: torch.Tensor | float = 0.0, rtol: float = 1e-9,
+    atol: float = 1e-11, other_batch: PairLogps | None = None,
+) -> None:  # fmt: skip
+    """Equal losses up to `constant` (one - other) and equal slopes."""
+    partner = other_batch or batch
+    close(one.loss(batch), other.loss(partner) + constant, f"loss against {other.card.name}", rtol, atol)
+    expected = slopes(other, partner)
+    for column, slope in slopes(one, batch).items():
+        close(slope, expected[column], f"slope by {column} against {other.card.name}", rtol, atol)

@@ -18,40 +18,23 @@ from alignment.objectives.conformance.batches import (
     DOUBLE,
     Make,
     close,
-    grid_batch,
+    pairs,
     random_batch,
     require,
+    same,
     slopes,
     with_columns,
 )
+from alignment.objectives.conformance.degrees import DEGREE_RELATIONS
 from alignment.objectives.conformance.formulas import evaluate
-from alignment.objectives.registry import get_objective, list_objectives
+from alignment.objectives.registry import get_objective
 
 Relation = Callable[[Make], None]
 
 
-def _pairs() -> PairLogps:
-    """Random pairs and, below, the corners of the log-ratio square."""
-    parts = random_batch(7, seed=41), grid_batch((-30.0, 0.5, 30.0))
-    columns = parts[1].columns()
-    return PairLogps(**{name: torch.cat([value, columns[name]]) for name, value in parts[0].columns().items()})
-
-
-def _same(
-    one: Objective, other: Objective, batch: PairLogps, constant: torch.Tensor | float = 0.0, rtol: float = 1e-9,
-    atol: float = 1e-11, other_batch: PairLogps | None = None,
-) -> None:  # fmt: skip
-    """Equal losses up to `constant` (one - other) and equal slopes."""
-    partner = other_batch or batch
-    close(one.loss(batch), other.loss(partner) + constant, f"loss against {other.card.name}", rtol, atol)
-    expected = slopes(other, partner)
-    for column, slope in slopes(one, batch).items():
-        close(slope, expected[column], f"slope by {column} against {other.card.name}", rtol, atol)
-
-
 def equals(keywords: dict[str, Any], other: str, other_keywords: dict[str, Any], atol: float = 1e-11) -> Relation:
     """The class with `keywords` is the other objective, values and slopes."""
-    return lambda cls: _same(cls(**keywords), get_objective(other, **other_keywords), _pairs(), atol=atol)
+    return lambda cls: same(cls(**keywords), get_objective(other, **other_keywords), pairs(), atol=atol)
 
 
 def _shift(objective: Objective, *names: str) -> None:
@@ -75,7 +58,7 @@ FOUR = ("chosen", "rejected", "ref_chosen", "ref_rejected")
 def dpo_swap(cls: Make) -> None:
     """L(m) - L(-m) = -(1 - 2e) beta m."""
     for beta, eps in ((0.1, 0.0), (0.5, 0.2)):
-        objective, batch = cls(beta=beta, label_smoothing=eps), _pairs()
+        objective, batch = cls(beta=beta, label_smoothing=eps), pairs()
         swapped = PairLogps(batch.rejected, batch.chosen, batch.ref_rejected, batch.ref_chosen)
         close(objective.loss(batch) - objective.loss(swapped), -(1 - 2 * eps) * beta * batch.margin, "swap of w and l")
 
@@ -100,7 +83,7 @@ def robust_tail(cls: Make) -> None:
 
 def ipo_equal_lengths(cls: Make) -> None:
     """For equal lengths T: mean(tau) = sum(tau/T)/T^2."""
-    batch = _pairs()
+    batch = pairs()
     tokens = torch.full_like(batch.chosen, 8.0)
     batch = with_columns(batch, chosen_length=tokens, rejected_length=tokens)
     mean, total = cls(tau=0.4, normalization="mean"), cls(tau=0.05, normalization="sum")
@@ -109,21 +92,21 @@ def ipo_equal_lengths(cls: Make) -> None:
 
 def rpo_vpo(cls: Make) -> None:
     """rpo(eta) = offline vpo(alpha = eta, calibration=chosen) - eta beta s_ref(w)."""
-    batch = _pairs()
+    batch = pairs()
     constant = -0.05 * 0.1 * batch.column("ref_chosen")
-    _same(cls(beta=0.1, eta=0.05), get_objective("vpo", beta=0.1, alpha=0.05), batch, constant)
+    same(cls(beta=0.1, eta=0.05), get_objective("vpo", beta=0.1, alpha=0.05), batch, constant)
 
 
 def vpo_rpo(cls: Make) -> None:
     """The same relation from the other side."""
-    batch = _pairs()
+    batch = pairs()
     constant = 0.05 * 0.1 * batch.column("ref_chosen")
-    _same(cls(beta=0.1, alpha=0.05), get_objective("rpo", beta=0.1, eta=0.05), batch, constant)
+    same(cls(beta=0.1, alpha=0.05), get_objective("rpo", beta=0.1, eta=0.05), batch, constant)
 
 
 def rpo_rejected(cls: Make) -> None:
     """The likelihood term leaves the rejected branch alone; on the chosen one it adds -eta beta."""
-    batch = _pairs()
+    batch = pairs()
     got, plain = slopes(cls(beta=0.1, eta=0.3), batch), slopes(get_objective("dpo", beta=0.1), batch)
     close(got["rejected"], plain["rejected"], "slope by rejected against dpo")
     close(got["chosen"], plain["chosen"] - 0.03, "slope by chosen against dpo")
@@ -132,7 +115,7 @@ def rpo_rejected(cls: Make) -> None:
 
 def rpo_given_is_chosen(cls: Make) -> None:
     """A calibration column that holds the chosen response gives the value of baseline=chosen."""
-    batch = _pairs()
+    batch = pairs()
     batch = with_columns(batch, calibration=batch.chosen, calibration_length=batch.column("chosen_length"))
     for form in ("sum", "mean"):
         given, chosen = cls(form=form, baseline="given", eta=0.2), cls(form=form, baseline="chosen", eta=0.2)
@@ -141,7 +124,7 @@ def rpo_given_is_chosen(cls: Make) -> None:
 
 def vpo_signs(cls: Make) -> None:
     """Offline raises the calibration log-probability, online lowers it, by alpha beta (XPO's alpha) exactly."""
-    batch = _pairs()
+    batch = pairs()
     for mode, expected in (("offline", -0.005), ("online", 0.005)):
         got = slopes(cls(beta=0.1, alpha=0.05, mode=mode, calibration="given"), batch)["calibration"]
         close(got, torch.full_like(got, expected), f"slope by calibration, {mode}")
@@ -149,9 +132,9 @@ def vpo_signs(cls: Make) -> None:
 
 def reward_aware_limits(cls: Make) -> None:
     """bwd_kl tends to dpo(beta = KL penalty) as the reward gap grows; every form is 0 with zero slope at m' = D."""
-    batch = _pairs()
+    batch = pairs()
     sure = with_columns(batch, reward_chosen=torch.full_like(batch.chosen, 80.0), reward_rejected=0 * batch.chosen)
-    _same(cls(beta=0.1, form="bwd_kl"), get_objective("dpo", beta=0.1), sure, atol=1e-9)
+    same(cls(beta=0.1, form="bwd_kl"), get_objective("dpo", beta=0.1), sure, atol=1e-9)
     gap = 0.1 * batch.margin
     met = with_columns(batch, reward_chosen=gap, reward_rejected=torch.zeros_like(gap))
     for form in ("sq", "bwd_kl", "fwd_kl"):
@@ -186,30 +169,30 @@ def f_dpo_trl(cls: Make) -> None:
 
 def inpo_mixed(cls: Make) -> None:
     """inpo = ipo(tau = eta) with ref^(tau/eta) prev^(1 - tau/eta) fed as the reference."""
-    batch = _pairs()
+    batch = pairs()
     mixed = {
         f"ref_{name}": 0.25 * batch.column(f"ref_{name}") + 0.75 * batch.column(f"prev_{name}") for name in POLICY
     }
     other = with_columns(batch, **mixed)
-    _same(cls(eta=0.2, tau=0.05), get_objective("ipo", tau=0.2), batch, other_batch=other)
+    same(cls(eta=0.2, tau=0.05), get_objective("ipo", tau=0.2), batch, other_batch=other)
 
 
 def inpo_first_iteration(cls: Make) -> None:
     """While the previous iterate is the reference, inpo is ipo(tau = eta) for every tau."""
-    batch = _pairs()
+    batch = pairs()
     first = with_columns(batch, **{f"prev_{name}": batch.column(f"ref_{name}") for name in POLICY})
     for tau in (0.0, 0.07, 0.2):
-        _same(cls(eta=0.2, tau=tau), get_objective("ipo", tau=0.2), first)
+        same(cls(eta=0.2, tau=tau), get_objective("ipo", tau=0.2), first)
 
 
 def inpo_default_tau(cls: Make) -> None:
     """tau is eta/3 unless given."""
-    close(cls(eta=0.3).loss(_pairs()), cls(eta=0.3, tau=0.1).loss(_pairs()), "default tau", rtol=1e-12)
+    close(cls(eta=0.3).loss(pairs()), cls(eta=0.3, tau=0.1).loss(pairs()), "default tau", rtol=1e-12)
 
 
 def sppo_ties(cls: Make) -> None:
     """Responses that win half the time pull back to the reference: half the squared distance, whatever the step."""
-    batch = _pairs()
+    batch = pairs()
     half = torch.full_like(batch.chosen, 0.5)
     tied = with_columns(batch, preference_chosen=half, preference_rejected=half)
     apart = torch.stack([batch.chosen - batch.column("ref_chosen"), batch.rejected - batch.column("ref_rejected")])
@@ -219,7 +202,7 @@ def sppo_ties(cls: Make) -> None:
 
 def exchangeable(cls: Make) -> None:
     """The two responses are regressed alike: which one is called chosen changes nothing, and so no label does."""
-    batch, objective = _pairs(), cls(eta=2.0)
+    batch, objective = pairs(), cls(eta=2.0)
     names = [name for name in batch.columns() if "chosen" in name]
     swap = {name: batch.column(name.replace("chosen", "rejected")) for name in names}
     swap |= {name.replace("chosen", "rejected"): batch.column(name) for name in names}
@@ -230,22 +213,22 @@ def exchangeable(cls: Make) -> None:
 
 def gpo_sppo(cls: Make) -> None:
     """A log-odds of P - 1/2 is sppo's target."""
-    batch = _pairs()
+    batch = pairs()
     names = ("chosen", "rejected")
     better = {f"log_odds_{name}": batch.column(f"preference_{name}") - 0.5 for name in names}
-    _same(cls(eta=3.0), get_objective("sppo", eta=3.0), with_columns(batch, **better))
+    same(cls(eta=3.0), get_objective("sppo", eta=3.0), with_columns(batch, **better))
 
 
 def gpo_unit(cls: Make) -> None:
     """Only eta times the log-odds matters: odds squared at half the step are the same target."""
-    batch = _pairs()
+    batch = pairs()
     double = {f"log_odds_{name}": 2 * batch.column(f"log_odds_{name}") for name in ("chosen", "rejected")}
     close(cls(eta=1.5).loss(with_columns(batch, **double)), cls(eta=3.0).loss(batch), "odds squared, half the step")
 
 
 def met_targets(cls: Make) -> None:
     """Loss and slopes are 0 where each log-ratio is its target; then the rewards are P - 1/2, or the log-odds."""
-    batch = _pairs()
+    batch = pairs()
     for eta in (0.5, 40.0):
         objective = cls(eta=eta)
         offset, kind = (0.5, "preference") if "preference" in objective.needs else (0.0, "log_odds")
@@ -262,30 +245,30 @@ def met_targets(cls: Make) -> None:
 
 def simpo_is_dpo(cls: Make) -> None:
     """gamma = 0 and one token each: dpo with a uniform reference."""
-    batch = _pairs()
+    batch = pairs()
     one, flat = torch.ones_like(batch.chosen), torch.full_like(batch.chosen, -3.0)
     single = with_columns(batch, chosen_length=one, rejected_length=one, ref_chosen=flat, ref_rejected=flat)
-    _same(cls(beta=0.3, gamma=0.0), get_objective("dpo", beta=0.3), single)
+    same(cls(beta=0.3, gamma=0.0), get_objective("dpo", beta=0.3), single)
 
 
 def cpo_is_rpo(cls: Make) -> None:
     """cpo = rpo(eta = nll_weight/beta) with a uniform reference."""
-    flat = torch.full_like(_pairs().chosen, -3.0)
-    batch = with_columns(_pairs(), ref_chosen=flat, ref_rejected=flat)
-    _same(cls(beta=0.5, nll_weight=0.2), get_objective("rpo", beta=0.5, eta=0.4), batch)
+    flat = torch.full_like(pairs().chosen, -3.0)
+    batch = with_columns(pairs(), ref_chosen=flat, ref_rejected=flat)
+    same(cls(beta=0.5, nll_weight=0.2), get_objective("rpo", beta=0.5, eta=0.4), batch)
 
 
 def orpo_nll(cls: Make) -> None:
     """lam = 0 leaves the mean negative log-likelihood of chosen."""
-    batch = _pairs()
+    batch = pairs()
     close(cls(lam=0.0).loss(batch), -batch.chosen / batch.column("chosen_length"), "lam = 0")
 
 
 def dpop_region(cls: Make) -> None:
     """dpo where chosen has not fallen below the reference; just below, the push on chosen is 1 + lam times dpo's."""
-    batch = _pairs()
+    batch = pairs()
     above = batch.map(lambda column: column[batch.log_ratio_chosen > 0])
-    _same(cls(beta=0.1, lam=7.0), get_objective("dpo", beta=0.1), above)
+    same(cls(beta=0.1, lam=7.0), get_objective("dpo", beta=0.1), above)
     zero = torch.zeros(1, dtype=DOUBLE)
     below = PairLogps(zero - 1e-9, zero, zero, zero)
     close(
@@ -309,108 +292,16 @@ def dpo_labels(cls: Make) -> None:
 
 def robust_labels(cls: Make) -> None:
     """Labels that are right with probability 1 - e, and robust(e): the loss of dpo on clean labels."""
-    batch = _pairs()
+    batch = pairs()
     soft = with_columns(batch, label=torch.full_like(batch.chosen, 0.8))
-    _same(cls(beta=0.5, label_smoothing=0.2), get_objective("dpo", beta=0.5), soft, other_batch=batch)
+    same(cls(beta=0.5, label_smoothing=0.2), get_objective("dpo", beta=0.5), soft, other_batch=batch)
 
 
 def ipo_labels(cls: Make) -> None:
     """Label p moves ipo's target to (2p - 1)/(2 tau)."""
-    batch, p = _pairs(), 0.7
+    batch, p = pairs(), 0.7
     got = slopes(cls(tau=0.2), with_columns(batch, label=torch.full_like(batch.chosen, p)))["chosen"]
     close(got, 2 * (batch.margin - (2 * p - 1) / 0.4), "slope with label 0.7")
-
-
-SPO_OWN = {"base", "gamma", "degrees", "responses", "removal", "head_learning_rate"}
-
-
-def spo_without_weight(cls: Make) -> None:
-    """gamma = 0 is the base, to the last bit, with soft labels and without: every base, every setting of its card."""
-    batch = _pairs()
-    soft = with_columns(batch, label=torch.linspace(0, 1, len(batch.chosen), dtype=DOUBLE))
-    for card in list_objectives():
-        for keywords in ({}, *card.settings) if card.name != "spo" and card.batch == "pairs" else ():
-            base = get_objective(card.name, **keywords)
-            given = {f"base_{name}" if name in SPO_OWN else name: value for name, value in keywords.items()}
-            objective = cls(base=card.name, gamma=0.0, **given)
-            for case in (batch, soft):
-                _same(objective, base, case, rtol=0, atol=0)
-            for got, expected in zip(objective.rewards(batch), base.rewards(batch), strict=True):
-                close(got, expected, f"reward against {card.name}", rtol=0, atol=0)
-            require(objective.needs == (*base.needs, "degree"), f"needs {objective.needs} on {card.name}")
-            require(objective.card.start == base.card.start, f"start {objective.card.start!r} on {card.name}")
-            for flags in ("saturated", "capped"):
-                marked, wanted = getattr(objective, flags)(batch), getattr(base, flags)(batch)
-                same = torch.equal(marked, wanted) if torch.is_tensor(wanted) else marked is wanted
-                require(same, f"{flags} is not that of {card.name}")
-
-
-def spo_zero_head(cls: Make) -> None:
-    """A zero head knows nothing: L_deg = log N, and its bias is pulled by 1/N minus the share of each degree."""
-    for degrees, expected in ((2, 0.6931471805599453), (3, 1.0986122886681098), (5, 1.6094379124341003)):
-        batch = random_batch(3, seed=46)
-        logits = torch.zeros(3, 5, degrees, dtype=DOUBLE, requires_grad=True)
-        labels = torch.tensor([[0, 1, 0, -1, -1], [1, 1, 1, 1, 0], [0, -1, -1, -1, -1]])
-        batch = with_columns(batch, degree_logits=logits, degree_labels=labels)
-        plain = get_objective("dpo").loss(batch)
-        got = cls(gamma=0.7, degrees=degrees).loss(batch)
-        close(got.detach(), plain + 0.7 * expected, f"log {degrees}", rtol=1e-14)
-        (slope,) = torch.autograd.grad(got.sum(), logits)
-        share = torch.zeros(3, degrees, dtype=DOUBLE)
-        share[:, :2] = torch.tensor([[2 / 3, 1 / 3], [1 / 5, 4 / 5], [1.0, 0.0]], dtype=DOUBLE)
-        close(slope.sum(1), 0.7 * (1 / degrees - share), f"slope by the bias of {degrees} degrees")
-
-
-def _degree_slope(objective: Objective, batch: PairLogps) -> torch.Tensor:
-    """dL/d(degree logits), `[B, K, N]`."""
-    logits = batch.column("degree_logits").clone().requires_grad_()
-    return torch.autograd.grad(objective.loss(with_columns(batch, degree_logits=logits)).sum(), logits)[0]
-
-
-def spo_logits(cls: Make) -> None:
-    """dL/dc = gamma (softmax(c) - onehot)/copies, in size at most gamma/copies; 0 for a copy that does not exist."""
-    batch = random_batch(7, seed=47)
-    weights, labels = batch.column("degree_logits").exp(), batch.column("degree_labels")
-    expected = torch.zeros_like(weights)
-    for pair, copy in (labels >= 0).nonzero().tolist():
-        copies = int((labels[pair] >= 0).sum())
-        expected[pair, copy] = weights[pair, copy] / weights[pair, copy].sum() / copies
-        expected[pair, copy, labels[pair, copy]] -= 1 / copies
-    got = _degree_slope(cls(gamma=0.3), batch)
-    close(got, 0.3 * expected, "slope by the degree logits")
-    soft = with_columns(batch, label=torch.full_like(batch.chosen, 0.3))
-    close(_degree_slope(cls(gamma=0.3), soft), 0.3 * expected, "slope by the degree logits with soft labels")
-
-
-def spo_missing(cls: Make) -> None:
-    """Copies labelled -1 count for nothing, whatever their logits, and a pair without copies has the base's loss."""
-    batch = random_batch(7, seed=48)
-    logits, labels = batch.column("degree_logits"), batch.column("degree_labels")
-    filler = torch.full_like(logits, 800.0) * torch.tensor([1.0, -1.0, 0.0], dtype=DOUBLE)
-    longer = with_columns(
-        batch,
-        degree_logits=torch.cat([filler, logits], dim=1),
-        degree_labels=torch.cat([torch.full_like(labels, -1), labels], dim=1),
-    )
-    objective = cls(gamma=2.0)
-    close(objective.loss(longer), objective.loss(batch), "loss with further copies that do not exist", rtol=1e-14)
-    none = with_columns(batch, degree_labels=torch.full_like(labels, -1))
-    close(objective.loss(none), get_objective("dpo").loss(batch), "loss without copies", rtol=0, atol=0)
-
-
-def spo_order(cls: Make) -> None:
-    """The order of a pair's copies does not matter."""
-    batch, order = random_batch(7, seed=49), torch.tensor([2, 0, 3, 1])
-    columns = {name: batch.column(name)[:, order] for name in ("degree_logits", "degree_labels")}
-    close(cls().loss(with_columns(batch, **columns)), cls().loss(batch), "loss after reordering copies", rtol=1e-13)
-
-
-def spo_linear(cls: Make) -> None:
-    """The loss is linear in gamma: L(0.25) - L(0) is a quarter of L(1) - L(0)."""
-    batch = _pairs()
-    none, some, whole = (cls(gamma=gamma).loss(batch) for gamma in (0.0, 0.25, 1.0))
-    close(some - none, (whole - none) / 4, "a quarter of the weight", rtol=1e-9)
-    require(bool((whole - none).abs().max() > 0.1), "gamma does nothing")
 
 
 _HALF = {"beta": 0.5}
@@ -451,7 +342,7 @@ RELATIONS: dict[str, dict[str, Relation]] = {
     "f_dpo": {
         "reverse_kl = dpo": equals(_HALF, "dpo", _HALF),
         "alpha -> 0 = dpo": equals(_HALF | {"divergence": "alpha", "alpha": 1e-9}, "dpo", _HALF, atol=1e-6),
-        "alpha -> 1 = forward_kl": lambda cls: _same(
+        "alpha -> 1 = forward_kl": lambda cls: same(
             cls(beta=0.1, divergence="alpha", alpha=1 - 1e-12),
             cls(beta=0.1, divergence="forward_kl"),
             random_batch(7, seed=44),
@@ -491,12 +382,5 @@ RELATIONS: dict[str, dict[str, Relation]] = {
     "orpo": {"lam 0 = NLL": orpo_nll},
     "cpo": {"= rpo, uniform reference": cpo_is_rpo},
     "dpop": {"lam 0 = dpo": equals({"beta": 0.5, "lam": 0.0}, "dpo", _HALF), "two regions": dpop_region},
-    "spo": {
-        "gamma 0 = base": spo_without_weight,
-        "zero head": spo_zero_head,
-        "slope by the logits": spo_logits,
-        "missing copies": spo_missing,
-        "order of copies": spo_order,
-        "linear in gamma": spo_linear,
-    },
+    "spo": DEGREE_RELATIONS,
 }
