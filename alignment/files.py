@@ -71,6 +71,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys, hex; what JSON lacks counts as its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def parse_json(text: str) -> Any:
     """`json.loads`; what Python's reader gives up on, though JSON allows it, is a JSONDecodeError, too."""
     try:

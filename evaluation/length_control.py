@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
-from evaluation.statistics import Interval, percentile_interval
+from evaluation.statistics import Interval, cluster_codes, percentile_interval
 
 Array = NDArray[np.float64]
 
@@ -247,11 +247,9 @@ def _refitted(
     seed: int,
 ) -> Array:
     """[R] length-controlled rates, refitted on resamples of whole clusters; a resample is a weight for each row."""
-    labels = list(range(len(known))) if clusters is None else clusters
-    places: dict[Any, int] = {}
-    codes = np.array([places.setdefault(label, len(places)) for label in labels])
+    codes, count = cluster_codes(range(len(known)) if clusters is None else clusters)
     rng = np.random.default_rng(seed)
-    times = rng.multinomial(len(places), np.full(len(places), 1 / len(places)), size=resamples)
+    times = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
     draws = np.empty(resamples)
     for r, drawn in enumerate(times):
         of_row = drawn[codes].astype(np.float64)

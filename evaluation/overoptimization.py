@@ -18,7 +18,6 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: this folder must not shadow the standard library's `statistics`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import hashlib
 import json
 from typing import Annotated, Any
 
@@ -27,7 +26,7 @@ import typer
 from pydantic import Field
 
 from alignment.errors import UserError, run_or_exit
-from alignment.files import read_json_object, write_json, write_json_lines
+from alignment.files import json_digest, read_json_object, write_json, write_json_lines
 from alignment.models.sampling import Generation
 from evaluation.best_of_n import default_ns, overoptimization_curves
 from evaluation.experiments import Strict, over_seeds, read_experiment
@@ -92,9 +91,9 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
             f"{sorted(both)[0][:60]!r}"
         )
     digests = {
-        "pairs": _sha256(questions[0]),
-        "pool": _sha256(questions[1]),
-        "reward_model": _sha256({k: v for k, v in recipe.resolved().items() if k != "data"}),
+        "pairs": json_digest(questions[0]),
+        "pool": json_digest(questions[1]),
+        "reward_model": json_digest({k: v for k, v in recipe.resolved().items() if k != "data"}),
     }
     _refuse_changes(folder, settings, digests)
     write_json(folder / "experiment.json", settings | {"sha256": digests})
@@ -130,10 +129,6 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
     }
     write_result(folder, result)
     return result
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_changes(folder: Path, settings: dict[str, Any], digests: dict[str, str]) -> None:

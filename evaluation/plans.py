@@ -102,14 +102,12 @@ def given_prompts(plan: Plan) -> list[Any]:
 def sample_side(source: ModelSource, plan: Plan) -> Side:
     """A model's samples: drawn into a pool, by all processes of a launch, or read back where they are there already.
 
-    A seed means the same wherever the pool is, also in a folder that is thrown away. Greedy responses, which are one
-    per prompt, are drawn in memory.
+    A seed means the same wherever the pool is, also in a folder that is thrown away. A greedy response is drawn once
+    and stands for all samples.
 
     Raises:
         UserError: as of `alignment.models.pools.sample_pool`; or several processes without a folder to share.
     """
-    if plan.generation.temperature == 0:
-        return _greedy_side(source, plan)
     if plan.samples is not None:
         return _pool_side(source, plan, plan.samples)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -123,7 +121,7 @@ def _pool_side(source: ModelSource, plan: Plan, root: Path) -> Side:
     from alignment.models.pools import sample_pool
 
     tokenizer = load_source_tokenizer(source, plan.chat)
-    n = plan.samples_per_prompt
+    n = 1 if plan.generation.greedy else plan.samples_per_prompt
     pool = sample_pool(
         source.load,
         tokenizer,
@@ -138,7 +136,8 @@ def _pool_side(source: ModelSource, plan: Plan, root: Path) -> Side:
         progress=f"sampling {source.name}",
     )
     rows = [row for shard in range(len(pool.shards)) for row in pool.rows(shard)]
-    return Side(source.name, [row["responses"] for row in rows], [row["finished"] for row in rows])
+    times = plan.samples_per_prompt // n
+    return Side(source.name, [row["responses"] * times for row in rows], [row["finished"] * times for row in rows])
 
 
 def pool_folder(root: Path, source: ModelSource, plan: Plan) -> Path:
@@ -147,7 +146,7 @@ def pool_folder(root: Path, source: ModelSource, plan: Plan) -> Path:
     Files of a local model count with size and time, so that one that was trained on is sampled anew. (The pool itself
     has the weights' SHA-256, and refuses others.)
     """
-    from alignment.models.pools import sha256_of
+    from alignment.files import json_digest
 
     places = [Path(source.load[key]) for key in ("name_or_path", "adapter") if source.load.get(key)]
     files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
@@ -160,33 +159,7 @@ def pool_folder(root: Path, source: ModelSource, plan: Plan) -> Path:
         "vllm": plan.vllm,
         "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()],
     }
-    return root / f"{places[0].name}-{sha256_of(deciding)[:12]}"
-
-
-def _greedy_side(source: ModelSource, plan: Plan) -> Side:
-    """One response per prompt, as often as samples are asked for, in the memory of this process."""
-    import torch
-
-    from alignment.models import load_model
-    from alignment.models.sampling import sample
-
-    if plan.vllm:
-        raise UserError("--vllm: greedy responses are drawn by transformers; remove it, or give a temperature above 0")
-    tokenizer = load_source_tokenizer(source, plan.chat)
-    say(f"loading {source.name}")
-    model: Any = load_model(**source.load)
-    if torch.cuda.is_available():
-        model.cuda()
-    drawn = sample(
-        model,
-        tokenizer,
-        given_prompts(plan),
-        plan.samples_per_prompt,
-        **asdict(plan.generation),
-        seed=plan.seed + source.seed_offset,
-        progress=f"sampling {source.name}",
-    )
-    return Side(source.name, [[s.text for s in group] for group in drawn], [[s.finished for s in g] for g in drawn])
+    return root / f"{places[0].name}-{json_digest(deciding)[:12]}"
 
 
 def leave_to_main() -> None:

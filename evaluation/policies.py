@@ -33,21 +33,23 @@ def log_probs(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Array:
     return np.concatenate(parts)
 
 
-def shares_won(
+def tables_won(
     oracle: Any, prompts: Sequence[Any], ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]
-) -> Array:
-    """`[Q]` mean probability, over all pairs of samples of a prompt, that ours beats theirs; NaN: none was judged.
+) -> list[Array]:
+    """Q tables `[I, J]`: the probability that each response of ours beats each of theirs; NaN: not judged.
 
     Args:
-        oracle: `alignment.rewards.PreferenceOracle`.
+        oracle: `alignment.rewards.PreferenceOracle`; asked in one call.
         prompts: Q prompts.
         ours, theirs: Q lists of responses.
     """
     triples = [(p, a, b) for p, us, them in zip(prompts, ours, theirs, strict=True) for a in us for b in them]
-    answers = iter(oracle.probability(*(list(column) for column in zip(*triples, strict=True))))
-    shares = []
-    for us, them in zip(ours, theirs, strict=True):
-        judged = np.array([float(next(answers)) for _ in range(len(us) * len(them))])
-        known = judged[~np.isnan(judged)]
-        shares.append(float(known.mean()) if known.size else np.nan)
-    return np.array(shares)
+    answers = np.array(oracle.probability(*(list(column) for column in zip(*triples, strict=True))), dtype=np.float64)
+    sizes = [(len(us), len(them)) for us, them in zip(ours, theirs, strict=True)]
+    parts = np.split(answers, np.cumsum([i * j for i, j in sizes])[:-1])
+    return [part.reshape(size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def means_of(tables: Sequence[Array]) -> Array:
+    """`[Q]` mean of what was judged in each table; NaN where nothing was."""
+    return np.array([np.nan if np.isnan(table).all() else np.nanmean(table) for table in tables])

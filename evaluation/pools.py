@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, write_json, write_json_lines
-from alignment.models.pools import Pool, alone, open_pool, remove_unfinished, sample_pool, sha256_of
+from alignment.files import iterate_json_lines, json_digest, write_json, write_json_lines
+from alignment.locks import alone, remove_unfinished
+from alignment.models.pools import Pool, open_pool, sample_pool
 from alignment.models.sampling import Generation
+from alignment.processes import connect
 from alignment.rewards.base import Prompt
 from evaluation.plans import ModelSource, load_source_tokenizer
 
@@ -50,6 +52,7 @@ def sample_source(
     Raises:
         UserError: as of `sample_pool`; or a tokenizer without a chat template, with `chat`.
     """
+    connect()
     return sample_pool(
         source.load,
         load_source_tokenizer(source, chat),
@@ -79,8 +82,8 @@ def stored_scores(pool: Pool, identity: Mapping[str, Any], score: Score, progres
     """
     from tqdm import tqdm
 
-    named = {**identity, "pool_sha256": sha256_of(dict(pool.manifest))}
-    folder = pool.folder / "scores" / sha256_of(named)[:16]
+    named = {**identity, "pool_sha256": json_digest(dict(pool.manifest))}
+    folder = pool.folder / "scores" / json_digest(named)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         remove_unfinished(folder)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from alignment.errors import UserError, nearest, run_or_exit
 from evaluation.files import deliver
-from evaluation.statistics import Interval, cluster_sums, holm, percentile_interval, sign_flip_p_value
+from evaluation.statistics import Interval, cluster_codes, cluster_sums, holm, percentile_interval, sign_flip_p_value
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -202,18 +202,16 @@ class _Table:
         clusters: Sequence[Hashable] | None,
         style: Array | None,
     ) -> _Table:
-        labels: Sequence[Hashable] = range(len(share)) if clusters is None else clusters
-        places: dict[Hashable, int] = {}
-        codes = np.array([places.setdefault(label, len(places)) for label in labels], dtype=np.intp)
+        codes, count = cluster_codes(range(len(share)) if clusters is None else clusters)
         if style is not None:
             design = np.column_stack([_design(first, second, systems), style])
-            return cls(design, share, np.ones(len(share)), codes, len(places))
+            return cls(design, share, np.ones(len(share)), codes, count)
         low, high = np.minimum(first, second), np.maximum(first, second)
         pairs, at = np.unique(np.stack([low, high], axis=1), axis=0, return_inverse=True)
-        won, games = np.zeros((len(places), len(pairs))), np.zeros((len(places), len(pairs)))
+        won, games = np.zeros((count, len(pairs))), np.zeros((count, len(pairs)))
         np.add.at(won, (codes, at.ravel()), np.where(second == high, share, 1 - share))
         np.add.at(games, (codes, at.ravel()), 1.0)
-        return cls(_design(pairs[:, 0], pairs[:, 1], systems), won, games, None, len(places))
+        return cls(_design(pairs[:, 0], pairs[:, 1], systems), won, games, None, count)
 
     def solve(self, weight: Array) -> Array | None:
         """Coefficients with the given weights of clusters, [C]."""

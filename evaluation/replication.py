@@ -246,14 +246,14 @@ def _duels(replication: Replication, folder: Path, task: Path) -> dict[str, Any]
     policy on all prompts wins so much more than 1/2. A lower bound of what a best reply to each prompt would win.
     """
     from alignment.rewards import get_oracle
-    from evaluation.policies import shares_won
+    from evaluation.policies import means_of, tables_won
 
     assert replication.oracle is not None
     oracle, rows, names = get_oracle(**replication.oracle), _held_out(replication, task), list(replication.arms)
     prompts = [row["prompt"] for row in rows]
 
     def won(ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]) -> float:
-        return float(np.nanmean(shares_won(oracle, prompts, ours, theirs)))
+        return float(np.nanmean(means_of(tables_won(oracle, prompts, ours, theirs))))
 
     wins, exploited = [], []
     for seed in range(replication.seeds):

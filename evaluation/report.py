@@ -38,23 +38,28 @@ def write_report(run_dir: Path | str) -> Path:
     Raises:
         UserError: there is no such folder, it holds neither file, or one of its files cannot be read.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     run = Path(run_dir)
     if not any((run / name).is_file() for name in ("manifest.json", "metrics.jsonl")):
         raise UserError(f"{run}: neither manifest.json nor metrics.jsonl there; give a run directory")
-    environment = Environment(
+    environment = page_environment()
+    environment.filters.update(percent=comparison.percent, interval=comparison.percent_interval, number=format_number)
+    page = environment.get_template("report.html").render(**report_content(run))
+    path = run / "report.html"
+    write_text(path, page)
+    return path
+
+
+def page_environment() -> Any:
+    """jinja2 with this package's templates: everything escaped, nothing undefined."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=comparison.percent, interval=comparison.percent_interval, number=format_number)
-    page = environment.get_template("report.html").render(**report_content(run))
-    path = run / "report.html"
-    write_text(path, page)
-    return path
 
 
 def report_content(run: Path) -> dict[str, Any]:

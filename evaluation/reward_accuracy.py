@@ -30,7 +30,7 @@ from alignment.errors import UserError, run_or_exit
 from alignment.rewards import RewardFunction, get_reward
 from evaluation.comparison import FEW_PROMPTS, describe_judge
 from evaluation.files import deliver
-from evaluation.statistics import bootstrap_means, cluster_sums, percentile_interval, wilson_interval
+from evaluation.statistics import bootstrap_means, cluster_bootstrap, percentile_interval, wilson_interval
 
 Array = NDArray[np.float64]
 
@@ -280,11 +280,10 @@ def _subset(
     tied = sum(ok and max(good) == max(bad) for (good, bad), ok in zip(split, known, strict=True))
     values = np.array([r for r, ok in zip(results, known, strict=True) if ok])
     prompts = [item.prompt for item, ok in zip(items, known, strict=True) if ok]
-    sums = cluster_sums(values[:, None], prompts)
-    drawn = bootstrap_means(sums, RESAMPLES, rng)
-    wilson = wilson_interval(float(values.mean()), len(sums), LEVEL)
+    drawn = cluster_bootstrap(values[:, None], prompts, RESAMPLES, rng)
+    wilson = wilson_interval(float(values.mean()), len(set(prompts)), LEVEL)
     counts |= {"tied_at_the_top": tied, "wilson_interval": [wilson.low, wilson.high]}
-    return float(values.mean()), drawn[:, 0] / drawn[:, 1], counts
+    return float(values.mean()), drawn[:, 0], counts
 
 
 def describe(result: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ Scores that are NaN mean "could not be scored": they are left out and counted, n
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -286,6 +286,13 @@ def mean_difference(
     return MeanDifference(float(mean_a), float(mean_b), difference, len(values))
 
 
+def cluster_codes(labels: Iterable[Hashable]) -> tuple[NDArray[np.intp], int]:
+    """The number of each row's cluster, in order of first appearance, and how many clusters there are."""
+    places: dict[Hashable, int] = {}
+    codes = np.array([places.setdefault(label, len(places)) for label in labels], dtype=np.intp)
+    return codes, len(places)
+
+
 def cluster_sums(columns: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Array:
     """Sums of rows by cluster, with the number of rows in the last column.
 
@@ -303,11 +310,10 @@ def cluster_sums(columns: ArrayLike, clusters: Sequence[Hashable] | None = None)
     counted = np.column_stack([values, np.ones(len(values))])
     if clusters is None:
         return counted
-    places: dict[Hashable, int] = {}
-    codes = np.array([places.setdefault(label, len(places)) for label in clusters], dtype=np.intp)
+    codes, count = cluster_codes(clusters)
     if len(codes) != len(values):
         raise ValueError(f"{len(values)} rows but {len(codes)} cluster labels")
-    sums = np.zeros((len(places), counted.shape[1]))
+    sums = np.zeros((count, counted.shape[1]))
     np.add.at(sums, codes, counted)
     return sums
 

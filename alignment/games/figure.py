@@ -1,8 +1,7 @@
 """The picture of an experiment in games: duality gap against iterations (above) and gradient evaluations (below).
 
-One column per setting, one colour per method; the thick line is the median over games (and
-seeds), the band reaches to the worst of them. A
-straight line is linear convergence. matplotlib only, no pyplot.
+One column per setting, one colour per method; the thick line is the median over games (and seeds), the band reaches to
+the worst of them. A straight line is linear convergence. matplotlib only, no pyplot.
 """
 
 from __future__ import annotations

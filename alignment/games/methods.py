@@ -25,7 +25,7 @@ from alignment.objectives import Objective, get_objective, objective_class
 Source = Literal["uniform", "policy", "reference"]
 Opponent = Literal["policy", "mixture"]
 
-# Who draws the pair, and who is the third response; as each objective's card asks for it.
+# Who draws the pair, and who is the third response, as the method is usually run.
 _USUAL: dict[str, tuple[Source, Opponent]] = {
     "egpo": ("uniform", "policy"),
     "online_ipo1": ("uniform", "policy"),
@@ -39,7 +39,7 @@ _USUAL: dict[str, tuple[Source, Opponent]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """An objective with its place in the game; None is what its card asks for.
+    """An objective with its place in the game; None is how the method is usually run.
 
     Attributes:
         objective: a registered name.

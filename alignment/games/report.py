@@ -52,6 +52,9 @@ def _after(curve: Curve, what: str, count: int) -> Tensor:
     return curve.at(count if what == "iterations" else count // curve.evaluations)
 
 
+MIRROR = ("egpo", "online_ipo1", "nash_md")  # whose loss, with pairs drawn uniformly, is mirror descent's step
+
+
 def verdicts(experiment: Experiment, panels: Sequence[Panel]) -> list[tuple[bool, str]]:
     """What theory says of exact tabular runs, and whether it holds here: (holds, sentence). Empty for other runs.
 
@@ -65,11 +68,13 @@ def verdicts(experiment: Experiment, panels: Sequence[Panel]) -> list[tuple[bool
     for panel in panels:
         for name, curve in panel.curves.items():
             method = curve.method
-            mirror = method.sampler == "uniform" and method.opponent == "policy" and method.rate_scale == 1
+            plain = method.rate_scale == 1 and not method.hyperparameters
+            drawn = method.sampler == "uniform" and method.opponent == "policy"
+            mirror = plain and drawn and method.objective in MIRROR
             if mirror and method.look_ahead:
                 if bool((-2 * panel.extra.log() * panel.setting.iterations >= ENOUGH).all()):
                     found.append(_linear(panel, name, curve))
-            elif mirror or method.objective == "inpo":
+            elif mirror or (plain and method.objective == "inpo"):
                 found.append(_repelled(panel, name, curve))
     return found
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from alignment.errors import UserError
 from alignment.files import write_json, write_text
 from alignment.games import figure, lab, report
+from alignment.locks import make_folder
 
 
 def run_and_write(claim: str, experiment: lab.Experiment, folder: Path) -> tuple[str, bool]:
@@ -15,10 +16,7 @@ def run_and_write(claim: str, experiment: lab.Experiment, folder: Path) -> tuple
     Raises:
         UserError: the folder cannot be made, or an objective cannot be played in a game.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+    make_folder(folder)
     try:
         panels = lab.run(experiment)
     except ValueError as error:

@@ -12,8 +12,6 @@ with the same versions and, on CPUs, threads). How samples are drawn is a backen
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, read_json_object, write_json, write_json_lines
+from alignment.files import iterate_json_lines, json_digest, read_json_object, write_json, write_json_lines
 from alignment.locks import alone, is_leftover, make_folder, remove_unfinished
 from alignment.models.backends import Backend, TransformersBackend
 from alignment.models.sampling import Generation, Prompt, Sample, prompt_ids
@@ -156,9 +154,9 @@ def sample_pool(
         progress: label of the main process's progress bar.
 
     Raises:
-        UserError: no prompts, greedy sampling, a folder with something else in it, other settings than the pool's,
-            another process at work on it, or a backend that fails. Before anything is drawn it is raised on all
-            processes; later, on the one that fails.
+        UserError: no prompts, several greedy samples, a folder with something else in it, other settings than the
+            pool's, another process at work on it, or a backend that fails. Before anything is drawn it is raised on
+            all processes; later, on the one that fails.
     """
     from accelerate import PartialState
 
@@ -175,8 +173,8 @@ def sample_pool(
         "model": name or str(load["name_or_path"]),
         **backend.describe(),
         "prompts": len(prompts),
-        "prompts_sha256": sha256_of(list(prompts)),
-        "template_sha256": sha256_of(getattr(tokenizer, "chat_template", None)),
+        "prompts_sha256": json_digest(list(prompts)),
+        "template_sha256": json_digest(getattr(tokenizer, "chat_template", None)),
         "n": n,
         **asdict(generation),
         "seed": seed,
@@ -201,14 +199,12 @@ def sample_pool(
 
 
 def _refuse_greed(generation: Generation, n: int) -> None:
-    """UserError for settings under which all samples of a prompt are the same, or that are no numbers."""
+    """UserError for several samples of a prompt that would all be the same, and for what is no number."""
     for key in ("temperature", "top_p"):
-        value = getattr(generation, key)
-        if not 0 < value < math.inf:
-            greedy = "; greedy samples of a prompt are all the same" if value == 0 else ""
-            raise UserError(f"{key}: must be a number above 0 for a pool, not {value:g}{greedy}")
-    if generation.top_k == 1 and n > 1:
-        raise UserError("top_k: 1 is greedy, and greedy samples of a prompt are all the same")
+        if not 0 <= getattr(generation, key) < math.inf:
+            raise UserError(f"{key}: must be a number, at least 0, not {getattr(generation, key):g}")
+    if n > 1 and generation.greedy:
+        raise UserError(f"{generation.greedy}: greedy samples of a prompt are all the same; ask for one")
 
 
 def _warn_of_idle(pool: Pool, state: PartialState) -> None:
@@ -286,11 +282,6 @@ def _row(prompt: Prompt, ids: list[int], samples: list[Sample]) -> dict[str, Any
 def _seed(seed: int, shard: int, start: int) -> int:
     """A seed for one call of a backend: different and unrelated for every part of the pool."""
     return int(np.random.SeedSequence([seed, shard, start]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def sha256_of(value: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _refuse_changes(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -28,6 +28,12 @@ class Generation:
     top_k: int = 0
     batch_size: int = 64
 
+    @property
+    def greedy(self) -> str:
+        """The setting that makes all samples of a prompt the same; empty where none does."""
+        keys = {"temperature": self.temperature == 0, "top_p": self.top_p == 0, "top_k": self.top_k == 1}
+        return next((f"{key}: {getattr(self, key):g}" for key, same in keys.items() if same), "")
+
 
 @dataclass(frozen=True)
 class Sample:

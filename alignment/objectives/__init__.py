@@ -22,6 +22,7 @@ from alignment.objectives.registry import (
     load_plugin,
     objective_class,
     objective_signature,
+    own_cards,
     register,
 )
 from alignment.objectives.samples import GroupLogps, SamplePairs
@@ -41,10 +42,11 @@ __all__ = [
     "load_plugin",
     "objective_class",
     "objective_signature",
+    "own_cards",
     "register",
 ]
 
-_NOT_OBJECTIVES = {"base", "batch", "on_policy", "registry", "render", "samples"}
+_NOT_OBJECTIVES = {"base", "batch", "margin", "on_policy", "registry", "render", "samples"}
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.ispkg and _module.name not in _NOT_OBJECTIVES:

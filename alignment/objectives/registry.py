@@ -27,6 +27,7 @@ from alignment.objectives.base import (
 )
 from alignment.objectives.samples import NEEDS_OF
 
+PACKAGE = "alignment.objectives."
 _REGISTRY: dict[str, type[Objective]] = {}
 T = TypeVar("T", bound=type[Objective])
 
@@ -96,6 +97,11 @@ def no_such_hyperparameter(cls: type[Objective], key: str) -> str:
     valid = [field.name for field in dataclasses.fields(cls)]
     which = f"objective {cls.card.name!r}" + (f" with {cls.card.selected}" if cls.card.selected else "")
     return f"{which} has no hyper-parameter {key!r}" + (nearest(key, valid) if valid else "; it takes none")
+
+
+def own_cards() -> list[Card]:
+    """The cards of this package's objectives, without plug-ins that happen to be loaded."""
+    return [card for card in list_objectives() if objective_class(card.name).__module__.startswith(PACKAGE)]
 
 
 def list_objectives() -> list[Card]:

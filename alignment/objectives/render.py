@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from alignment.objectives import Card, HyperParameter, list_objectives, objective_class
+from alignment.objectives import Card, HyperParameter, objective_class, own_cards
 from alignment.objectives.samples import WHY_OF
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = "alignment.objectives."
 SAMPLES = {
     "pairs": "labelled pairs",
     "samples": "two of the policy's own per prompt (`SamplePairs`)",
@@ -30,11 +29,6 @@ JUDGES = {
 }
 SECTIONS = ("Formula", "When to use it", "What to watch", "What this implementation does", "Measured")
 NEW_PAGE = "# {name}: {title}\n\nTODO: the idea.\n\n{sections}\n<!-- card:begin -->\n<!-- card:end -->\n"
-
-
-def own_cards() -> list[Card]:
-    """The cards of this package's objectives, without plug-ins that happen to be loaded."""
-    return [card for card in list_objectives() if objective_class(card.name).__module__.startswith(PACKAGE)]
 
 
 def _hyperparameters(card: Card) -> tuple[str, tuple[HyperParameter, ...]]:

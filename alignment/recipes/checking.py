@@ -14,7 +14,7 @@ from pydantic import PrivateAttr, ValidationError
 
 from alignment.errors import nearest
 from alignment.recipes.document import Document, KeyPath, Origin, Problem, RecipeError
-from alignment.recipes.merge import apply_overrides, read_with_bases
+from alignment.recipes.merge import COMMAND_LINE, apply_overrides, read_with_bases
 from alignment.recipes.schema import OpenSection, Section
 
 Kind = TypeVar("Kind", bound="Root")
@@ -71,6 +71,13 @@ def checked(
         raise RecipeError(document.problems)
     recipe._document = document
     return recipe
+
+
+def beside(document: Document, where: KeyPath, file: str) -> str:
+    """The absolute path of a file as it lies from the recipe that names it; from here, if the command line does."""
+    source = document.origin(where).source
+    folder = Path() if source == COMMAND_LINE else Path(source).parent
+    return str((folder / file).resolve())
 
 
 def problems_of(failed: ValidationError, document: Document, kind: type[Root]) -> list[Problem]:

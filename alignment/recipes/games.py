@@ -58,12 +58,16 @@ class SettingSection(Section):
 
 
 class MethodSection(Section):
-    """One line of the figure: an objective, and where it differs from what its card asks for."""
+    """One line of the figure: an objective, and where it differs from how the method is usually run."""
 
     objective: Text = Field(description="A name of `alignment objectives`.")
     name: Text | None = option(None, "In figure and table.", "the objective's name")
-    sampler: Literal["uniform", "policy", "reference"] | None = option(None, "Draws the pair.", "the card's")
-    opponent: Literal["policy", "mixture"] | None = option(None, "Gives the third response.", "the card's")
+    sampler: Literal["uniform", "policy", "reference"] | None = option(
+        None, "Draws the pair.", "as the method is usually run"
+    )
+    opponent: Literal["policy", "mixture"] | None = option(
+        None, "Gives the third response.", "as the method is usually run"
+    )
     mixture: float | None = option(None, "c of the mixture pi^(1-c) ref^c.", "eta beta", ge=0, le=1)
     look_ahead: bool | None = option(None, "Extragradient.", "for egpo")
     exact: bool | None = option(None, "An iteration is the minimiser of the population loss.", "for inpo")
@@ -73,10 +77,10 @@ class MethodSection(Section):
     @model_validator(mode="after")
     def _is_known(self) -> MethodSection:
         try:
-            batch = objective_class(self.objective).card.batch
+            card = objective_class(self.objective).card
         except ValueError as wrong:
             raise refused_at(str(wrong), "objective") from None
-        if batch == "groups" or self.objective == "spo":
+        if card.batch == "groups" or "degree" in card.needs:
             raise refused_at(f"{self.objective!r} reads what the arms of a game do not have", "objective")
         return self
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from alignment.recipes.checking import Kind, Root, checked, shown
+from alignment.recipes.checking import Kind, Root, beside, checked, shown
 from alignment.recipes.document import Document, Origin, Problem, RecipeError
 from alignment.recipes.iterate import (
     IterateDataSection,
@@ -22,7 +22,6 @@ from alignment.recipes.iterate import (
     iterate_problems,
     iteration_sections,
 )
-from alignment.recipes.merge import COMMAND_LINE
 from alignment.recipes.on_policy import on_policy_problems
 from alignment.recipes.reward_model import RewardDataSection, RewardModelSection, RewardTrainingSection
 from alignment.recipes.rows import DataSection
@@ -295,6 +294,7 @@ def _fill_in(document: Document) -> None:
         document.values["training"] = {**defaults, **training}
     objective = document.values.get("objective")
     if isinstance(objective, dict) and isinstance(objective.get("file"), str):
-        origin = document.origin(("objective", "file"))
-        folder = Path() if origin.source == COMMAND_LINE else Path(origin.source).parent
-        document.values["objective"] = {**objective, "file": str((folder / objective["file"]).resolve())}
+        document.values["objective"] = {
+            **objective,
+            "file": beside(document, ("objective", "file"), objective["file"]),
+        }

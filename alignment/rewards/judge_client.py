@@ -7,7 +7,6 @@ one goes on from it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
-from alignment.files import read_json_object, write_text
+from alignment.files import json_digest, read_json_object, write_text
 from alignment.http import Connection, Failed, JsonServer, parsed
 
 FORMAT = 1  # of the cache; part of the key
@@ -57,7 +56,7 @@ class ChatClient:
     def file(self, request: Mapping[str, Any]) -> Path:
         """Where the answer to a request is kept: a name from everything that decides it."""
         keyed = {"format": FORMAT, "base_url": self.server.base_url, "request": request}
-        return self.cache / f"{hashlib.sha256(json.dumps(keyed, sort_keys=True).encode()).hexdigest()}.json"
+        return self.cache / f"{json_digest(keyed)}.json"
 
     def ask(self, requests: Sequence[Mapping[str, Any]]) -> list[Reply]:
         """One reply per request, in order; equal requests are sent once.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from alignment.errors import UserError
-from alignment.files import read_json_object
+from alignment.files import json_digest, read_json_object
 from alignment.rewards.base import Prompt, RewardFunction, check_lengths
 from alignment.rewards.registry import get_reward
 
@@ -223,7 +223,7 @@ class TabularOracle:
         return [math.nan if i is None or j is None else float(matrix[i][j]) for i, j in known]
 
     def describe(self) -> str:
-        digest = hashlib.sha256(json.dumps(dict(self._content), sort_keys=True).encode()).hexdigest()[:12]
+        digest = json_digest(dict(self._content))[:12]
         source = f" in {self.table}" if isinstance(self.table, str) else ""
         return f"table of preferences among {len(self._places)} responses{source}, SHA-256 {digest}"
 

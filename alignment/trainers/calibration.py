@@ -62,11 +62,3 @@ class Calibration:
             "calibration/overconfidence": float(gap.sum()) / pairs,
             "calibration/noise": float((variance * 2 / math.pi).sqrt().sum()) / pairs,
         }
-
-
-def agreement(chosen: torch.Tensor, rejected: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
-    """`[B]`: 1 where the implicit rewards order a pair as its label does, else 0; 0.5 where the label is a tie."""
-    if label is None:
-        return (chosen > rejected).double()
-    agrees = torch.where(label > 0.5, chosen > rejected, rejected > chosen).double()
-    return torch.where(label == 0.5, 0.5, agrees)

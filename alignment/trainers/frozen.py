@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from alignment.errors import UserError
+from alignment.files import json_digest
 from alignment.models.gguf import cache_root
 from alignment.trainers.scoring import relative_gap
 
@@ -53,7 +54,7 @@ def rows_digest(rows: Iterable[Sequence[list[int]]]) -> str:
 def cache_file(parts: dict[str, Any]) -> Path:
     """Where the table of these parts of a key lies."""
     everything = parts | {"format": FORMAT, **{name: version(name) for name in ("torch", "transformers")}}
-    key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+    key = json_digest(everything)
     return cache_root() / "logps" / f"{key[:32]}.safetensors"
 
 

@@ -85,3 +85,20 @@ class EpochOrder(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):  # noqa: D102
         self.on_train_begin(args, state, control)
+
+
+def agreement(chosen: torch.Tensor, rejected: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
+    """1 where the scores put first whom the label puts first, 0 where not, 0.5 where either is a tie.
+
+    Args:
+        chosen, rejected: `[B]`, or `[B, k]` of k judges.
+        label: `[B]`, probability that chosen is the better one; None: 1.
+
+    Returns:
+        The scores' shape.
+    """
+    right = (chosen > rejected).double() + 0.5 * (chosen == rejected)
+    if label is None:
+        return right
+    sign = torch.sign(label.double() - 0.5).to(right.device)
+    return 0.5 + (sign if right.dim() == 1 else sign[:, None]) * (right - 0.5)

@@ -25,12 +25,12 @@ from alignment.errors import UserError
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective, reads_reference
 from alignment.objectives.batch import NEEDS
-from alignment.trainers.calibration import Calibration, agreement
+from alignment.trainers.calibration import Calibration
 from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
 from alignment.trainers.collation import BRANCHES, FROZEN_COLUMNS, LengthGroupedSampler, PairCollator, prompt_fits
 from alignment.trainers.degree import COLUMNS, DegreeTrainer
 from alignment.trainers.layout import possible_layout
-from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals
+from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals, agreement
 from alignment.trainers.normalized import NormalizedGradient
 from alignment.trainers.reference import ReferenceTrainer
 from alignment.trainers.scoring import (

@@ -24,7 +24,7 @@ from alignment.models.digest import gathered_parameter
 from alignment.models.reward_model import Facts, head_of, padded
 from alignment.rewards.losses import RewardLoss, general_score, unit
 from alignment.trainers.collation import LengthGroupedSampler, truncated
-from alignment.trainers.metrics import EpochOrder, Totals
+from alignment.trainers.metrics import EpochOrder, Totals, agreement
 
 BRANCHES = ("chosen", "rejected")
 FEATURES = "features"  # column of a frozen trunk: [2, width], chosen and rejected
@@ -260,12 +260,3 @@ def general_pair(logits: torch.Tensor, facts: Facts) -> torch.Tensor:
     first, second, prompt = logits.chunk(3)
     gate = prompt[:, 2 * planes :].softmax(-1)  # lambda(x) = softmax(W h_prompt)
     return general_score(unit(first[:, : 2 * planes]), unit(second[:, : 2 * planes]), gate)
-
-
-def agreement(chosen: torch.Tensor, rejected: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
-    """`[B, k]`: 1 where the scores put first whom the label puts first, 0 where not, 0.5 where either is a tie."""
-    right = (chosen > rejected).double() + 0.5 * (chosen == rejected)
-    if label is None:
-        return right
-    sign = torch.sign(label.double() - 0.5).to(right.device)[:, None]
-    return 0.5 + sign * (right - 0.5)

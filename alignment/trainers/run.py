@@ -6,8 +6,6 @@ doing once is done by the main process while the others wait.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import time
 from pathlib import Path
@@ -25,7 +23,7 @@ from alignment.data.pipeline import Prepared, fingerprint, prepare, prepare_rows
 from alignment.data.preferences import read_prompts, read_rows
 from alignment.data.sampled import best_against_worst, with_label_noise
 from alignment.errors import UserError
-from alignment.files import write_json_lines
+from alignment.files import json_digest, write_json_lines
 from alignment.models import load_model, load_tokenizer
 from alignment.models.digest import weights_digest
 from alignment.models.gguf import cache_root
@@ -76,7 +74,7 @@ def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> l
         "judge": judge.describe(),
         "torch": torch.__version__,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    digest = json_digest(key)
     cached = cache_root() / "samples" / f"{digest[:32]}.jsonl"
     if cached.is_file():
         print(f"  the same samples are in the cache: {cached}", flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.files import write_text
-from alignment.models.pools import alone
+from alignment.locks import alone
 from evaluation.compare import runs as running
 from evaluation.compare.plan import (
     Arm,

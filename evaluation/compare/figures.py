@@ -33,15 +33,16 @@ def draw_all(result: Row, folder: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-def _ranked(result: Row) -> list[Row]:
-    return sorted(result["objectives"], key=lambda row: row["over_start"]["rate"])
+def ranked(result: Row) -> list[Row]:
+    """The objectives, the highest win rate over the start first."""
+    return sorted(result["objectives"], key=lambda row: -row["over_start"]["rate"])
 
 
 def ordered_matrix(result: Row) -> tuple[list[str], list[list[Row | None]]]:
     """Names and cells, the highest win rate over the start first, the start itself last."""
     names, cells = result["matrix"]["names"], result["matrix"]["cells"]
-    ranked = [names.index(row["label"]) for row in reversed(_ranked(result))]
-    order = [*ranked, *(i for i in range(len(names)) if i not in ranked)]
+    order = [names.index(row["label"]) for row in ranked(result)]
+    order += [i for i in range(len(names)) if i not in order]
     return [names[i] for i in order], [[cells[i][j] for j in order] for i in order]
 
 
@@ -56,7 +57,7 @@ def _plain(axes: Any, along: str = "x") -> None:
 
 def win_rates(figure: Any, result: Row) -> None:
     """Two panels: over the start (with length control), and over the baseline."""
-    rows, base, names = _ranked(result), result["baseline"], result["matrix"]["names"]
+    rows, base, names = ranked(result)[::-1], result["baseline"], result["matrix"]["names"]
     figure.set_size_inches(9.2, 1.5 + 0.34 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
     for y, row in enumerate(rows):
@@ -110,7 +111,7 @@ def matrix(figure: Any, result: Row) -> None:
 
 def frontier(figure: Any, result: Row) -> None:
     """Reward, or win rate over the start, against KL: the chosen points on test prompts, a faint dot for each seed."""
-    rows = list(reversed(_ranked(result)))
+    rows = ranked(result)
     figure.set_size_inches(9.2, 4.9)
     tuned = any(row["tuned"] for row in rows)
     left, right = figure.subplots(1, 2) if tuned else (figure.subplots(), None)
@@ -153,7 +154,7 @@ def _widened(axes: Any, values: Sequence[float]) -> None:
 
 def displacement(figure: Any, result: Row) -> None:
     """Log-probability of chosen and rejected since the start, on the pairs that all trained on."""
-    rows = [row for row in _ranked(result) if "chosen" in row]
+    rows = [row for row in ranked(result)[::-1] if "chosen" in row]
     figure.set_size_inches(9.2, 1.5 + 0.34 * len(rows))
     axes = figure.subplots()
     for y, row in enumerate(rows):

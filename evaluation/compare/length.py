@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.compare.measure import Measured
+from evaluation.length_control import length_controlled, standardise
 
 Array = NDArray[np.float64]
 
@@ -27,12 +28,8 @@ def length_controlled_rate(
         shares: [Q, S] of each seed: what each sample won against the start's sample of the same number.
 
     Returns:
-        `rate`, `low`, `high`; None where there are too few judged pairs, or no length control ("not available").
+        `rate`, `low`, `high`; None where there are too few judged pairs ("not available").
     """
-    try:
-        from evaluation.length_control import length_controlled, standardise
-    except ImportError:  # an installation without it
-        return None
     ours, theirs = (np.concatenate([_characters(one) for one in side]) for side in (policies, starts))
     prompts: list[Any] = [q for table in shares for q in range(table.shape[0]) for _ in range(table.shape[1])]
     won = np.concatenate([table.ravel() for table in shares])

@@ -6,20 +6,19 @@ seed of it, has a seed of its own, so that no two share random numbers. No stati
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.files import iterate_json_lines, read_json_object, write_json
-from alignment.models.pools import sha256_of
+from alignment.files import iterate_json_lines, json_digest, read_json_object, write_json
 from evaluation.compare.plan import Run
 from evaluation.compare.recipe import CompareRecipe
-from evaluation.policies import log_probs, shares_won
+from evaluation.policies import log_probs, means_of, tables_won
+from evaluation.statistics import preferences
 
 Array = NDArray[np.float64]
 
@@ -37,7 +36,6 @@ class Measured:
         finished: share that ended before the token limit.
         distinct_1, distinct_2: different n-grams of token ids as a share of all.
         displacement: (chosen, rejected): mean log pi - log start of the first PAIRS shared pairs; None: not measured.
-        scores: [Q, S] of a reward, filled in by `Judge`.
     """
 
     responses: list[list[str]]
@@ -47,7 +45,6 @@ class Measured:
     distinct_1: float
     distinct_2: float
     displacement: tuple[float, float] | None
-    scores: list[Array] = field(default_factory=list)
 
     @property
     def kl(self) -> float:
@@ -86,7 +83,7 @@ class Measurer:
 
     def _kept(self, file: Path, final: str | None, seed: str, which: str, pairs: Path | None) -> Measured:
         asked = {
-            "prompts": sha256_of(list(self.prompts[which])),
+            "prompts": json_digest(list(self.prompts[which])),
             "samples": self.recipe.evaluation.samples_per_prompt,
             "generation": self.recipe.generation.model_dump(exclude={"seed", "replay"}),
             "seed": f"{seed} {self.recipe.evaluation.seed}",
@@ -96,7 +93,6 @@ class Measurer:
         if stored.get("of") != asked:
             print(f"   sampling {seed}", flush=True)
             stored = {"of": asked, **self._measure(final, str(asked["seed"]), which, pairs)}
-            stored = json.loads(json.dumps(stored))
             write_json(file, stored)
         pair = stored["displacement"]
         return Measured(
@@ -118,7 +114,7 @@ class Measurer:
         start, tokenizer = self._start
         model, _ = self._start if final is None else self._loaded(final)
         prompts, settings = list(self.prompts[which]), self.recipe.generation.drawing
-        settings["seed"] = int(sha256_of(seed)[:12], 16)
+        settings["seed"] = int(json_digest(seed)[:12], 16)
         drawn = sample(model, tokenizer, prompts, self.recipe.evaluation.samples_per_prompt, **settings)
         flat = [(prompt_ids(tokenizer, p), one.ids) for p, group in zip(prompts, drawn, strict=True) for one in group]
         ratio = np.zeros(len(flat)) if final is None else log_probs(model, flat) - log_probs(start, flat)
@@ -168,39 +164,38 @@ class Judge:
         reward, oracle = recipe.reward, recipe.oracle
         self.reward: Any = None if reward is None else get_reward(reward.name, **reward.options)
         self.oracle: Any = None if oracle is None else get_oracle(oracle.name, **oracle.options)
+        # By identity of the policies, which are kept with their numbers so that none is taken for another.
+        self._scores: dict[int, tuple[Measured, Array]] = {}
+        self._tables: dict[tuple[int, int], tuple[Measured, Measured, list[Array]]] = {}
 
     def describe(self) -> str:
         """Its name and settings."""
-        said = (self.reward or self.oracle).describe()
-        return said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+        return str((self.reward or self.oracle).describe())
 
     def scores(self, prompts: Sequence[str], one: Measured) -> Array:
         """[Q, S] of a reward; each policy's samples are scored once."""
-        if not one.scores:
+        if id(one) not in self._scores:
             flat = [(p, text) for p, group in zip(prompts, one.responses, strict=True) for text in group]
             values = self.reward.score([p for p, _ in flat], [text for _, text in flat])
-            one.scores.append(np.array(values, dtype=np.float64).reshape(len(prompts), -1))
-        return one.scores[0]
+            self._scores[id(one)] = one, np.array(values, dtype=np.float64).reshape(len(prompts), -1)
+        return self._scores[id(one)][1]
+
+    def tables(self, prompts: Sequence[str], ours: Measured, theirs: Measured) -> list[Array]:
+        """Q tables [S, S]: what each sample of ours wins against each of theirs, ties one half; NaN: not judged. An
+        oracle is asked once about each pair of policies."""
+        if self.oracle is None:
+            both = zip(self.scores(prompts, ours), self.scores(prompts, theirs), strict=True)
+            return [preferences(a, b) for a, b in both]
+        key = id(ours), id(theirs)
+        if key not in self._tables:
+            answers = tables_won(self.oracle, prompts, ours.responses, theirs.responses)
+            self._tables[key] = ours, theirs, answers
+        return self._tables[key][2]
 
     def shares(self, prompts: Sequence[str], ours: Measured, theirs: Measured) -> Array:
-        """[Q] share of all pairs of samples of a prompt that ours wins, ties one half; NaN: none could be judged."""
-        if self.oracle is not None:
-            return shares_won(self.oracle, prompts, ours.responses, theirs.responses)
-        from evaluation.statistics import preferences
-
-        both = zip(self.scores(prompts, ours), self.scores(prompts, theirs), strict=True)
-        tables = [preferences(a, b) for a, b in both]
-        return np.array([np.nan if np.isnan(t).all() else np.nanmean(t) for t in tables])
+        """[Q] share of all pairs of samples of a prompt that ours wins; NaN: none could be judged."""
+        return means_of(self.tables(prompts, ours, theirs))
 
     def one_to_one(self, prompts: Sequence[str], ours: Measured, theirs: Measured) -> Array:
-        """[Q, S] share that each sample of ours wins against the sample of theirs with the same number."""
-        if self.oracle is not None:
-            flat = [
-                (p, a, b)
-                for p, us, them in zip(prompts, ours.responses, theirs.responses, strict=True)
-                for a, b in zip(us, them, strict=True)
-            ]
-            values = self.oracle.probability(*(list(column) for column in zip(*flat, strict=True)))
-            return np.array(values, dtype=np.float64).reshape(len(prompts), -1)
-        a, b = self.scores(prompts, ours), self.scores(prompts, theirs)
-        return np.where(np.isnan(a) | np.isnan(b), np.nan, (a > b) + 0.5 * (a == b))
+        """[Q, S] what each sample of ours wins against the sample of theirs with the same number."""
+        return np.array([table.diagonal() for table in self.tables(prompts, ours, theirs)])

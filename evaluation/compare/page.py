@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.compare.figures import draw_all, ordered_matrix
+from evaluation.compare.figures import draw_all, ordered_matrix, ranked
 from evaluation.compare.matrix import NO_DIFFERENCE
+from evaluation.report import page_environment
 
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -110,11 +111,6 @@ def matrix_table(result: Row) -> Table:
     return ["", *names], lines
 
 
-def ranked(result: Row) -> list[Row]:
-    """The objectives, the highest win rate over the start first."""
-    return sorted(result["objectives"], key=lambda row: -row["over_start"]["rate"])
-
-
 def claims(result: Row) -> list[str]:
     """What the tests let one say, in words."""
     base, found = result["baseline"], []
@@ -210,28 +206,23 @@ def as_csv(result: Row) -> str:
 
 def as_html(result: Row, folder: Path) -> str:
     """report.html, with its figures inside; they are written to FOLDER/figures as PNG, too."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent.parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     figures = [
         {"title": title, "reading": reading, "data": base64.b64encode(svg.encode()).decode()}
         for title, reading, svg in draw_all(result, folder / "figures")
     ]
     tables = [{"title": title, "head": head, "rows": rows} for title, (head, rows) in _tables(result)]
-    return environment.get_template("compare.html").render(
-        name=folder.resolve().name,
-        claims=claims(result),
-        notes=notes(result),
-        one_seed=len(result["seeds"]) == 1,
-        figures=figures,
-        tables=tables,
-        recipe=result["recipe"],
+    return (
+        page_environment()
+        .get_template("compare.html")
+        .render(
+            name=folder.resolve().name,
+            claims=claims(result),
+            notes=notes(result),
+            one_seed=len(result["seeds"]) == 1,
+            figures=figures,
+            tables=tables,
+            recipe=result["recipe"],
+        )
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from pydantic import ValidationError
 
 from alignment.data.preferences import read_prompts, same_prompt
-from alignment.objectives import get_objective, list_objectives, objective_class
+from alignment.objectives import get_objective, objective_class, own_cards
 from alignment.objectives.base import Objective, number_type, reads_reference
 from alignment.recipes import IterateRecipe, Origin, Problem, Recipe, RecipeError
 from alignment.recipes.checking import problems_of
@@ -126,13 +126,12 @@ def arms_of(recipe: CompareRecipe) -> list[Arm]:
 def all_that_fit(recipe: CompareRecipe) -> list[tuple[str, dict[str, Any]]]:
     """(name, hyper-parameters) of every objective that trains on pairs and whose needs the judge can meet."""
     found: list[tuple[str, dict[str, Any]]] = []
-    for card in list_objectives():
+    for card in own_cards():
         needs = set(card.needs)
         unmet = ("reward" in needs and recipe.reward is None) or (
             bool(needs & {"preference", "log_odds"}) and recipe.oracle is None
         )
-        ours = objective_class(card.name).__module__.startswith("alignment.objectives.")
-        if card.batch == "pairs" and ours and not unmet:
+        if card.batch == "pairs" and not unmet:
             variants = DIVERGENCES if card.name == "f_dpo" else ({},)
             found += [(card.name, dict(keys)) for keys in variants]
     return found

@@ -13,9 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from alignment.recipes.checking import Root, checked
+from alignment.recipes.checking import Root, beside, checked
 from alignment.recipes.document import Document
-from alignment.recipes.merge import COMMAND_LINE
 from alignment.recipes.registries import objective_defaults_and_errors
 from alignment.recipes.rows import DataSection
 from alignment.recipes.schema import Section, Text, error, option, refused_at
@@ -146,9 +145,7 @@ def _fill_in(document: Document) -> None:
     entries = section.get("objectives") if isinstance(section, dict) else None
     for i, entry in enumerate(entries if isinstance(entries, list) else []):
         if isinstance(entry, dict) and isinstance(entry.get("file"), str):
-            place = document.origin(("compare", "objectives", i)).source
-            folder = Path() if place == COMMAND_LINE else Path(place).parent
-            entry["file"] = str((folder / entry["file"]).resolve())
+            entry["file"] = beside(document, ("compare", "objectives", i), entry["file"])
     if not isinstance(training, dict):
         return
     document.values["training"] = training = {

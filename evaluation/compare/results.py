@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -59,9 +60,15 @@ def tuned_rows(
 
 
 def best_of(rows: Sequence[Mapping[str, float | None]]) -> float | None:
-    """The value with the highest win rate; of equals the one nearest to the middle of the grid."""
+    """The value with the highest win rate; of equals the one nearest to the middle of the grid. A value whose samples
+    could not be judged comes last."""
     middle = (len(rows) - 1) / 2
-    at = max(range(len(rows)), key=lambda i: (rows[i]["win_rate"] or 0.0, -abs(i - middle), -i))
+
+    def won(i: int) -> float:
+        rate = rows[i]["win_rate"]
+        return -math.inf if rate is None or math.isnan(rate) else rate
+
+    at = max(range(len(rows)), key=lambda i: (won(i), -abs(i - middle), -i))
     return rows[at]["value"]
 
 

@@ -139,6 +139,8 @@ def test_the_best_point_and_ties():
     rows = [{"value": v, "win_rate": w, "kl": 0.0} for v, w in ((1.0, 0.7), (2.0, 0.7), (3.0, 0.6))]
     assert best_of(rows) == 2.0  # of equals the one in the middle
     assert best_of(rows[::2]) == 1.0
+    unjudged = [{"value": 0.5, "win_rate": float("nan"), "kl": 0.0}, {"value": 0.6, "win_rate": None, "kl": 0.0}]
+    assert best_of([*unjudged, *rows[2:]]) == 3.0  # what could not be judged is never the best
 
 
 # --- fairness after the runs -----------------------------------------------------------------------------------------
@@ -225,6 +227,21 @@ def test_an_oracle_gives_the_same_shares_where_it_is_sure(files):
     ours, theirs = measured(("kind kind", "cold")), measured(("kind", "cold"))
     assert judge.shares(["a"], ours, theirs).tolist() == pytest.approx([0.625])
     assert judge.one_to_one(["a"], ours, theirs).tolist() == [pytest.approx([1.0, 0.5])]
+
+
+def test_an_oracle_is_asked_once_about_two_policies(files, monkeypatch):
+    """A judge by HTTP costs money: shares and one to one are read off the same answers."""
+    oracle = "oracle={name: bradley_terry, reward: {name: regex, pattern: kind}}"
+    judge = Judge(loaded(files, "reward=null", oracle, "compare.objectives=[dpo]"))
+    asked, probability = [], judge.oracle.probability
+    counting = lambda _, *three: asked.append(len(three[0])) or probability(*three)  # noqa: E731
+    monkeypatch.setattr(type(judge.oracle), "probability", counting)
+    ours, theirs = measured(("kind", "cold"), ("a", "b")), measured(("cold", "cold"), ("a", "b"))
+    for _ in range(2):
+        judge.shares(["a", "b"], ours, theirs), judge.one_to_one(["a", "b"], ours, theirs)
+    assert asked == [8]  # two prompts, 2 x 2 samples each
+    judge.shares(["a", "b"], ours, measured(("cold", "cold"), ("a", "b")))  # equal texts of another policy
+    assert asked == [8, 8]
 
 
 def test_a_cell_by_hand():

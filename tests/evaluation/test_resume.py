@@ -97,8 +97,6 @@ def test_a_run_keeps_its_samples(tiny, tmp_path):
 def test_what_cannot_be_sampled_is_one_line(given, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="^vLLM is not installed"):
         run_program({**given, "vllm": True})
-    with pytest.raises(UserError, match="greedy responses are drawn by transformers"):
-        run_program({**given, "vllm": True, "temperature": 0.0})
     with pytest.raises(UserError, match="--samples-dir does not apply with --a, --b"):
         run_program({"a": tmp_path, "b": tmp_path, "reward": "length", "samples_dir": tmp_path})
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -133,6 +133,10 @@ def test_verdicts_hold_here_and_fail_where_they_should(recipe, panels):
     short = dataclasses.replace(panel, setting=dataclasses.replace(panel.setting, iterations=100))
     assert len(report.verdicts(experiment, [short])) == 1  # nothing is said of a rate that cannot show
     assert report.verdicts(dataclasses.replace(experiment, samples=10), panels) == []
+    # Theory is of the methods as published: nothing is said of another loss in their place, nor of own settings.
+    other = {"objective": "dpo"}, {"hyperparameters": {"label_smoothing": 0.1}}
+    for change in other:
+        assert judged(egpo=dataclasses.replace(egpo, method=dataclasses.replace(egpo.method, **change))) == [True]
 
 
 def test_measured_rates():

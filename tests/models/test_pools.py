@@ -125,8 +125,11 @@ def test_what_is_no_pool_is_refused(tiny, tmp_path):
         draw(tiny, tmp_path)
     with pytest.raises(UserError, match="no manifest.json there"):
         open_pool(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="temperature: must be a number above 0"):
-        draw(tiny, tmp_path / "new", generation=Generation(temperature=0.0))
+    with pytest.raises(UserError, match="temperature: must be a number, at least 0, not -1"):
+        draw(tiny, tmp_path / "new", generation=Generation(temperature=-1.0))
+    for same in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}):
+        with pytest.raises(UserError, match=f"^{next(iter(same))}: [01]: greedy samples of a prompt are all the same"):
+            draw(tiny, tmp_path / "new", generation=Generation(**same))
     with pytest.raises(UserError, match="no prompts to sample"):
         draw(tiny, tmp_path / "new", prompts=[])
     assert not (tmp_path / "new").exists()
@@ -252,7 +255,7 @@ def test_prompts_of_a_jsonl_and_a_limit(root, words, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--temperature", "0"], "temperature: must be a number above 0 for a pool"),
+        (["--temperature", "0"], "temperature: 0: greedy samples of a prompt are all the same; ask for one"),
         (["--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--model", "./nowhere"], "cannot load './nowhere'"),
         (["--endpoint-model", "m"], "--endpoint-model without --endpoint"),

@@ -29,7 +29,7 @@ from alignment.recipes.trl_keys import PASSED_THROUGH
 from alignment.rewards import get_oracle, get_reward
 from alignment.rewards.losses import general_score, unit
 from alignment.rewards.scored import _loaded
-from alignment.trainers.reward_model import agreement, init_head
+from alignment.trainers.reward_model import init_head
 from alignment.trainers.reward_run import train
 from evaluation.held_out import write_held_out
 from tests.e2e.test_modes import pairs, training_lines
@@ -321,13 +321,6 @@ def test_noise_margins_and_bootstrap_reach_the_loss(given):
         weight = load_reward_model(run / "final").score.weight
         gaps.append(float((weight[0] - weight[1]).norm()))
     assert gaps[1] != pytest.approx(gaps[0], rel=1e-3)
-
-
-def test_agreement_counts_ties_one_half():
-    chosen, rejected = torch.tensor([[1.0], [0.0], [0.0]]), torch.tensor([[0.0], [1.0], [0.0]])
-    assert agreement(chosen, rejected, None).flatten().tolist() == [1, 0, 0.5]
-    assert agreement(chosen, rejected, torch.tensor([0.0, 0.0, 0.9])).flatten().tolist() == [0, 1, 0.5]
-    assert agreement(chosen, rejected, torch.tensor([0.5] * 3)).flatten().tolist() == [0.5] * 3
 
 
 def test_trl_takes_a_reward_as_it_is(given):

@@ -11,10 +11,9 @@ import torch
 from alignment.errors import UserError
 from alignment.models import load_model
 from alignment.objectives import get_objective
-from alignment.trainers.calibration import agreement
 from alignment.trainers.collation import LengthGroupedSampler
 from alignment.trainers.launching import plan_batches
-from alignment.trainers.metrics import DisplacementAlarm, Totals
+from alignment.trainers.metrics import DisplacementAlarm, Totals, agreement
 from tests.trainers.building import config, logged, preferences, trainer_for
 
 
@@ -57,11 +56,13 @@ def test_means_are_over_pairs_not_over_batches():
     assert totals.reduce(lambda t: t) == {}
 
 
-def test_accuracy_is_agreement_with_the_label():
+def test_accuracy_is_agreement_with_the_label_and_ties_count_one_half():
     chosen, rejected = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 2.0, 0.0])
-    assert agreement(chosen, rejected, None).tolist() == [1, 1, 0, 0, 0]
     label = torch.tensor([0.9, 0.2, 0.2, 0.5, 1.0])
-    assert agreement(chosen, rejected, label).tolist() == [1, 0, 1, 0.5, 0]
+    expected = [[1, 1, 0, 0, 0.5], [1, 0, 1, 0.5, 0.5]]
+    assert [agreement(chosen, rejected, given).tolist() for given in (None, label)] == expected
+    assert agreement(chosen[:, None], rejected[:, None], label).flatten().tolist() == expected[1]  # of one judge
+    assert agreement(chosen[:3], rejected[:3], torch.tensor([0.5] * 3)).tolist() == [0.5] * 3
 
 
 def test_alarm_speaks_once_when_chosen_falls(capsys):
