@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -242,6 +242,12 @@ def percent_interval(interval: Sequence[float]) -> str:
     return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; a bar inside a cell does not end it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def needs_wilson(result: dict[str, Any]) -> bool:
     """Whether the bootstrap interval alone would mislead: few prompts, or all of them came out alike."""
     return result["prompts"] < FEW_PROMPTS or result["interval"][0] == result["interval"][1]
@@ -274,56 +280,85 @@ def p_phrase(p_value: float) -> str:
     return f"p = {p_value:.2g}" if p_value >= 0.0001 else "p < 0.0001"
 
 
+def headline(result: dict[str, Any]) -> str:
+    """`Win rate  61.2 %  (95 % interval 55.0 to 67.1 %)`."""
+    level = f"{100 * result['level']:.0f} %"
+    return f"Win rate  {percent(result['win_rate'])}  ({level} interval {percent_interval(result['interval'])})"
+
+
+def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a reader needs beside the headline: a name of at most eleven characters, and a sentence."""
+    outcomes, pairs, lengths = result["prompt_outcomes"], result["pair_outcomes"], result["mean_characters"]
+    bootstrap = f"{result['bootstrap']['resamples']:,} resamples, seed {result['bootstrap']['seed']}"
+    found: list[tuple[str, str | None]] = [
+        ("Wilson", _wilson_phrase(result)),
+        ("model", result["model"]),
+        ("baseline", result["baseline"]),
+        (
+            "prompts",
+            f"{result['prompts']}, {samples_phrase(result)}; every sample meets every sample of the other side; "
+            f"bootstrap over prompts, {bootstrap}",
+        ),
+        (
+            "prompts won",
+            f"{outcomes['wins']}, tied {outcomes['ties']}, lost {outcomes['losses']}; "
+            f"sample pairs won {pairs['wins']}, tied {pairs['ties']}, lost {pairs['losses']}",
+        ),
+        ("ties", f"count one half above; dropped: {_dropped_phrase(result)}"),
+        ("mean score", _mean_phrase(result)),
+        (
+            "test",
+            f"{p_phrase(result['p_value'])} (two-sided sign-flip permutation over prompts)"
+            f"{_detectable_phrase(result)}",
+        ),
+        ("controlled", _controlled_phrase(result)),
+        ("length", f"{lengths['model']:.0f} against {lengths['baseline']:.0f} characters{_cut_phrase(result)}"),
+        ("judge", judge_sentence(result)),
+        ("orders", _orders_phrase(result)),
+        ("not scored", _excluded_phrase(result)),
+        ("sampling", result.get("sampling_note")),
+        ("overlap", result.get("overlap_note")),
+    ]
+    return [(name, text) for name, text in found if text]
+
+
 def describe(result: dict[str, Any]) -> str:
     """The readable block that the program prints."""
-    outcomes, pairs, mean = result["prompt_outcomes"], result["pair_outcomes"], result["mean_score"]
-    percent_level = f"{100 * result['level']:.0f} %"
-    bootstrap = f"{result['bootstrap']['resamples']:,} resamples, seed {result['bootstrap']['seed']}"
-    lines = [
-        f"Win rate  {percent(result['win_rate'])}  ({percent_level} interval {percent_interval(result['interval'])})",
-        f"  model       {result['model']}",
-        f"  baseline    {result['baseline']}",
-        f"  prompts     {result['prompts']}, {samples_phrase(result)}; every sample meets every sample of the other "
-        f"side; bootstrap over prompts, {bootstrap}",
-        f"  prompts won {outcomes['wins']}, tied {outcomes['ties']}, lost {outcomes['losses']}; "
-        f"sample pairs won {pairs['wins']}, tied {pairs['ties']}, lost {pairs['losses']}",
-        f"  ties        count one half above; dropped: {_dropped_phrase(result)}",
-        *_mean_lines(mean, percent_level),
-        f"  test        {p_phrase(result['p_value'])} (two-sided sign-flip permutation over prompts)"
-        f"{_detectable_phrase(result)}",
-        *_length_lines(result),
-        f"  length      {result['mean_characters']['model']:.0f} against {result['mean_characters']['baseline']:.0f} "
-        f"characters{_cut_phrase(result)}",
-        f"  judge       {judge_sentence(result)}",
-    ]
-    if needs_wilson(result):
-        lines.insert(
-            1, f"  Wilson      {percent_interval(result['wilson_interval'])}: read this one, with {_why(result)}"
-        )
-    if result.get("orders"):
-        found = result["orders"]
-        lines.append(
-            f"  orders      agree on {percent(found['consistency'])} of {found['pairs']} pairs; the first place is "
-            f"preferred with {percent(found['first_preference'])}"
-        )
-    if result["pairs_excluded"]:
-        left_out = f"{result['pairs_excluded']} sample pairs and {result['prompts_excluded']} whole prompts left out"
-        lines.append(f"  not scored  {left_out}")
-    for key in ("sampling_note", "overlap_note"):
-        if result.get(key):
-            lines.append(f"  {key.removesuffix('_note'):<11} {result[key]}")
-    return "\n".join(lines)
+    return "\n".join([headline(result), *(f"  {name:<11} {text}" for name, text in facts(result))])
 
 
-def _mean_lines(mean: dict[str, Any], level: str) -> list[str]:
-    """The line of mean scores; none for an oracle."""
+def _wilson_phrase(result: dict[str, Any]) -> str | None:
+    if not needs_wilson(result):
+        return None
+    return f"{percent_interval(result['wilson_interval'])}: read this one, with {_why(result)}"
+
+
+def _mean_phrase(result: dict[str, Any]) -> str | None:
+    """Mean scores; None for an oracle, which gives none."""
+    mean = result["mean_score"]
     if mean["difference"] is None:
-        return []
+        return None
     low, high = mean["difference_interval"]
-    return [
-        f"  mean score  {mean['model']:.4g} against {mean['baseline']:.4g}: difference {mean['difference']:+.4g} "
-        f"({level} interval {low:+.4g} to {high:+.4g})"
-    ]
+    return (
+        f"{mean['model']:.4g} against {mean['baseline']:.4g}: difference {mean['difference']:+.4g} "
+        f"({100 * result['level']:.0f} % interval {low:+.4g} to {high:+.4g})"
+    )
+
+
+def _orders_phrase(result: dict[str, Any]) -> str | None:
+    found = result.get("orders")
+    if not found:
+        return None
+    return (
+        f"agree on {percent(found['consistency'])} of {found['pairs']} pairs; the first place is preferred with "
+        f"{percent(found['first_preference'])}"
+    )
+
+
+def _excluded_phrase(result: dict[str, Any]) -> str | None:
+    if not result["pairs_excluded"]:
+        return None
+    return f"{result['pairs_excluded']} sample pairs and {result['prompts_excluded']} whole prompts left out"
 
 
 def _detectable_phrase(result: dict[str, Any]) -> str:
@@ -331,16 +366,16 @@ def _detectable_phrase(result: dict[str, Any]) -> str:
     return "" if found is None else f"; detectable with 80 % power: {100 * found:.1f} points"
 
 
-def _length_lines(result: dict[str, Any]) -> list[str]:
-    """The line of the length-controlled rate, where it was computed (`evaluation.outputs.with_length_control`)."""
+def _controlled_phrase(result: dict[str, Any]) -> str | None:
+    """The length-controlled rate, where it was computed (`evaluation.outputs.with_length_control`)."""
     control = result.get("length_controlled")
     if control is None:
-        return []
+        return None
     if control["win_rate"] is None:
-        return [f"  controlled  not computed: {control['note']}"]
+        return f"not computed: {control['note']}"
     note = f"; {control['note']}" if control["note"] else ""
-    interval = percent_interval(control["interval"])
-    return [f"  controlled  {percent(control['win_rate'])} ({interval}) at equal lengths, {control['variant']}{note}"]
+    interval = "" if control["interval"] is None else f" ({percent_interval(control['interval'])})"
+    return f"{percent(control['win_rate'])}{interval} at equal lengths, {control['variant']}{note}"
 
 
 def _why(result: dict[str, Any]) -> str:

@@ -21,8 +21,8 @@ from alignment.errors import UserError
 from alignment.files import write_json, write_text
 from evaluation import annotations as alpaca
 from evaluation.annotations import Annotation
-from evaluation.comparison import FEW_PROMPTS, LEVEL
-from evaluation.length_control import Gamed, LengthControl, identical, length_controlled, standardise
+from evaluation.comparison import FEW_PROMPTS, LEVEL, markdown_table
+from evaluation.length_control import Gamed, LengthControl, between_systems, identical, length_controlled, standardise
 from evaluation.statistics import (
     cluster_bootstrap,
     cluster_sums,
@@ -34,6 +34,7 @@ from evaluation.statistics import (
     sign_flip_p_value,
     wilson_interval,
 )
+from evaluation.win_rate_page import Entry, around, write_page
 
 Array = NDArray[np.float64]
 
@@ -170,17 +171,26 @@ def _length_fields(
             "variant": found.variant,
             "coefficients": found.coefficients,
             "C": found.c,
-            "note": extreme_change(raw, controlled),
+            "note": caution(raw, found),
         },
     }
 
 
-def extreme_change(raw: float, controlled: float) -> str | None:
-    """AlpacaEval's warning where length control changes the rate by over 10 points and over a quarter of the way.
+def caution(raw: float, found: LengthControl) -> str | None:
+    """What makes a length-controlled rate doubtful: no coefficient is left, or AlpacaEval's warning of a big change.
+
+    The latter stands where it changes the rate by over 10 points and over a quarter of the way.
 
     Args:
-        raw, controlled: in percent.
+        raw: the plain win rate in percent.
+        found: the fit.
     """
+    if found.says_nothing:
+        return (
+            f"says nothing: cross-validation chose the strongest penalty (C = {found.c:.2g}), which leaves no "
+            "coefficient; too few rows, or preferences that neither length nor system explains"
+        )
+    controlled = 100 * found.rate
     room = raw if controlled < raw else 100 - raw
     if abs(controlled - raw) <= max(EXTREME_POINTS, EXTREME_SHARE * room):
         return None
@@ -215,16 +225,23 @@ def orders(rows: Sequence[Annotation]) -> dict[str, Any] | None:
 
 
 def compare_systems(
-    systems: Mapping[str, Sequence[Annotation]], *, resamples: int = 10_000, seed: int = 1
+    systems: Mapping[str, Sequence[Annotation]],
+    *,
+    gamed: Sequence[Sequence[Annotation]] = (),
+    difficulty: Mapping[str | int, float] | None = None,
+    resamples: int = 10_000,
+    seed: int = 1,
 ) -> list[dict[str, Any]]:
     """Every two systems on the instructions that both answered, paired; p-values with Holm's correction over all.
 
     Args:
         systems: name → its annotations against the common baseline.
+        gamed, difficulty: of length control, as of `summarise`.
         resamples, seed: of bootstrap and permutation.
 
     Returns:
-        Rows with the difference first - second in percentage points.
+        Rows with the difference first - second in percentage points, and the length-controlled win rate of the first
+        over the second in percent (null where one of the two has none).
 
     Raises:
         UserError: two systems share no judged instruction.
@@ -247,11 +264,44 @@ def compare_systems(
                 "minimal_detectable_difference": 100 * minimal_detectable_difference(paired.standard_error),
                 "p_value": paired.p_value,
                 "instructions": paired.rows,
+                **_controlled_between(systems[a], systems[b], set(common), gamed, difficulty, seed),
             }
         )
     for row, adjusted in zip(found, holm([row["p_value"] for row in found]), strict=True):
         row["p_holm"] = float(adjusted)
     return found
+
+
+def _controlled_between(
+    first: Sequence[Annotation],
+    second: Sequence[Annotation],
+    common: set[str],
+    gamed: Sequence[Sequence[Annotation]],
+    difficulty: Mapping[str | int, float] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """First over second at equal lengths; both are fitted on the instructions that both have, in one order."""
+    place = {row.instruction: i for i, row in enumerate(first)}
+    sides = [
+        sorted((row for row in rows if row.instruction in common), key=lambda row: place[row.instruction])
+        for rows in (first, second)
+    ]
+    missing = {"length_controlled_winrate": None, "length_controlled_interval": None}
+    try:
+        one, other = (control_length(rows, gamed, difficulty, seed=seed) for rows in sides)
+        gamma = None
+        if difficulty is not None:
+            one_each = {row.instruction: row for row in sides[0]}
+            gamma = alpaca.difficulty_of(list(one_each.values()), difficulty)
+        found = between_systems(one, other, gamma)
+    except ValueError:  # too few rows
+        return missing
+    if one.says_nothing or other.says_nothing:
+        return missing
+    return {
+        "length_controlled_winrate": 100 * found.estimate,
+        "length_controlled_interval": [100 * found.low, 100 * found.high],
+    }
 
 
 def _by_instruction(rows: Sequence[Annotation]) -> dict[str, float]:
@@ -282,42 +332,59 @@ def read_systems(files: Sequence[Path]) -> dict[str, list[Annotation]]:
     return systems
 
 
-def describe(result: Mapping[str, Any]) -> str:
-    """One system's numbers as a Markdown table."""
+def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """One system's numbers, each with its name."""
     low, high = result["interval"]
     decided, loose = result["win_rate_ties_dropped"], result["interval_ties_dropped"]
-    lines = [
-        f"# {result['generator_2']} against {result['generator_1']}\n",
-        "| | |",
-        "| --- | --- |",
-        f"| win rate, ties one half | {result['win_rate']:.2f} % (95 % interval {low:.2f} to {high:.2f}) |",
-        f"| without ties | {'every pair is a tie' if decided is None else _rate(decided, loose)} |",
-        f"| won, tied, lost | {_outcomes(result)} of {result['n_total']}; {result['n_dropped']} dropped |",
-        f"| discrete win rate | {result['discrete_win_rate']:.2f} % |",
-        f"| standard error | {_points(result['standard_error'])}; over {result['n_instructions']} instructions "
-        f"{_points(result['clustered_standard_error'])} |",
-        f"| length-controlled | {_controlled(result)} |",
-        f"| characters | {result['avg_length']} against {result['avg_length_base']} |",
-        f"| different from one half | p = {result['p_value']:.2g}; detectable at 80 %: "
-        f"{_points(result['minimal_detectable_difference'])} |",
+    found = [
+        ("win rate, ties one half", f"{result['win_rate']:.2f} % (95 % interval {low:.2f} to {high:.2f})"),
+        ("without ties", "every pair is a tie" if decided is None else _rate(decided, loose)),
     ]
     if result["n_instructions"] < FEW_PROMPTS or low == high:
         wilson = "{:.2f} to {:.2f}".format(*result["wilson_interval"])
-        lines.insert(4, f"| Wilson's interval | {wilson}: read this one, the bootstrap's is too narrow here |")
-    found = result["orders"]
-    if found is not None:
-        line = f"| orders | the first place gets {found['first_preference']:.1f} %"
-        if found["consistency"] is not None:
-            line += (
-                f"; {found['pairs_in_both_orders']} pairs in both orders agree on {found['consistency']:.1f} %, "
-                f"disagreement as a tie: {found['win_rate_disagreement_tied']:.2f} %"
-            )
-        lines.append(f"{line} |")
-    return "\n".join(lines)
+        found.append(("Wilson's interval", f"{wilson}: read this one, the bootstrap's is too narrow here"))
+    found += [
+        ("won, tied, lost", f"{_outcomes(result)} of {result['n_total']}; {result['n_dropped']} dropped"),
+        ("discrete win rate", f"{result['discrete_win_rate']:.2f} %"),
+        (
+            "standard error",
+            f"{_points(result['standard_error'])}; over {result['n_instructions']} instructions "
+            f"{_points(result['clustered_standard_error'])}",
+        ),
+        ("length-controlled", _controlled(result)),
+        ("characters", f"{result['avg_length']} against {result['avg_length_base']}"),
+        (
+            "different from one half",
+            f"p = {result['p_value']:.2g}; detectable at 80 %: {_points(result['minimal_detectable_difference'])}",
+        ),
+    ]
+    if result["orders"] is not None:
+        found.append(("orders", _orders_phrase(result["orders"])))
+    return found
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """The same as a Markdown table."""
+    table = markdown_table(["", ""], facts(result))
+    return f"# {result['generator_2']} against {result['generator_1']}\n\n{table}"
+
+
+def _orders_phrase(found: Mapping[str, Any]) -> str:
+    text = f"the first place gets {found['first_preference']:.1f} %"
+    if found["consistency"] is None:
+        return text
+    return (
+        f"{text}; {found['pairs_in_both_orders']} pairs in both orders agree on {found['consistency']:.1f} %, "
+        f"disagreement as a tie: {found['win_rate_disagreement_tied']:.2f} %"
+    )
 
 
 def _rate(value: float, interval: Sequence[float]) -> str:
     return f"{value:.2f} % ({interval[0]:.2f} to {interval[1]:.2f})"
+
+
+def _over(value: float | None, interval: Sequence[float] | None) -> str:
+    return "–" if value is None or interval is None else _rate(value, interval)
 
 
 def _points(value: float) -> str:
@@ -332,21 +399,32 @@ def _controlled(result: Mapping[str, Any]) -> str:
     control = result["length_control"]
     if result["length_controlled_winrate"] is None:
         return f"not computed: {control['note']}"
-    text = _rate(result["length_controlled_winrate"], result["length_controlled_interval"])
+    rate, interval = result["length_controlled_winrate"], result["length_controlled_interval"]
+    text = f"{rate:.2f} %" if interval is None else _rate(rate, interval)
     return f"{text}, {control['variant']}{'; ' + control['note'] if control['note'] else ''}"
 
 
-def describe_comparisons(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The paired comparisons as a Markdown table; "no significant difference" in those words."""
-    lines = ["| systems | difference | 95 % interval | p, Holm | verdict |", "| --- | --- | --- | --- | --- |"]
-    for row in rows:
-        verdict = "different" if row["p_holm"] <= 1 - LEVEL else "no significant difference"
-        low, high = row["interval"]
-        lines.append(
-            f"| {row['first']} - {row['second']} | {row['difference']:+.2f} points | {low:+.2f} to {high:+.2f} | "
-            f"{row['p_holm']:.2g} | {verdict} |"
-        )
-    return "\n".join(lines)
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the paired comparisons; "no significant difference" in those words."""
+    table = [
+        [
+            f"{row['first']} - {row['second']}",
+            f"{row['difference']:+.2f} points",
+            "{:+.2f} to {:+.2f}".format(*row["interval"]),
+            f"{row['p_holm']:.2g}",
+            _over(row["length_controlled_winrate"], row["length_controlled_interval"]),
+            "different" if row["p_holm"] <= 1 - LEVEL else "no significant difference",
+        ]
+        for row in rows
+    ]
+    return [
+        "systems",
+        "difference",
+        "95 % interval",
+        "p, Holm",
+        "first over second at equal lengths",
+        "verdict",
+    ], table
 
 
 def annotation_result(
@@ -374,18 +452,33 @@ def annotation_result(
     if len(found) == 1:
         (only,) = found.values()
         return only, describe(only), systems
-    compared = compare_systems(systems, resamples=resamples, seed=seed)
-    text = "\n\n".join([*(describe(one) for one in found.values()), describe_comparisons(compared)])
+    compared = compare_systems(systems, gamed=others, difficulty=table, resamples=resamples, seed=seed)
+    text = "\n\n".join([*(describe(one) for one in found.values()), markdown_table(*comparison_table(compared))])
     return {"systems": found, "comparisons": compared}, text, systems
 
 
 def write_annotation_result(
     folder: Path, result: dict[str, Any], text: str, systems: Mapping[str, Sequence[Annotation]]
 ) -> list[Path]:
-    """Write leaderboard.csv, win_rate.md and, at last, win_rate.json."""
+    """Write leaderboard.csv, win_rate.md, win_rate.html and, at last, win_rate.json."""
     found = result["systems"] if "systems" in result else {next(iter(systems)): result}
-    files = [folder / name for name in ("leaderboard.csv", "win_rate.md", "win_rate.json")]
+    files = [folder / name for name in ("leaderboard.csv", "win_rate.md", "win_rate.html", "win_rate.json")]
     alpaca.write_leaderboard(files[0], found)
     write_text(files[1], text + "\n")
-    write_json(files[2], result)
+    entries = [_entry(name, one, systems[name]) for name, one in found.items()]
+    write_page(files[2], entries, result.get("comparisons", ()), comparison_table)
+    write_json(files[3], result)
     return files
+
+
+def _entry(name: str, result: Mapping[str, Any], rows: Sequence[Annotation]) -> Entry:
+    narrow = result["n_instructions"] < FEW_PROMPTS or result["interval"][0] == result["interval"][1]
+    limits = result["wilson_interval"] if narrow else result["interval"]
+    return Entry(
+        name,
+        result["generator_1"],
+        (limits[0], result["win_rate"], limits[1]),
+        controlled=around(result["length_controlled_winrate"], result["length_controlled_interval"]),
+        facts=facts(result),
+        rows=rows,
+    )

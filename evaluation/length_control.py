@@ -40,11 +40,13 @@ class LengthControl:
         rate: mean prediction at equal lengths.
         standard_error: sd (ddof 1) of the predictions / sqrt(n), AlpacaEval's `lc_standard_error`. It only measures
             how difficulties differ (0 without them), not how well the coefficients are known: read the interval.
-        interval: bootstrap over prompts, the model refitted at the same C and with the same gamed rows.
+        interval: bootstrap over prompts, the model refitted at the same C and with the same gamed rows. None without
+            resamples, and where the fit `says_nothing`.
         coefficients: by feature: length (a), difficulty (b; absent without γ), system (c).
         c: the chosen inverse regularisation strength.
         variant: "regularised", "plain", either with or without difficulty; or "identical".
         predictions: [n] P(system wins) of each row at equal lengths; NaN nowhere.
+        refits: what the resamples gave; None without resamples.
     """
 
     rate: float
@@ -54,6 +56,25 @@ class LengthControl:
     c: float | None
     variant: str
     predictions: Array
+    refits: Refits | None = None
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the penalty left no coefficient: the rate is then 1/2 whatever the data."""
+        return self.c is not None and not any(self.coefficients.values())
+
+
+@dataclass(frozen=True)
+class Refits:
+    """Of R resamples of C prompts.
+
+    Attributes:
+        coefficients: [R, k], in the order of `LengthControl.coefficients`.
+        times: [R, C] how often each prompt was drawn, prompts in order of first appearance.
+    """
+
+    coefficients: Array
+    times: Array
 
 
 @dataclass(frozen=True)
@@ -198,10 +219,14 @@ def length_controlled(
     level_rows = rows.copy()
     level_rows[:, 0] = 0
     predictions = expit(level_rows @ w)
-    interval = None
+    interval, refits = None, None
     if resamples:
-        draws = _refitted(x, y, weight, len(extra), level_rows, known, clusters, c, resamples, seed)
-        interval = percentile_interval(float(predictions.mean()), draws, level)
+        codes, count = cluster_codes(range(len(known)) if clusters is None else clusters)
+        refits = _refitted(x, y, weight, codes[known], count, c, resamples, seed)
+        if w.any():
+            pairs = zip(refits.coefficients, refits.times, strict=True)
+            draws = [np.average(expit(level_rows @ u), weights=times[codes]) for u, times in pairs]
+            interval = percentile_interval(float(predictions.mean()), np.array(draws), level)
     kind = "regularised" if gamed else "plain"
     return LengthControl(
         rate=float(predictions.mean()),
@@ -211,6 +236,7 @@ def length_controlled(
         c=c,
         variant=f"{kind}, {'with' if difficulty is not None else 'without'} difficulty",
         predictions=predictions,
+        refits=refits,
     )
 
 
@@ -235,43 +261,54 @@ def _gamed_rows(gamed: list[Gamed], with_difficulty: bool) -> tuple[Array, Array
 
 
 def _refitted(
-    x: Array,
-    y: Array,
-    weight: Array,
-    gamed: int,
-    level_rows: Array,
-    known: NDArray[np.bool_],
-    clusters: list[Any] | None,
-    c: float,
-    resamples: int,
-    seed: int,
-) -> Array:
-    """[R] length-controlled rates, refitted on resamples of whole clusters; a resample is a weight for each row."""
-    codes, count = cluster_codes(range(len(known)) if clusters is None else clusters)
-    rng = np.random.default_rng(seed)
-    times = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
-    draws = np.empty(resamples)
-    for r, drawn in enumerate(times):
-        of_row = drawn[codes].astype(np.float64)
-        w = fit_l1(x, y, np.concatenate([weight[:gamed], of_row[known]]), c)
-        draws[r] = float(np.average(expit(level_rows @ w), weights=of_row))
-    return draws
-
-
-def between_systems(system: dict[str, float], other: dict[str, float], difficulty: ArrayLike | None = None) -> float:
-    """Length-controlled win rate of one system over another from their coefficients against one baseline.
-
-    mean_i sigmoid((c_s - c_o) + (b_s - b_o) γ_i), AlpacaEval's `predict_winrate`: rate(s, o) = 1 - rate(o, s), and 1/2
-    for a system against itself.
+    x: Array, y: Array, weight: Array, codes: NDArray[np.intp], count: int, c: float, resamples: int, seed: int
+) -> Refits:
+    """Fits on resamples of whole clusters, as weights of the rows.
 
     Args:
-        system, other: `LengthControl.coefficients`; a baseline's own are 0.
-        difficulty: [n] γ of the instructions; None where the coefficients have none.
-
-    Returns:
-        A share in [0, 1].
+        x, y, weight: the fit's rows, gamed ones first, which every resample keeps.
+        codes: clusters of the last rows of `x`, all but the gamed ones.
+        count: of clusters.
     """
-    gamma = np.zeros(1) if difficulty is None else np.asarray(difficulty, dtype=np.float64)
-    gap = system["system"] - other["system"]
-    slope = system.get("difficulty", 0.0) - other.get("difficulty", 0.0)
-    return float(np.mean(expit(gap + slope * gamma)))
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+    gamed = weight[: len(x) - len(codes)]
+    fits = [fit_l1(x, y, np.concatenate([gamed, drawn[codes]]), c) for drawn in times]
+    return Refits(np.array(fits), times)
+
+
+def between_systems(
+    system: LengthControl, other: LengthControl, difficulty: Array | None = None, level: float = 0.95
+) -> Interval:
+    """Length-controlled win rate of one system over another, from their fits against one baseline.
+
+    mean_i sigmoid((c_s - c_o) + (b_s - b_o) γ_i), AlpacaEval's `predict_winrate`: rate(s, o) = 1 - rate(o, s), and 1/2
+    for a system against itself. The interval takes a resample of both at once, so that it is paired.
+
+    Args:
+        system, other: fitted on rows of the same prompts, which appear in the same order, with the same seed and
+            number of resamples; `identical` for the baseline itself.
+        difficulty: [C] γ of the prompts, in that order; None where the coefficients have none.
+        level: of the interval.
+
+    Raises:
+        ValueError: the two were resampled differently, or not at all.
+    """
+    taken = [one.refits.times for one in (system, other) if one.refits is not None]
+    if not taken or not np.array_equal(taken[0], taken[-1]):
+        raise ValueError("length control between systems needs the same resamples of the same prompts")
+    drawn = taken[0]
+    gamma = np.zeros(drawn.shape[1]) if difficulty is None else difficulty
+
+    def logits(one: LengthControl) -> tuple[Array, Array]:
+        """[C] at the estimate and [R, C] of the resamples."""
+        at = one.coefficients
+        mean = at["system"] + at.get("difficulty", 0.0) * gamma
+        if one.refits is None:
+            return mean, np.broadcast_to(mean, drawn.shape)
+        fits = dict(zip(at, one.refits.coefficients.T, strict=True))
+        return mean, fits["system"][:, None] + (fits["difficulty"][:, None] * gamma if "difficulty" in fits else 0.0)
+
+    (mean_s, resampled_s), (mean_o, resampled_o) = logits(system), logits(other)
+    draws = (drawn * expit(resampled_s - resampled_o)).sum(axis=1) / drawn.sum(axis=1)
+    return percentile_interval(float(expit(mean_s - mean_o).mean()), draws, level)

@@ -1,6 +1,6 @@
-"""What a comparison of two models leaves in a folder: win_rate.json, samples.jsonl, AlpacaEval's files, Markdown.
+"""What a comparison of two models leaves in a folder: win_rate.json, samples.jsonl, AlpacaEval's files, pages.
 
-Not the comparison (`comparison`) and not the formats (`annotations`); the HTML page of a run is `report`'s.
+Not the comparison (`comparison`) and not the formats (`annotations`); a run's report.html is `report`'s.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 from alignment.files import write_json, write_json_lines, write_text
 from evaluation import annotations as alpaca
 from evaluation.annotations import Annotation
-from evaluation.comparison import Comparison, describe
-from evaluation.head_to_head import control_length, extreme_change
+from evaluation.comparison import Comparison, facts, headline, markdown_table, needs_wilson
+from evaluation.head_to_head import caution, control_length
+from evaluation.win_rate_page import Entry, around, write_page
 
 
 def with_length_control(
@@ -43,7 +44,7 @@ def with_length_control(
             "variant": found.variant,
             "coefficients": found.coefficients,
             "C": found.c,
-            "note": extreme_change(100 * result["win_rate"], 100 * found.rate),
+            "note": caution(100 * result["win_rate"], found),
         }
     return replace(comparison, result={**result, "length_controlled": fields})
 
@@ -68,11 +69,12 @@ def write_comparison(folder: Path, comparison: Comparison) -> list[Path]:
 
 
 def write_output(folder: Path, comparison: Comparison) -> list[Path]:
-    """The same with annotations.json and leaderboard.csv, which AlpacaEval's tools read, and win_rate.md."""
-    files = [folder / name for name in ("annotations.json", "leaderboard.csv", "win_rate.md")]
+    """The same with annotations.json and leaderboard.csv, which AlpacaEval's tools read, and win_rate.md and .html."""
+    files = [folder / name for name in ("annotations.json", "leaderboard.csv", "win_rate.md", "win_rate.html")]
     alpaca.write_annotations(files[0], comparison.annotations)
     alpaca.write_leaderboard(files[1], {comparison.result["model"]: leaderboard_row(comparison)})
     write_text(files[2], markdown(comparison.result))
+    write_page(files[3], [_entry(comparison)])
     return [*write_comparison(folder, comparison), *files]
 
 
@@ -84,10 +86,19 @@ def write_into_run(run_dir: Path, comparison: Comparison) -> list[Path]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """win_rate.md: the printed block as a table of its lines."""
-    first, *lines = describe(result).splitlines()
-    table = [f"# {' '.join(first.split())}", "", "| | |", "| --- | --- |"]
-    for line in lines:  # two spaces, a name of eleven columns, a space
-        text = line[14:].replace("|", "\\|")
-        table.append(f"| {line[2:13].rstrip()} | {text} |")
-    return "\n".join(table) + "\n"
+    """win_rate.md: the printed block as a table."""
+    return f"# {' '.join(headline(result).split())}\n\n{markdown_table(['', ''], facts(result))}\n"
+
+
+def _entry(comparison: Comparison) -> Entry:
+    result = comparison.result
+    control = result.get("length_controlled") or {"win_rate": None, "interval": None}
+    low, high = result["wilson_interval"] if needs_wilson(result) else result["interval"]
+    return Entry(
+        result["model"],
+        result["baseline"],
+        (100 * low, 100 * result["win_rate"], 100 * high),
+        controlled=around(control["win_rate"], control["interval"], 100),
+        facts=facts(result),
+        rows=alpaca.parse_annotations(comparison.annotations),
+    )

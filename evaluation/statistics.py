@@ -421,8 +421,3 @@ def minimal_detectable_difference(standard_error: float, *, alpha: float = 0.05,
     rejections in the wrong direction.
     """
     return float((ndtri(1 - alpha / 2) + ndtri(power)) * standard_error)
-
-
-def prompts_needed(sd: float, difference: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
-    """Prompts at which `difference` is the minimal detectable one, for prompt scores of standard deviation `sd`."""
-    return int(np.ceil(minimal_detectable_difference(sd, alpha=alpha, power=power) ** 2 / difference**2))

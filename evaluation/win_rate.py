@@ -308,7 +308,9 @@ def main(
     ] = None,
     output: Annotated[
         OptionalPath,
-        typer.Option(help="Folder for JSON, Markdown, AlpacaEval's files and samples. [RUN_DIR, else nothing kept]"),
+        typer.Option(
+            help="Folder for JSON, Markdown, HTML, AlpacaEval's files and samples. [RUN_DIR, else nothing kept]"
+        ),
     ] = None,
     as_json: Annotated[
         bool | None, typer.Option("--json", help="Print win_rate.json's content instead of the text.")

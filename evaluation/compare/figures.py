@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = Mapping[str, Any]
+from evaluation.drawing import (
+    COLOURS,
+    FAINT,
+    GRID,
+    INK,
+    MARKERS,
+    controlled,
+    legend_above,
+    mark,
+    plain,
+    segment,
+    svg_of,
+)
 
-COLOURS = ("#1f6fd6", "#d9631e", "#2f8f5b", "#8a4fbf", "#c2334d", "#0f8a99", "#8c6d1f")
-MARKERS = "osD^vP*"
-INK, GRID, FAINT = "#333a45", "#dfe3e9", "#8a93a0"
+Row = Mapping[str, Any]
 
 
 def draw_all(result: Row, folder: Path) -> list[tuple[str, str, str]]:
     """(title, how to read it, SVG text) of every figure; each is also written to `folder` as PNG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for name, title, reading, draw in FIGURES:
-        settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "font.family": "sans-serif"}
-        with matplotlib.rc_context(settings):
-            figure: Any = Figure(layout="constrained", facecolor="white")
-            draw(figure, result)
-            figure.savefig(folder / f"{name}.png", dpi=130)
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        found.append((title, reading, buffer.getvalue()))
-    return found
+    return [
+        (title, reading, svg_of(name, draw, result, png=folder / f"{name}.png"))
+        for name, title, reading, draw in FIGURES
+    ]
 
 
 def ranked(result: Row) -> list[Row]:
@@ -46,15 +45,6 @@ def ordered_matrix(result: Row) -> tuple[list[str], list[list[Row | None]]]:
     return [names[i] for i in order], [[cells[i][j] for j in order] for i in order]
 
 
-def _plain(axes: Any, along: str = "x") -> None:
-    axes.grid(axis=along, color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-
-
 def win_rates(figure: Any, result: Row) -> None:
     """Two panels: over the start (with length control), and over the baseline."""
     rows, base, names = ranked(result)[::-1], result["baseline"], result["matrix"]["names"]
@@ -64,27 +54,29 @@ def win_rates(figure: Any, result: Row) -> None:
         one = row["over_start"]
         _interval(left, one, y, COLOURS[0], "win rate" if y == 0 else None)
         if row["length_controlled"] is not None:
-            one = row["length_controlled"]
-            left.plot([100 * one["low"], 100 * one["high"]], [y - 0.25] * 2, color=COLOURS[1], linewidth=1)
             label = "length-controlled" if y == 0 else None
-            left.plot([100 * one["rate"]], [y - 0.25], "D", mfc="white", mec=COLOURS[1], markersize=5, label=label)
+            controlled(left, *_limits(row["length_controlled"]), y, label)
         if row["label"] != base:
             cell = result["matrix"]["cells"][names.index(row["label"])][names.index(base)]
             sure = row["versus_baseline"]["verdict"] in ("better", "worse")
             _interval(right, cell, y, COLOURS[2] if sure else FAINT, None)
     left.set_yticks(range(len(rows)), [row["label"] for row in rows])
     for axes, against in ((left, "the start"), (right, base)):
-        axes.axvline(50, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        mark(axes, 50)
         axes.set_xlabel(f"win rate over {against}, percent", color=INK)
-        _plain(axes)
-    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
+        plain(axes)
+    legend_above(left)
     right.set_title("green: different; grey: no significant difference", fontsize=9.5, color=INK, loc="left")
+
+
+def _limits(one: Row) -> tuple[float, float, float]:
+    """Lower limit, estimate and upper limit, in percent."""
+    return 100 * one["low"], 100 * one["rate"], 100 * one["high"]
 
 
 def _interval(axes: Any, one: Row, y: float, colour: str, label: str | None) -> None:
     """Interval over prompts, estimate, and a small tick for each seed."""
-    axes.plot([100 * one["low"], 100 * one["high"]], [y, y], color=colour, linewidth=2.4, solid_capstyle="round")
-    axes.plot([100 * one["rate"]], [y], "o", color=colour, markersize=6, label=label)
+    segment(axes, *_limits(one), y, colour, label)
     axes.plot([100 * rate for rate in one["by_seed"]], [y + 0.25] * len(one["by_seed"]), "|", color=colour, ms=6)
 
 
@@ -136,7 +128,7 @@ def frontier(figure: Any, result: Row) -> None:
     for axes in (left,) if right is None else (left, right):
         axes.set_xlabel("KL to the start, nats per response", color=INK)
         _widened(axes, [row["kl"]["mean"] for row in rows])
-        _plain(axes, "both")
+        plain(axes, "both")
     figure.legend(loc="outside lower center", ncols=6, frameon=False)
 
 
@@ -162,12 +154,12 @@ def displacement(figure: Any, result: Row) -> None:
         axes.plot([rejected, chosen], [y, y], color=GRID, linewidth=3, zorder=1)
         axes.plot([chosen], [y], "o", color=COLOURS[0], markersize=7, label="chosen" if y == 0 else None)
         axes.plot([rejected], [y], "o", color=COLOURS[1], markersize=7, label="rejected" if y == 0 else None)
-    axes.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    mark(axes, 0)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.set_xlabel("log π since the start, nats per response (mean over seeds)", color=INK)
     if rows:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
-    _plain(axes)
+        legend_above(axes)
+    plain(axes)
 
 
 Draw = Callable[[Any, Row], None]

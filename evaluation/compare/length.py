@@ -28,7 +28,8 @@ def length_controlled_rate(
         shares: [Q, S] of each seed: what each sample won against the start's sample of the same number.
 
     Returns:
-        `rate`, `low`, `high`; None where there are too few judged pairs ("not available").
+        `rate`, `low`, `high`; None ("not available") where there are too few judged pairs, or no coefficient
+        is left.
     """
     ours, theirs = (np.concatenate([_characters(one) for one in side]) for side in (policies, starts))
     prompts: list[Any] = [q for table in shares for q in range(table.shape[0]) for _ in range(table.shape[1])]
@@ -37,7 +38,8 @@ def length_controlled_rate(
         found = length_controlled(standardise(theirs, ours), won, clusters=prompts)
     except ValueError:
         return None
-    assert found.interval is not None  # resamples are not 0
+    if found.interval is None:  # the penalty leaves no coefficient: nothing is known of equal lengths
+        return None
     return {"rate": found.rate, "low": found.interval.low, "high": found.interval.high}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from evaluation.compare.figures import draw_all, ordered_matrix, ranked
 from evaluation.compare.matrix import NO_DIFFERENCE
+from evaluation.drawing import for_page
 from evaluation.report import page_environment
 
 Row = Mapping[str, Any]
@@ -115,13 +115,14 @@ def claims(result: Row) -> list[str]:
     """What the tests let one say, in words."""
     base, found = result["baseline"], []
     tested = [row for row in ranked(result) if row["versus_baseline"] is not None]
+    runs = " in this one run of each" if len(result["seeds"]) == 1 else ""
     for said in ("better", "worse"):
         labels = [row["label"] for row in tested if row["versus_baseline"]["verdict"] == said]
         if labels:
-            found.append(f"{said} than {base}: {', '.join(labels)}")
+            found.append(f"{said} than {base}{runs}: {', '.join(labels)}")
     same = [row["label"] for row in tested if row["versus_baseline"]["verdict"] == NO_DIFFERENCE]
     if same:
-        found.append(f"{NO_DIFFERENCE} from {base}: {', '.join(same)}")
+        found.append(f"{NO_DIFFERENCE} from {base}{runs}: {', '.join(same)}")
     equal = [row["label"] for row in tested if row["versus_baseline"]["p_adjusted"] is None]
     if equal:
         found.append(f"the same loss as {base}, not tested: {', '.join(equal)}")
@@ -206,16 +207,13 @@ def as_csv(result: Row) -> str:
 
 def as_html(result: Row, folder: Path) -> str:
     """report.html, with its figures inside; they are written to FOLDER/figures as PNG, too."""
-    figures = [
-        {"title": title, "reading": reading, "data": base64.b64encode(svg.encode()).decode()}
-        for title, reading, svg in draw_all(result, folder / "figures")
-    ]
+    figures = [for_page(title, reading, svg) for title, reading, svg in draw_all(result, folder / "figures")]
     tables = [{"title": title, "head": head, "rows": rows} for title, (head, rows) in _tables(result)]
     return (
         page_environment()
         .get_template("compare.html")
         .render(
-            name=folder.resolve().name,
+            title=f"{folder.resolve().name}: comparison of objectives",
             claims=claims(result),
             notes=notes(result),
             one_seed=len(result["seeds"]) == 1,

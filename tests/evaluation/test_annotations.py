@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,15 @@ from evaluation.annotations import (
     read_model_outputs,
 )
 from evaluation.comparison import Side, compare, describe
-from evaluation.head_to_head import annotation_result, compare_systems, extreme_change, orders, summarise
+from evaluation.head_to_head import (
+    annotation_result,
+    caution,
+    compare_systems,
+    orders,
+    summarise,
+    write_annotation_result,
+)
+from evaluation.length_control import identical
 from evaluation.outputs import leaderboard_row, markdown, with_length_control, write_output
 from evaluation.win_rate import app, choose_form, run_program, win_rate_of_files
 from tests.evaluation.test_win_rate import run
@@ -218,7 +227,10 @@ def test_several_systems_are_compared_in_pairs(tmp_path):
 
 def test_an_output_folder_has_a_leaderboard(small, tmp_path, capsys):
     run_program({"annotations": [small], "output": tmp_path / "out", "bootstrap": 200})
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["leaderboard.csv", "win_rate.json", "win_rate.md"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "leaderboard.csv",
+        *(f"win_rate.{end}" for end in ("html", "json", "md")),
+    ]
     text = (tmp_path / "out" / "leaderboard.csv").read_text()
     columns = "win_rate,standard_error,n_wins,n_wins_base,n_draws,n_total,discrete_win_rate,mode,avg_length"
     assert text.splitlines()[0] == f",{columns},length_controlled_winrate,lc_standard_error"  # AlpacaEval's own
@@ -283,9 +295,23 @@ def test_difficulty_by_text_or_by_row(tmp_path):
 
 def test_extreme_changes_are_warned_of():
     """20 %: a quarter of the way down is 15, ten points 10; of the way up 40. 50 %: below 37.5 or above 62.5."""
-    assert extreme_change(20, 10.1) is None and extreme_change(20, 9.9) is not None
-    assert extreme_change(20, 39.9) is None and extreme_change(20, 40.1) is not None
-    assert extreme_change(50, 37.6) is None and extreme_change(50, 37.4) is not None
+
+    def at(raw: float, controlled: float) -> str | None:
+        return caution(raw, replace(identical(3), rate=controlled / 100))
+
+    assert at(20, 10.1) is None and at(20, 9.9) is not None
+    assert at(20, 39.9) is None and at(20, 40.1) is not None
+    assert at(50, 37.6) is None and at(50, 37.4) is not None
+
+
+def test_a_fit_without_coefficients_has_no_interval(tmp_path):
+    """Nothing but draws: of both coefficients the penalty leaves none, and 50 % is no estimate of anything."""
+    rows = parse_annotations([row(1.5, f"i{k}", "x" * (k % 5), "y") for k in range(20)])
+    found = summarise(rows, resamples=100)
+    assert (found["length_controlled_winrate"], found["length_controlled_interval"]) == (50, None)
+    assert found["length_control"]["note"].startswith("says nothing")
+    write_annotation_result(tmp_path, found, "", {"m": rows})
+    assert "says nothing" in (tmp_path / "win_rate.html").read_text()
 
 
 class _TwoOrders:

@@ -294,7 +294,10 @@ def test_claims_are_in_those_words():
     rows = [row("dpo", None)]
     for name, p in (("better", 0.01), ("worse", 0.02), ("no significant difference", 0.3), ("the same loss", None)):
         rows.append(row(name.split()[0], {"p_adjusted": p, "verdict": name}))
-    assert claims({"baseline": "dpo", "objectives": rows}) == [
+    assert claims({"baseline": "dpo", "objectives": rows[:2], "seeds": [3]}) == [
+        "better than dpo in this one run of each: better"
+    ]
+    assert claims({"baseline": "dpo", "objectives": rows, "seeds": [0, 1, 2]}) == [
         "better than dpo: better",
         "worse than dpo: worse",
         "no significant difference from dpo: no",

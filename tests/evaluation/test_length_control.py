@@ -10,10 +10,12 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 
 from evaluation.annotations import parse_annotations
-from evaluation.head_to_head import summarise
+from evaluation.head_to_head import compare_systems, summarise
 from evaluation.length_control import (
     CS,
     Gamed,
+    LengthControl,
+    Refits,
     between_systems,
     choose_c,
     fit_l1,
@@ -124,15 +126,60 @@ def test_swapping_the_systems_gives_the_rest():
     assert plain[0].rate + plain[1].rate == pytest.approx(1, abs=1e-9)
 
 
+def fitted(times, refits, **coefficients):
+    """A fit with these coefficients, and with `refits` on resamples that drew the prompts `times`."""
+    return LengthControl(0.5, 0.0, None, coefficients, 1.0, "", np.empty(0), Refits(np.array(refits), np.array(times)))
+
+
 def test_systems_against_each_other_from_coefficients():
-    """AlpacaEval's predict_winrate: antisymmetric, 1/2 against itself, by hand for two instructions."""
-    gamma = np.array([-1.0, 2.0])
-    one, two = {"difficulty": 0.5, "system": 0.3}, {"difficulty": -0.25, "system": 0.1}
+    """AlpacaEval's predict_winrate: antisymmetric, 1/2 against itself, by hand for two instructions.
+
+    Two resamples: one drew both instructions, the other the second one twice.
+    """
+    gamma, times = np.array([-1.0, 2.0]), [[1.0, 1.0], [0.0, 2.0]]
+    one = fitted(times, [[9, 0.1, 0.2], [9, 0.0, 1.0]], length=9.0, difficulty=0.5, system=0.3)
+    two = fitted(times, [[8, 0.3, 0.0], [8, 0.5, 0.0]], length=8.0, difficulty=-0.25, system=0.1)
     by_hand = (expit(0.2 - 0.75) + expit(0.2 + 1.5)) / 2
-    assert between_systems(one, two, gamma) == pytest.approx(by_hand)
-    assert between_systems(two, one, gamma) == pytest.approx(1 - by_hand)
-    assert between_systems(one, one, gamma) == 0.5
-    assert between_systems({"system": 1.0}, {"system": 0.0}) == pytest.approx(expit(1.0))
+    first, second = (expit(0.2 + 0.2) + expit(0.2 - 0.4)) / 2, expit(1.0 - 1.0)
+    found = between_systems(one, two, gamma, level=1.0)
+    assert found.estimate == pytest.approx(by_hand)
+    assert [found.low, found.high] == pytest.approx(sorted([first, second]))
+    back = between_systems(two, one, gamma, level=1.0)
+    assert [back.estimate, back.low, back.high] == pytest.approx([1 - by_hand, 1 - found.high, 1 - found.low])
+    assert between_systems(one, one, gamma).estimate == 0.5
+    against = between_systems(fitted(times, [[0, 1.0], [0, 2.0]], length=0.0, system=1.0), identical(2), level=1.0)
+    assert [against.estimate, against.low, against.high] == pytest.approx(expit([1.0, 1.0, 2.0]))
+    with pytest.raises(ValueError, match="the same resamples"):
+        between_systems(
+            one, fitted([[2.0, 0.0], [1.0, 1.0]], [[1, 1, 1]] * 2, length=1, difficulty=1, system=1), gamma
+        )
+    with pytest.raises(ValueError, match="the same resamples"):
+        between_systems(identical(2), identical(2))
+
+
+def test_two_systems_at_equal_lengths_through_their_annotations():
+    """The judge: sigmoid(strength + (own length - baseline's) / 20). One is stronger by .7 and shorter: it wins there.
+
+    sigmoid(.9 - .2) = 66.8 %. Half of the second's rows are in another order, and it has rows that the first lacks.
+    """
+    rng, systems = np.random.default_rng(11), {}
+    for name, strength, longer in (("strong", 0.9, 0), ("long", 0.2, 25)):
+        rows = []
+        for k in range(600 if name == "strong" else 650):
+            base, own = rng.integers(20, 60), rng.integers(20, 60) + rng.integers(0, longer + 1)
+            won = rng.random() < expit(strength + (own - base) / 20)
+            rows.append({"instruction": f"i{k}", "output_1": "w" * base, "output_2": "w" * own, "generator_1": "b",
+                         "generator_2": name, "preference": 1.0 + won})  # fmt: skip
+        systems[name] = parse_annotations(rows if name == "strong" else rows[::-1])
+    (pair,) = compare_systems(systems, resamples=200)
+    low, high = pair["length_controlled_interval"]
+    assert low < 66.8 < high and 4 < high - low < 20
+    assert pair["length_controlled_winrate"] > 58 > 50 + pair["difference"]  # raw, length hides most of it
+    (back,) = compare_systems({"long": systems["long"], "strong": systems["strong"]}, resamples=200)
+    assert back["length_controlled_winrate"] == pytest.approx(100 - pair["length_controlled_winrate"], abs=1.5)
+    few = {name: rows[:9] if name == "strong" else rows for name, rows in systems.items()}
+    (pair,) = compare_systems(few, resamples=200)
+    assert pair["length_controlled_winrate"] is None and pair["length_controlled_interval"] is None
 
 
 def test_a_system_against_itself_is_one_half():

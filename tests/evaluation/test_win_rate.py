@@ -69,7 +69,12 @@ def test_files_end_to_end(files, tmp_path):
         ("two", 0.25, -1.0),
         ("three", 1.0, 4.0),
     ]
-    left = ["annotations.json", "leaderboard.csv", "samples.jsonl", "win_rate.json", "win_rate.md"]
+    left = [
+        "annotations.json",
+        "leaderboard.csv",
+        "samples.jsonl",
+        *(f"win_rate.{end}" for end in ("html", "json", "md")),
+    ]
     assert sorted(path.name for path in out.iterdir()) == left  # no temporary file
 
 

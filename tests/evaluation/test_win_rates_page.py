@@ -63,7 +63,9 @@ def test_the_commands_run(workplace, monkeypatch, capsys):
     assert json.loads(next(iter(printed.values())))["orders"]["first_preference"] >= 0
     assert "regularised, with difficulty" in list(printed.values())[1]
     for folder in ("compared", "judged"):
-        assert {"win_rate.json", "win_rate.md", "leaderboard.csv"} <= {f.name for f in (workplace / folder).iterdir()}
+        assert {"win_rate.json", "win_rate.md", "win_rate.html", "leaderboard.csv"} <= {
+            f.name for f in (workplace / folder).iterdir()
+        }
 
 
 def test_every_key_is_explained():

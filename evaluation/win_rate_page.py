@@ -1,0 +1,141 @@
+"""win_rate.html: one self-contained page: intervals as a picture, numbers as tables, texts chosen by rule.
+
+Written by `win_rate.py --output`, for sampled models and for annotations alike. No numbers are made here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.files import write_text
+from evaluation.annotations import Annotation
+from evaluation.drawing import COLOURS, FAINT, controlled, for_page, legend_above, mark, plain, segment, svg_of
+
+Limits = tuple[float, float, float]  # lower limit, estimate, upper limit, in percent
+Table = tuple[list[str], list[list[str]]]
+Differences = Sequence[Mapping[str, Any]]
+
+LONG_TEXT = 1200  # characters of a text that is shown
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A system against its baseline.
+
+    Attributes:
+        name, baseline: who.
+        rate: lower limit, win rate, upper limit, in percent.
+        controlled: the same of the length-controlled win rate; None where there is none.
+        facts: what a table says beside them.
+        rows: the judged pairs, of which some are shown.
+    """
+
+    name: str
+    baseline: str
+    rate: Limits
+    controlled: Limits | None
+    facts: Sequence[tuple[str, str]]
+    rows: Sequence[Annotation]
+
+
+def around(value: float | None, limits: Sequence[float] | None, times: float = 1) -> Limits | None:
+    """`Limits` of an estimate and its interval; None where either is missing."""
+    return None if value is None or limits is None else (times * limits[0], times * value, times * limits[1])
+
+
+def write_page(
+    path: Path,
+    entries: Sequence[Entry],
+    differences: Differences = (),
+    table_of: Callable[[Differences], Table] | None = None,
+) -> None:
+    """Write the page.
+
+    Args:
+        path: of the page.
+        entries: the systems, all of one baseline.
+        differences: paired comparisons of them, in percentage points.
+        table_of: what makes a table of these.
+    """
+    from evaluation.report import page_environment
+
+    tables = [{"title": f"{e.name} against {e.baseline}", "head": ["", ""], "rows": e.facts} for e in entries]
+    if differences and table_of is not None:
+        head, rows = table_of(differences)
+        tables.append({"title": "The systems against each other, paired", "head": head, "rows": rows})
+    reading = (
+        "Lines are 95 % intervals over prompts. Where the diamond (at equal lengths) lies far from the point, length "
+        "decides. Compare two systems by their paired difference, not by how their intervals overlap."
+    )
+    svg = svg_of("win_rate", draw, entries, differences)
+    environment = page_environment()
+    environment.filters["cut"] = cut
+    page = environment.get_template("win_rate.html").render(
+        title=f"Win rate over {entries[0].baseline}",
+        claims=[claim(entry) for entry in entries],
+        figures=[for_page("Win rates", reading, svg)],
+        tables=tables,
+        examples=[(entry.name, examples(entry.rows)) for entry in entries],
+    )
+    write_text(path, page)
+
+
+def claim(entry: Entry) -> str:
+    """What the interval lets one say, in words."""
+    low, rate, high = entry.rate
+    verdict = "no significant difference" if low <= 50 <= high else "better" if low > 50 else "worse"
+    return f"{entry.name}: {rate:.1f} % ({low:.1f} to {high:.1f} %) over {entry.baseline}: {verdict} by this judge"
+
+
+def draw(figure: Any, entries: Sequence[Entry], differences: Differences = ()) -> None:
+    """Win rates with length control; beside them the paired differences, where there are some."""
+    figure.set_size_inches(9.2, 1.5 + 0.36 * max(len(entries), len(differences)))
+    left, right = figure.subplots(1, 2) if differences else (figure.subplots(), None)
+    for y, entry in enumerate(reversed(entries)):
+        low, rate, high = entry.rate
+        segment(left, low, rate, high, y, COLOURS[0], "win rate" if y == 0 else None)
+    shown = [(y, entry.controlled) for y, entry in enumerate(reversed(entries)) if entry.controlled is not None]
+    for place, (y, limits) in enumerate(shown):
+        controlled(left, *limits, y, "length-controlled" if place == 0 else None)
+    left.set_yticks(range(len(entries)), [_short(entry.name) for entry in reversed(entries)])
+    left.set_ylim(-0.7, len(entries) - 0.4)
+    left.set_xlabel(f"win rate over {_short(entries[0].baseline)}, percent")
+    mark(left, 50)
+    legend_above(left)
+    plain(left)
+    if right is None:
+        return
+    for y, row in enumerate(reversed(differences)):
+        low, high = row["interval"]
+        segment(right, low, row["difference"], high, y, COLOURS[2] if row["p_holm"] <= 0.05 else FAINT)
+    names = [f"{_short(row['first'], 18)} - {_short(row['second'], 18)}" for row in reversed(differences)]
+    right.set_yticks(range(len(names)), names)
+    right.set_ylim(-0.7, len(names) - 0.4)
+    right.set_xlabel("paired difference, points")
+    right.set_title("green: different; grey: no significant difference", fontsize=9.5, loc="left")
+    mark(right, 0)
+    plain(right)
+
+
+def _short(name: str, most: int = 40) -> str:
+    """The end of a long name: paths differ there."""
+    text = name if len(name) <= most else "…" + name[1 - most :]
+    return text.replace("$", r"\$")  # else matplotlib reads mathematics
+
+
+def examples(rows: Sequence[Annotation]) -> list[tuple[str, Annotation]]:
+    """The judged pairs with the highest, the median and the lowest preference; the first in the file among equals."""
+    judged = sorted((row for row in rows if not math.isnan(row.share)), key=lambda row: -row.share)
+    last = len(judged) - 1
+    lowest = next((i for i, row in enumerate(judged) if row.share == judged[-1].share), 0)
+    places = {lowest: "least preferred", last // 2: "median", 0: "most preferred"}
+    return [(name, judged[place]) for place, name in sorted(places.items())]
+
+
+def cut(text: str) -> str:
+    """A long text's beginning."""
+    return text if len(text) <= LONG_TEXT else text[:LONG_TEXT] + " …"
