@@ -1,13 +1,14 @@
-"""A best-of-n result as Markdown and as one self-contained page with its plot inline. Numbers are `best_of_n.py`'s."""
+"""A best-of-n result as Markdown and as one self-contained page with its plot. Numbers are `best_of_n.py`'s."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignment.files import write_json, write_text
+from evaluation.drawing import svg_of
+from evaluation.pages import render
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -54,13 +55,9 @@ def _with_interval(row: Mapping[str, Any], key: str) -> str:
     return f"{row[key]:.4g} [{row[f'{key}_low']:.4g}, {row[f'{key}_high']:.4g}]"
 
 
-def draw(curves: Curves) -> str:
-    """Gold and proxy against KL as one inline SVG; bands are the intervals."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    FigureCanvasSVG(figure)
+def draw(figure: Any, curves: Curves) -> None:
+    """Gold and proxy against KL; bands are the intervals."""
+    figure.set_size_inches(10, 3.8)
     for axes, key in zip(figure.subplots(1, 2), ("gold", "proxy"), strict=True):
         for name, colour in zip(curves, ("#d9631e", "#8a8f98", "#1f6fd6", "#3b8f5a"), strict=True):
             rows = sorted(curves[name], key=lambda row: row["n"])
@@ -73,32 +70,17 @@ def draw(curves: Curves) -> str:
         axes.set_ylabel(f"{key} score")
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    image = io.StringIO()
-    figure.savefig(image, format="svg", metadata={"Date": None})
-    return image.getvalue()[image.getvalue().index("<svg") :]
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Best of n</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
-svg { width: 100%; height: auto; } pre { overflow-x: auto; white-space: pre-wrap; }
-</style></head><body>
-<h1>Best of n</h1>
-{{ plot | safe }}
-<p>Over-optimisation: gold falls while the proxy still rises. Left: what is wanted. Right: what was chosen by.</p>
-<pre>{{ text }}</pre>
-</body></html>
-"""
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     """best_of_n.html and .md, then .json, which is what says that the result is complete."""
-    from jinja2 import Environment, StrictUndefined
-
     text = describe(result)
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_PAGE)
+    reading = (
+        "Over-optimisation: gold falls while the proxy still rises. Left: what is wanted. Right: what was chosen by."
+    )
+    figure = ("Scores of the chosen answers", reading, svg_of("best_of_n", draw, result["curves"]))
     files = [folder / f"best_of_n.{ending}" for ending in ("json", "md", "html")]
-    write_text(files[2], page.render(plot=draw(result["curves"]), text=text))
+    write_text(files[2], render("text.html", "Best of n", [figure], text=text))
     write_text(files[1], text)
     write_json(files[0], result)
     return files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +32,6 @@ def svg_of(name: str, draw: Callable[..., None], *content: Any, png: Path | None
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
-
-
-def for_page(title: str, reading: str, svg: str) -> dict[str, str]:
-    """What `templates/page.html` shows as a figure."""
-    return {"title": title, "reading": reading, "data": base64.b64encode(svg.encode()).decode()}
 
 
 def plain(axes: Any, along: str = "x") -> None:

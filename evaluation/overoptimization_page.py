@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from alignment.files import write_json, write_text
+from evaluation.drawing import svg_of
 from evaluation.experiments import cell
+from evaluation.pages import render
 
 COLOURS = {"single": "#d9631e", "mean": "#8a8f98", "wco": "#1f6fd6", "uwo": "#3b8f5a"}
 
@@ -61,14 +62,10 @@ def _table(summary: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def draw(result: Mapping[str, Any]) -> str:
+def draw(figure: Any, result: Mapping[str, Any]) -> None:
     """A column per noise; gold above, proxy (standardised) below; lines are means over seeds, bands their extremes."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     noises = list(dict.fromkeys(run["noise"] for run in result["runs"]))
-    figure = Figure(figsize=(5 * len(noises), 7), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure.set_size_inches(5 * len(noises), 7)
     grid = figure.subplots(2, len(noises), squeeze=False, sharex=True)
     for column, noise in enumerate(noises):
         of = [run["curves"] for run in result["runs"] if run["noise"] == noise]
@@ -84,31 +81,17 @@ def draw(result: Mapping[str, Any]) -> str:
         grid[0][column].set_title(f"{100 * noise:g} % of labels flipped")
         grid[1][column].set_xlabel("KL(best of n ‖ policy), nats: ln n − (n−1)/n")
     grid[0][0].legend(frameon=False)
-    image = io.StringIO()
-    figure.savefig(image, format="svg", metadata={"Date": None})
-    return image.getvalue()[image.getvalue().index("<svg") :]
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Over-optimisation</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
-svg { width: 100%; height: auto; } pre { overflow-x: auto; }
-</style></head><body>
-<h1>Over-optimisation of proxy rewards</h1>
-{{ plot | safe }}
-<p>Over-optimisation: the proxy (below) goes on rising while gold (above) falls. Members are standardised. Bands:
-smallest and largest seed.</p>
-<pre>{{ text }}</pre>
-</body></html>
-"""
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """overoptimization.html and .md, then .json, which is what says that the result is complete."""
-    from jinja2 import Environment, StrictUndefined
-
     text = describe(result)
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_PAGE)
-    write_text(folder / "overoptimization.html", page.render(plot=draw(result), text=text))
+    reading = (
+        "Over-optimisation: the proxy (below) goes on rising while gold (above) falls. Members are standardised. "
+        "Bands: smallest and largest seed."
+    )
+    title = "Over-optimisation of proxy rewards"
+    figure = ("Best of n", reading, svg_of("overoptimization", draw, result))
+    write_text(folder / "overoptimization.html", render("text.html", title, [figure], text=text))
     write_text(folder / "overoptimization.md", text)
     write_json(folder / "overoptimization.json", result)

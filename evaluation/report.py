@@ -21,6 +21,7 @@ if __package__ in (None, ""):  # started as `python evaluation/report.py`: this 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import iterate_json_lines, read_json_object, write_text
 from evaluation import comparison, curves
+from evaluation.pages import page_environment
 
 SAMPLES_SHOWN = 4  # of each side and prompt; more hides the prompts below
 LONG_SECTION = 14  # recipe sections with more rows start folded
@@ -47,19 +48,6 @@ def write_report(run_dir: Path | str) -> Path:
     path = run / "report.html"
     write_text(path, page)
     return path
-
-
-def page_environment() -> Any:
-    """jinja2 with this package's templates: everything escaped, nothing undefined."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def report_content(run: Path) -> dict[str, Any]:

@@ -309,7 +309,7 @@ def main(
     output: Annotated[
         OptionalPath,
         typer.Option(
-            help="Folder for JSON, Markdown, HTML, AlpacaEval's files and samples. [RUN_DIR, else nothing kept]"
+            help="Folder for JSON, Markdown, HTML, AlpacaEval's files, samples. [RUN_DIR, else nothing kept]"
         ),
     ] = None,
     as_json: Annotated[

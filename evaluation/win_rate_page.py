@@ -13,13 +13,11 @@ from typing import Any
 
 from alignment.files import write_text
 from evaluation.annotations import Annotation
-from evaluation.drawing import COLOURS, FAINT, controlled, for_page, legend_above, mark, plain, segment, svg_of
+from evaluation.drawing import COLOURS, FAINT, controlled, legend_above, mark, plain, segment, svg_of
+from evaluation.pages import Table, render
 
 Limits = tuple[float, float, float]  # lower limit, estimate, upper limit, in percent
-Table = tuple[list[str], list[list[str]]]
 Differences = Sequence[Mapping[str, Any]]
-
-LONG_TEXT = 1200  # characters of a text that is shown
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def write_page(
     path: Path,
     entries: Sequence[Entry],
     differences: Differences = (),
-    table_of: Callable[[Differences], Table] | None = None,
+    table_of: Callable[[Differences], tuple[list[str], list[list[str]]]] | None = None,
 ) -> None:
     """Write the page.
 
@@ -61,24 +59,19 @@ def write_page(
         differences: paired comparisons of them, in percentage points.
         table_of: what makes a table of these.
     """
-    from evaluation.report import page_environment
-
-    tables = [{"title": f"{e.name} against {e.baseline}", "head": ["", ""], "rows": e.facts} for e in entries]
+    tables: list[Table] = [(f"{e.name} against {e.baseline}", ["", ""], e.facts) for e in entries]
     if differences and table_of is not None:
-        head, rows = table_of(differences)
-        tables.append({"title": "The systems against each other, paired", "head": head, "rows": rows})
+        tables.append(("The systems against each other, paired", *table_of(differences)))
     reading = (
         "Lines are 95 % intervals over prompts. Where the diamond (at equal lengths) lies far from the point, length "
         "decides. Compare two systems by their paired difference, not by how their intervals overlap."
     )
-    svg = svg_of("win_rate", draw, entries, differences)
-    environment = page_environment()
-    environment.filters["cut"] = cut
-    page = environment.get_template("win_rate.html").render(
-        title=f"Win rate over {entries[0].baseline}",
+    page = render(
+        "win_rate.html",
+        f"Win rate over {entries[0].baseline}",
+        [("Win rates", reading, svg_of("win_rate", draw, entries, differences))],
+        tables,
         claims=[claim(entry) for entry in entries],
-        figures=[for_page("Win rates", reading, svg)],
-        tables=tables,
         examples=[(entry.name, examples(entry.rows)) for entry in entries],
     )
     write_text(path, page)
@@ -134,8 +127,3 @@ def examples(rows: Sequence[Annotation]) -> list[tuple[str, Annotation]]:
     lowest = next((i for i, row in enumerate(judged) if row.share == judged[-1].share), 0)
     places = {lowest: "least preferred", last // 2: "median", 0: "most preferred"}
     return [(name, judged[place]) for place, name in sorted(places.items())]
-
-
-def cut(text: str) -> str:
-    """A long text's beginning."""
-    return text if len(text) <= LONG_TEXT else text[:LONG_TEXT] + " …"

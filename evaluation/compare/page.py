@@ -10,8 +10,7 @@ from typing import Any
 
 from evaluation.compare.figures import draw_all, ordered_matrix, ranked
 from evaluation.compare.matrix import NO_DIFFERENCE
-from evaluation.drawing import for_page
-from evaluation.report import page_environment
+from evaluation.pages import render
 
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -207,22 +206,13 @@ def as_csv(result: Row) -> str:
 
 def as_html(result: Row, folder: Path) -> str:
     """report.html, with its figures inside; they are written to FOLDER/figures as PNG, too."""
-    figures = [for_page(title, reading, svg) for title, reading, svg in draw_all(result, folder / "figures")]
-    tables = [{"title": title, "head": head, "rows": rows} for title, (head, rows) in _tables(result)]
-    return (
-        page_environment()
-        .get_template("compare.html")
-        .render(
-            title=f"{folder.resolve().name}: comparison of objectives",
-            claims=claims(result),
-            notes=notes(result),
-            one_seed=len(result["seeds"]) == 1,
-            figures=figures,
-            tables=tables,
-            recipe=result["recipe"],
-        )
+    return render(
+        "compare.html",
+        f"{folder.resolve().name}: comparison of objectives",
+        draw_all(result, folder / "figures"),
+        [(title, *table(result)) for title, table in TABLES],
+        claims=claims(result),
+        notes=notes(result),
+        one_seed=len(result["seeds"]) == 1,
+        recipe=result["recipe"],
     )
-
-
-def _tables(result: Row) -> list[tuple[str, Table]]:
-    return [(title, table(result)) for title, table in TABLES]
