@@ -24,8 +24,16 @@ def page_environment() -> Any:
     )
 
 
-def render(template: str, title: str, figures: Sequence[Figure], tables: Sequence[Table] = (), **content: Any) -> str:
-    """A page from a template that extends `templates/page.html`: figures, then tables, and what the template adds."""
+def render(
+    template: str,
+    title: str,
+    figures: Sequence[Figure],
+    tables: Sequence[Table] = (),
+    *,
+    claims: Sequence[str] = (),
+    **content: Any,
+) -> str:
+    """A page from a template that extends `templates/page.html`: claims, figures, tables, and what the template adds."""
     return str(
         page_environment()
         .get_template(template)
@@ -33,6 +41,7 @@ def render(template: str, title: str, figures: Sequence[Figure], tables: Sequenc
             title=title,
             figures=[(name, reading, base64.b64encode(svg.encode()).decode()) for name, reading, svg in figures],
             tables=tables,
+            claims=claims,
             **content,
         )
     )
