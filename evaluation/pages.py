@@ -33,7 +33,7 @@ def render(
     claims: Sequence[str] = (),
     **content: Any,
 ) -> str:
-    """A page from a template that extends `templates/page.html`: claims, figures, tables, and what the template adds."""
+    """A page from a template that extends `templates/page.html`: claims, figures, tables, what the template adds."""
     return str(
         page_environment()
         .get_template(template)
