@@ -58,7 +58,7 @@ def win_rates(figure: Any, result: Row) -> None:
             controlled(left, *_limits(row["length_controlled"]), y, label)
         if row["label"] != base:
             cell = result["matrix"]["cells"][names.index(row["label"])][names.index(base)]
-            sure = row["versus_baseline"]["verdict"] in ("better", "worse")
+            sure = row["versus_baseline"]["verdict"].startswith(("better", "worse"))
             _interval(right, cell, y, COLOURS[2] if sure else FAINT, None)
     left.set_yticks(range(len(rows)), [row["label"] for row in rows])
     for axes, against in ((left, "the start"), (right, base)):

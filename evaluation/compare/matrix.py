@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 
 LEVEL = 0.05
 NO_DIFFERENCE = "no significant difference"
+IN_THIS_RUN = " in this run"  # of a difference that one seed shows
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,17 @@ def adjusted(cells: Sequence[Cell]) -> list[float]:
 
 
 def verdict(one: Cell, p_adjusted: float) -> str:
-    """`better`, `worse`, or `no significant difference`.
+    """`better`, `worse`, or `no significant difference`; with one seed `better in this run`, `worse in this run`.
 
-    A difference is claimed where the adjusted p-value over prompts is at most 5 % *and* the t interval over seeds,
-    where there are several, leaves one half out: the first alone would hold for these models only.
+    A difference is claimed where the adjusted p-value over prompts is at most 5 % *and* the t interval over seeds
+    leaves one half out. With one seed there is no such interval, and the first alone speaks of these models only.
     """
     if p_adjusted > LEVEL or one.rate == 0.5:
         return NO_DIFFERENCE
     if one.seeds_low is not None and one.seeds_high is not None and one.seeds_low <= 0.5 <= one.seeds_high:
         return NO_DIFFERENCE
-    return "better" if one.rate > 0.5 else "worse"
+    said = "better" if one.rate > 0.5 else "worse"
+    return said if one.seeds_low is not None else f"{said}{IN_THIS_RUN}"
 
 
 def cyclic_triples(cells: Sequence[Sequence[Cell | None]], sure: bool = False) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.compare.figures import draw_all, ordered_matrix, ranked
-from evaluation.compare.matrix import NO_DIFFERENCE
+from evaluation.compare.matrix import IN_THIS_RUN, NO_DIFFERENCE
 from evaluation.pages import render
 
 Row = Mapping[str, Any]
@@ -70,16 +70,24 @@ def policy_table(result: Row) -> Table:
 
 def cost_table(result: Row) -> Table:
     """What a run of the chosen point cost, and its budget."""
-    head = ["objective", "pairs", "updates x pairs", "tokens trained on", "seconds", "peak memory"]
+    head = [
+        "objective",
+        "pairs",
+        "updates x pairs",
+        "tokens trained on",
+        "seconds training",
+        "seconds in all",
+        "peak memory",
+    ]
     lines = []
     for row in ranked(result):
         cost = result["cost"][row["label"]]
         seconds = "–" if cost["seconds"] is None else f"{cost['seconds']:.1f}"
         peak = "–" if cost["peak_memory"] is None else f"{cost['peak_memory'] / 1e9:.2f} GB"
         pairs = " / ".join(str(count) for count in row["pairs"])
-        lines.append(
-            [row["label"], pairs, f"{row['steps']} x {row['batch']}", f"{row['trained_tokens']:,}", seconds, peak]
-        )
+        training = f"{cost['training_seconds']:.1f}"
+        work = [f"{row['steps']} x {row['batch']}", f"{row['trained_tokens']:,}"]
+        lines.append([row["label"], pairs, *work, training, seconds, peak])
     return head, lines
 
 
@@ -114,14 +122,13 @@ def claims(result: Row) -> list[str]:
     """What the tests let one say, in words."""
     base, found = result["baseline"], []
     tested = [row for row in ranked(result) if row["versus_baseline"] is not None]
-    runs = " in this one run of each" if len(result["seeds"]) == 1 else ""
-    for said in ("better", "worse"):
+    for said in ("better", "worse", f"better{IN_THIS_RUN}", f"worse{IN_THIS_RUN}"):
         labels = [row["label"] for row in tested if row["versus_baseline"]["verdict"] == said]
         if labels:
-            found.append(f"{said} than {base}{runs}: {', '.join(labels)}")
+            found.append(f"{said} than {base}: {', '.join(labels)}")
     same = [row["label"] for row in tested if row["versus_baseline"]["verdict"] == NO_DIFFERENCE]
     if same:
-        found.append(f"{NO_DIFFERENCE} from {base}{runs}: {', '.join(same)}")
+        found.append(f"{NO_DIFFERENCE} from {base}: {', '.join(same)}")
     equal = [row["label"] for row in tested if row["versus_baseline"]["p_adjusted"] is None]
     if equal:
         found.append(f"the same loss as {base}, not tested: {', '.join(equal)}")
@@ -140,7 +147,9 @@ def notes(result: Row) -> list[str]:
         "'seeds' is the lowest and highest seed."
     )
     if seeds == 1:
-        found.append("One seed: nothing here says what another seed of training would change.")
+        found.append(
+            "One seed: nothing here says what another seed of training would change; no claim reaches beyond these runs."
+        )
     else:
         found.append(
             "A difference is claimed where Holm's p over prompts is at most 0.05 and the 95 % t interval over "

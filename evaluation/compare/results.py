@@ -211,4 +211,8 @@ def _cost(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean seconds and largest peak over the seeds; None where a run has not been measured."""
     seconds = [fact["seconds"] for fact in facts if fact["seconds"] is not None]
     peaks = [fact["peak_memory"] for fact in facts if fact["peak_memory"] is not None]
-    return {"seconds": statistics.fmean(seconds) if seconds else None, "peak_memory": max(peaks, default=None)}
+    return {
+        "training_seconds": statistics.fmean(fact["training_seconds"] for fact in facts),
+        "seconds": statistics.fmean(seconds) if seconds else None,
+        "peak_memory": max(peaks, default=None),
+    }

@@ -159,6 +159,14 @@ class Memory:
 # --- what a complete run says of itself ------------------------------------------------------------------------------
 
 
+def _trainings(run: Run) -> list[dict[str, Any]]:
+    """The manifest of each training of a complete run: one, or one for each iteration."""
+    if not isinstance(run.recipe, IterateRecipe):
+        return [read_json_object(run.folder / "manifest.json")]
+    numbers = range(1, run.recipe.iterate.iterations + 1)
+    return [read_json_object(iteration_folder(run.folder, t) / "train" / "manifest.json") for t in numbers]
+
+
 def pairs_files(run: Run) -> list[Path]:
     """The preferences that a run trained on; of an iterative run those of each iteration."""
     if isinstance(run.recipe, IterateRecipe):
@@ -172,8 +180,8 @@ def facts_of(run: Run) -> dict[str, Any]:
 
     Returns:
         steps, batch; start_sha256 (None where the start is no reference); pairs, pairs_sha256 (None where the run
-        samples again); trained_tokens = steps x batch x mean tokens of a pair, prompt twice; seconds and peak_memory
-        (None where not measured).
+        samples again); trained_tokens = steps x batch x mean tokens of a pair, prompt twice; training_seconds, without
+        sampling, judging, loading and saving; seconds and peak_memory of everything (None where not measured).
     """
     manifest, files = read_json_object(run.folder / "manifest.json"), pairs_files(run)
     rows = [row for file in files for _, row in iterate_json_lines(file)]
@@ -188,6 +196,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "start_sha256": (manifest.get("frozen_weights") or {}).get("start"),
         "pairs_sha256": None if isinstance(run.recipe, IterateRecipe) else digest,
         "trained_tokens": round(steps * batch * sum(lengths) / len(lengths)),
+        "training_seconds": sum(one["wall_seconds"]["training"] for one in _trainings(run)),
         "seconds": cost.get("seconds"),
         "peak_memory": cost.get("peak_memory") or None,
     }

@@ -152,12 +152,13 @@ def test_runs_of_other_pairs_or_other_budgets_are_no_comparison(files, tmp_path)
     found = []
     for arm, chosen in ((dpo, [5]), (other, [6])):
         run = run_of(recipe, arm, 0.1, 0, 4)
-        write_json(run.folder / "manifest.json", {"steps": 4})
+        write_json(run.folder / "manifest.json", {"steps": 4, "wall_seconds": {"training": 1.5}})
         write_json_lines(
             run.folder / "preferences.jsonl", [{"prompt_ids": [1, 2], "chosen_ids": chosen, "rejected_ids": [3, 4]}]
         )
         found.append((run, facts_of(run)))
     assert found[0][1]["trained_tokens"] == 4 * 8 * (2 + 1 + 2 + 2) and found[0][1]["seconds"] is None
+    assert found[0][1]["training_seconds"] == 1.5
     with pytest.raises(UserError, match="trained on different pairs"):
         refuse_unequal(found)
     refuse_unequal([found[0], found[0]])
@@ -283,7 +284,7 @@ def test_a_claim_needs_prompts_and_seeds():
     assert verdict(a_cell(0.4, seeds=(0.35, 0.45)), 0.05) == "worse"
     assert verdict(a_cell(0.6, seeds=(0.55, 0.65)), 0.06) == "no significant difference"
     assert verdict(a_cell(0.6, seeds=(0.45, 0.75)), 0.01) == "no significant difference"
-    assert verdict(a_cell(0.6), 0.01) == "better"  # one seed: the report says what that leaves open
+    assert (verdict(a_cell(0.6), 0.01), verdict(a_cell(0.4), 0.01)) == ("better in this run", "worse in this run")
     assert detectable([a_cell(0.5)]) == pytest.approx(0.28, abs=0.001) and detectable([]) is None
 
 
@@ -294,12 +295,11 @@ def test_claims_are_in_those_words():
     rows = [row("dpo", None)]
     for name, p in (("better", 0.01), ("worse", 0.02), ("no significant difference", 0.3), ("the same loss", None)):
         rows.append(row(name.split()[0], {"p_adjusted": p, "verdict": name}))
-    assert claims({"baseline": "dpo", "objectives": rows[:2], "seeds": [3]}) == [
-        "better than dpo in this one run of each: better"
-    ]
-    assert claims({"baseline": "dpo", "objectives": rows, "seeds": [0, 1, 2]}) == [
+    rows.append(row("once", {"p_adjusted": 0.01, "verdict": "worse in this run"}))
+    assert claims({"baseline": "dpo", "objectives": rows}) == [
         "better than dpo: better",
         "worse than dpo: worse",
+        "worse in this run than dpo: once",
         "no significant difference from dpo: no",
         "the same loss as dpo, not tested: the",
     ]
