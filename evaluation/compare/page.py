@@ -148,7 +148,7 @@ def notes(result: Row) -> list[str]:
     )
     if seeds == 1:
         found.append(
-            "One seed: nothing here says what another seed of training would change; no claim reaches beyond these runs."
+            "One seed: what another seed of training would change is unknown; no claim goes beyond these runs."
         )
     else:
         found.append(
