@@ -17,7 +17,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: this folder must not shadow the standard library's `statistics`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -28,6 +30,7 @@ from numpy.typing import NDArray
 
 from alignment.errors import UserError, run_or_exit
 from alignment.rewards import RewardFunction, get_reward
+from alignment.rewards.base import Prompt
 from evaluation.comparison import FEW_PROMPTS, describe_judge
 from evaluation.files import deliver
 from evaluation.statistics import bootstrap_means, cluster_bootstrap, percentile_interval, wilson_interval
@@ -65,7 +68,7 @@ class Item:
     """
 
     where: str
-    prompt: str
+    prompt: Prompt
     chosen: list[str]
     rejected: list[str]
     subset: str
@@ -140,23 +143,77 @@ def ties_draws(columns: Array, resamples: int, rng: np.random.Generator) -> tupl
     return float(means[:5] / means[5:] @ TIES_WEIGHTS), draws[:, :5] / draws[:, 5:] @ TIES_WEIGHTS
 
 
-def read_items(source: str, split: str | None = None, limit: int | None = None) -> list[Item]:
-    """Rows of a local file or a hub data set.
+def read_items(
+    source: str, split: str | None = None, limit: int | None = None, *, chat: bool = False
+) -> tuple[list[Item], dict[str, int]]:
+    """Rows of a local file or a hub data set: RewardBench's, or any form of preferences that training takes.
+
+    Args:
+        source, split, limit: as of a recipe's `data`.
+        chat: transcripts and the like become chat messages.
+
+    Returns:
+        Items, and how many rows of a training form cannot be used, by reason. RewardBench's have to be right.
 
     Raises:
-        UserError: no such source; a row lacks a text; texts and lists are mixed; or a Ties row without its id.
+        UserError: no such source, or no form; of RewardBench's rows one lacks a text, texts and lists are mixed, or a
+            Ties row has no id.
     """
     from alignment.data.reading import raw_rows
     from alignment.recipes.rows import SourceSection
 
     section = SourceSection(name=source, split=split, limit=limit)
-    items = [_item(f"{source}: row {place.row}", row) for place, row in raw_rows(section, "eval")]
-    if not items:
+    first = next((row for _, row in raw_rows(section, "eval")), None)
+    if first is None:
         raise UserError(f"{source}: holds no rows")
+    if not _is_rewardbench(first):
+        return _pairs(section, chat)
+    items = [_item(f"{source}: row {place.row}", row) for place, row in raw_rows(section, "eval")]
     for item in items:
         if item.paired != items[0].paired:
             raise UserError(f"{item.where}: chosen is {'a text' if item.paired else 'a list'} here and not in row 1")
-    return items
+    return items, {}
+
+
+def _is_rewardbench(row: Mapping[str, Any]) -> bool:
+    """A prompt in text, and a text or a list of texts on both sides; a transcript or a message is no such text."""
+    from alignment.data.forms import form_of
+
+    sides = [row.get(key) for key in ("chosen", "rejected")]
+    listed = any(isinstance(side, list) and side and isinstance(side[0], str) for side in sides)
+    plain = form_of([dict(row)]) == "preference" and not any(
+        isinstance(side, list) for side in [row.get("prompt"), *sides]
+    )
+    return listed or plain
+
+
+def _pairs(section: Any, chat: bool) -> tuple[list[Item], dict[str, int]]:
+    """Rows in the other forms, as training reads them, and why the rest is left out."""
+    from alignment.data.pipeline import usable_rows
+
+    rows, rejected = usable_rows(section, "eval", chat=chat)
+    reasons = Counter(bad.reason for bad in rejected)
+    items = []
+    for place, row in rows:
+        sides = [row[key] if isinstance(row[key], str) else row[key][0]["content"] for key in ("chosen", "rejected")]
+        if any(len(row[key]) > 1 for key in ("chosen", "rejected") if not isinstance(row[key], str)):
+            reasons["several_messages_in_a_response"] += 1
+            continue
+        items.append(
+            Item(
+                f"{section.name}: row {place.row}",
+                row["prompt"],
+                sides[:1],
+                sides[1:],
+                str(row.get("subset") or ""),
+                "",
+                True,
+            )
+        )
+    if not items:
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise UserError(f"{section.name}: no row can be used ({why})")
+    return items, dict(reasons)
 
 
 def _item(where: str, row: Mapping[str, Any]) -> Item:
@@ -190,7 +247,10 @@ def score_items(reward: RewardFunction, items: Sequence[Item], *, chat: bool = F
     """
     from tqdm import tqdm
 
-    prompts = [[{"role": "user", "content": item.prompt}] if chat else item.prompt for item in items]
+    prompts = [
+        [{"role": "user", "content": item.prompt}] if chat and isinstance(item.prompt, str) else item.prompt
+        for item in items
+    ]
     asked = [(p, t) for p, item in zip(prompts, items, strict=True) for t in (*item.chosen, *item.rejected)]
     found: list[float] = []
     with tqdm(total=len(asked), desc="scoring", unit=" responses", disable=None) as bar:
@@ -279,7 +339,7 @@ def _subset(
         results = [best_of_n_result(good, bad) for good, bad in split]
     tied = sum(ok and max(good) == max(bad) for (good, bad), ok in zip(split, known, strict=True))
     values = np.array([r for r, ok in zip(results, known, strict=True) if ok])
-    prompts = [item.prompt for item, ok in zip(items, known, strict=True) if ok]
+    prompts = [json.dumps(item.prompt) for item, ok in zip(items, known, strict=True) if ok]
     drawn = cluster_bootstrap(values[:, None], prompts, RESAMPLES, rng)
     wilson = wilson_interval(float(values.mean()), len(set(prompts)), LEVEL)
     counts |= {"tied_at_the_top": tied, "wilson_interval": [wilson.low, wilson.high]}
@@ -305,6 +365,8 @@ def describe(result: Mapping[str, Any]) -> str:
     )
     if unscored := sum(one["not_scored"] for one in result["subsets"].values()):
         lines.append(f"{unscored} items could not be scored and are left out")
+    if left_out := result.get("rows_left_out"):
+        lines.append("rows left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
     if result.get("missing_subsets"):
         lines.append(f"sections without {', '.join(result['missing_subsets'])}: not comparable with the leaderboard")
     return "\n".join(lines)
@@ -329,8 +391,9 @@ def main(
     from evaluation.win_rate import parse_keys
 
     judge = get_reward(reward, **parse_keys("reward", reward, reward_key or []))
-    items = read_items(source, split, limit)
+    items, left_out = read_items(source, split, limit, chat=chat)
     result = {"reward": describe_judge(judge), "source": source, "split": split, "chat": chat}
+    result["rows_left_out"] = left_out
     result |= summarise(items, score_items(judge, items, chat=chat), seed=seed)
     deliver(result, describe(result), "reward_accuracy", output, as_json)
 

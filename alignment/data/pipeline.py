@@ -194,6 +194,21 @@ def prepare_rows(
     return _prepared([part], tokenizer, max_length, role, max_rejected_share, calibration, 0)
 
 
+def usable_rows(source: SourceSection, role: str, *, chat: bool) -> tuple[list[tuple[Place, Row]], list[Rejected]]:
+    """A source's canonical rows with where they stand, for what scores texts and needs no tokens; and the others.
+
+    Args:
+        source: as of `prepare`.
+        role: which split is meant where none is named.
+        chat: transcripts and Alpaca rows become chat messages.
+
+    Raises:
+        UserError: the source cannot be read or its form not be told.
+    """
+    part = _read(title(source), source, raw_rows(source, role), chat)
+    return [(place, row) for (_, place), row in zip(part.numbers, part.rows, strict=True)], part.rejected
+
+
 def title(source: SourceSection) -> str:
     """What messages call a source."""
     return source.name if source.split is None else f"{source.name}:{source.split}"

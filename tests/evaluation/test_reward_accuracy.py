@@ -37,7 +37,7 @@ def pair(prompt: str, chosen: str, rejected: str, **more) -> dict:
 
 
 def judged(path: Path, rows: list[dict], **reward) -> dict:
-    items = read_items(write(path, rows))
+    items, _ = read_items(write(path, rows))
     return summarise(items, score_items(get_reward(**(reward or {"name": "length"})), items))
 
 
@@ -171,14 +171,45 @@ def test_keys_reach_the_reward_and_prompts_may_be_chats(tmp_path):
             seen.extend(prompts)
             return [0.0] * len(responses)
 
-    assert score_items(Spy(), read_items(source), chat=True) == [[0.0, 0.0]]  # type: ignore[arg-type]
+    assert score_items(Spy(), read_items(source)[0], chat=True) == [[0.0, 0.0]]  # type: ignore[arg-type]
     assert seen == [[{"role": "user", "content": "p"}]] * 2
+
+
+def test_rows_of_training_are_scored_as_training_reads_them(tmp_path):
+    """Transcripts: the longer reply is chosen in the first of two that can be used, and its prompt is a chat."""
+
+    def said(*replies: str) -> str:
+        return f"\n\nHuman: hello\n\nAssistant: hi\n\nHuman: {replies[0]}\n\nAssistant: {replies[1]}"
+
+    rows = [
+        {"chosen": said("why?", "because"), "rejected": said("why?", "no")},
+        {"chosen": said("why?", "no"), "rejected": said("why?", "because")},
+        {"chosen": said("why?", "same"), "rejected": said("why?", "same")},
+        {"chosen": said("why?", "a"), "rejected": said("how?", "b")},
+    ]
+    source = write(tmp_path / "rows.jsonl", rows)
+    done = CliRunner().invoke(app, [source, "--reward", "length", "--json"])
+    found = json.loads(done.stdout)
+    assert (found["overall"]["accuracy"], found["subsets"][""]["items"]) == (0.5, 2)
+    assert sum(found["rows_left_out"].values()) == 2
+    chats, _ = read_items(source, chat=True)
+    assert [m["role"] for m in chats[0].prompt] == ["user", "assistant", "user"]  # type: ignore[index]
+    assert (chats[0].chosen, chats[0].rejected) == (["because"], ["no"])
+    printed = CliRunner().invoke(app, [source, "--reward", "length"]).stdout
+    assert "rows left out: 1 " in printed
+    messages = [[{"role": "user", "content": "p"}], [{"role": "assistant", "content": "long"}]]
+    row = {"prompt": messages[0], "chosen": messages[1], "rejected": [{"role": "assistant", "content": "s"}]}
+    items, _ = read_items(write(tmp_path / "chat.jsonl", [row]))
+    assert (items[0].prompt, items[0].chosen, items[0].paired) == (messages[0], ["long"], True)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"chosen": "a", "rejected": "b"}], "row 1: prompt must be a text (it has chosen, rejected)"),
+        (
+            [{"chosen": "a", "rejected": "b"}],
+            ": the form of the rows cannot be told from the columns chosen, rejected",
+        ),
         ([pair("p", "a", "b"), pair("p", "a", "") | {"rejected": None}], "row 2: rejected must be a text or a list"),
         ([pair("p", "a", "b") | {"chosen": ["a"]}], "row 1: chosen and rejected must both be texts, or both lists"),
         ([pair("p", "a", "b"), {"prompt": "p", "chosen": ["a"], "rejected": ["b"]}], "row 2: chosen is a list here"),
