@@ -34,19 +34,6 @@ def contraction(nash: Tensor, preference: Tensor, *, beta: float, eta: float, lo
     return torch.linalg.eigvals(centre @ step @ centre).abs().amax(-1)
 
 
-def rock_paper_scissors(*, beta: float, eta: float, look_ahead: bool) -> float:
-    """The same in closed form for rock, paper, scissors, uniform reference: P D has eigenvalues +-i/sqrt(12)."""
-    keep, turn = 1 - eta * beta, eta / math.sqrt(12)
-    if look_ahead:
-        return math.hypot(keep - turn**2, turn * keep)
-    return math.hypot(keep, turn)
-
-
-def largest_stable_step(beta: float) -> float:
-    """The step below which mirror descent converges on rock, paper, scissors: 2 beta/(beta^2 + 1/12)."""
-    return 2 * beta / (beta**2 + 1 / 12)
-
-
 def measured(iterations: Tensor, gaps: Tensor, floor: float = 1e-14) -> Tensor:
     """Factor per iteration by which each game's gap falls at the end of its curve, `[B]`.
 
