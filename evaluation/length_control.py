@@ -7,7 +7,7 @@ system's own strength. The length-controlled rate is the mean prediction with d 
 What of AlpacaEval (cd543a149, metrics/glm_winrate.py) is reproduced: features, objective (L1 norm + C times the
 weighted log loss, no intercept), the ten C from 1e-4 to 1e4, five folds by example scored by the mean weighted log
 loss, the refit at the best C, and gamed systems' rows at weight λ / their number, with c = 0. What is not: liblinear
-stops at a tolerance of 1e-4, this at the optimum; examples are dealt to folds from the last to the first, which is
+stops at a tolerance of 1e-4, this at the optimum; examples are dealt to folds in turn, which is
 scikit-learn's rule for groups of one size up to how numpy's sort orders equals. Pure functions on arrays; no files.
 """
 
@@ -167,7 +167,7 @@ def _l1_step(w: Array, gradient: Array, hessian: Array) -> Array:
 def choose_c(features: Array, share: Array, weight: Array) -> float:
     """The C of `CS` with the least log loss on left-out examples, averaged over `FOLDS` folds; the first of equals."""
     n = len(share)
-    fold = np.arange(n)[::-1] % FOLDS
+    fold = np.arange(n) % FOLDS
     losses = np.zeros(len(CS))
     for held_out in (fold == number for number in range(FOLDS)):
         kept = ~held_out

@@ -65,7 +65,7 @@ def _columns(settings: IterateSection, row: dict[str, Any], judged: dict[str, An
 def _extremes(
     settings: IterateSection, row: dict[str, Any], judged: dict[str, Any], counts: Counter[str]
 ) -> Iterator[Choice]:
-    """The best against the worst: of rewards, or of mean probabilities of winning."""
+    """The best against the worst: by reward, or by mean probability of winning; of equals the first and the last."""
     numbers = judged["considered"]
     if len(numbers) < 2:
         counts["short"] += 1

@@ -105,6 +105,50 @@ def test_two_names_of_one_loss_are_one_policy_at_each_point_and_are_marked(done)
     assert (said == "the same loss") == (other["value"] == dpo["value"])  # another beta is another loss
 
 
+def test_measurements_of_a_policy_are_those_of_its_texts(done):
+    """KL, distinct-n and displacement from the models' own logits and the texts, one response at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = done
+    run = next(path.parent for path in folder.glob("runs/dpo/*/seed-0/measured-test.json"))
+    found = json.loads((run / "measured-test.json").read_text())
+    assert found["displacement"] is not None
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    policy, start = (AutoModelForCausalLM.from_pretrained(p) for p in (run / "final", folder / "grammar" / "model"))
+
+    def gain(prompt: list[int], response: list[int]) -> float:
+        """log policy - log start of a response, by the chain rule."""
+        total, ids = 0.0, torch.tensor([prompt + response])
+        for model, sign in ((policy, 1), (start, -1)):
+            with torch.no_grad():
+                logits = model(ids).logits[0].double()
+            for place, token in enumerate(response, start=len(prompt) - 1):
+                total += sign * float(logits[place, token] - logits[place].exp().sum().log())
+        return total
+
+    prompts = (folder / "grammar" / "held_out.txt").read_text().splitlines()[:10]
+    drawn, checked = [], 0
+    for prompt, texts, lengths, ratios in zip(
+        prompts, found["responses"], found["tokens"], found["log_ratio"], strict=True
+    ):
+        for text, length, ratio in zip(texts, lengths, ratios, strict=True):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += [tokenizer.eos_token_id] if len(ids) == length - 1 else []
+            drawn.append(ids)
+            if len(ids) == length:  # else the letters were drawn in other pieces than the tokenizer cuts
+                assert gain(tokenizer(prompt)["input_ids"], ids) == pytest.approx(ratio, abs=1e-3)
+                checked += 1
+    assert checked > len(drawn) / 2
+    for n in (1, 2):
+        grams = [tuple(ids[i : i + n]) for ids in drawn for i in range(len(ids) - n + 1)]
+        assert found[f"distinct_{n}"] == pytest.approx(len(set(grams)) / len(grams), rel=0.2)
+    pairs = [json.loads(line) for line in (run / "preferences.jsonl").read_text().splitlines()][:64]
+    for side, moved in zip(("chosen", "rejected"), found["displacement"], strict=True):
+        gains = [gain(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs]
+        assert sum(gains) / len(gains) == pytest.approx(moved, abs=1e-3)
+
+
 def test_the_matrix_is_two_sides_of_one_table_and_the_report_shows_it(done):
     folder, _ = done
     result = read(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,16 +75,16 @@ def test_the_fit_is_a_minimum_in_every_direction():
 
 
 def test_c_has_the_least_left_out_loss_of_the_ten():
-    """By loops over the folds of scikit-learn's GroupKFold for groups of one size: the last example to fold 0, …"""
+    """By loops over the folds of scikit-learn's GroupKFold for groups of one size: every fifth example is left out."""
     rng = np.random.default_rng(1)
-    length, gamma, share = simulate(rng, 40)
-    x, weight = np.column_stack([length, gamma, np.ones(40)]), np.ones(40)
-    folds = [[i for i in range(40) if (39 - i) % 5 == fold] for fold in range(5)]
+    length, gamma, share = simulate(rng, 42)
+    x, weight = np.column_stack([length, gamma, np.ones(42)]), np.ones(42)
+    folds = [[i for i in range(42) if i % 5 == fold] for fold in range(5)]
     totals = []
     for c in CS:
         total = 0.0
         for fold in folds:
-            kept = [i for i in range(40) if i not in fold]
+            kept = [i for i in range(42) if i not in fold]
             p = expit(x[fold] @ fit_l1(x[kept], share[kept], weight[kept], c))
             total += np.mean([-np.log(q if y else 1 - q) for q, y in zip(p, share[fold], strict=True)])
         totals.append(total)
@@ -180,6 +181,9 @@ def test_two_systems_at_equal_lengths_through_their_annotations():
     few = {name: rows[:9] if name == "strong" else rows for name, rows in systems.items()}
     (pair,) = compare_systems(few, resamples=200)
     assert pair["length_controlled_winrate"] is None and pair["length_controlled_interval"] is None
+    draws = [replace(one, preference=1.5) for one in systems["long"]]  # whose fit has no coefficient
+    (pair,) = compare_systems({"strong": systems["strong"], "long": draws}, resamples=200)
+    assert pair["difference"] > 5 and pair["length_controlled_winrate"] is None
 
 
 def test_a_system_against_itself_is_one_half():
@@ -219,11 +223,40 @@ def test_gamed_annotations_regularise():
     held = length_controlled(length, share, gamed=gamed, resamples=0)
     assert (plain.variant, held.variant) == ("plain, without difficulty", "regularised, without difficulty")
     assert held.rate < plain.rate - 0.1 and held.coefficients["length"] < -0.5
-    # Rows of weight 0.2 / 2 each count a tenth: ten copies of the gamed rows at 1/100 of the weight are the same fit.
+    # Rows of weight 0.2 / 2 each count a tenth; they have no column of the system's.
+    tenth = np.concatenate([np.column_stack([one.length, np.zeros(N)]) for one in gamed])
+    rows = np.concatenate([tenth, np.column_stack([length, np.ones(N)])])
+    weight = np.concatenate([np.full(2 * N, 0.1), np.ones(N)])
+    by_hand = fit_l1(rows, np.concatenate([*(one.share for one in gamed), share]), weight, held.c)
+    assert list(held.coefficients.values()) == pytest.approx(by_hand)
+    # Ten copies of the gamed rows at 1/100 of the weight are the same fit.
     x = np.column_stack([gamed[0].length, np.zeros(N)])
     assert fit_l1(np.concatenate([x] * 10), np.tile(gamed[0].share, 10), np.full(10 * N, 0.01), 1.0) == pytest.approx(
         fit_l1(x, gamed[0].share, np.full(N, 0.1), 1.0), abs=1e-6
     )
+
+
+def test_resamples_by_hand():
+    """Two rows a prompt, one of the first prompt's without a verdict, gamed rows in every resample with weight 0.2."""
+    rng = np.random.default_rng(12)
+    length, gamma, share = simulate(rng, 40)
+    share[0] = np.nan
+    gamed, prompts = Gamed(*simulate(rng, 30)), [f"p{i // 2}" for i in range(40)]
+    got = length_controlled(length, share, difficulty=gamma, gamed=[gamed], clusters=prompts, resamples=20, seed=3)
+    assert got.refits is not None and got.interval is not None and got.c is not None
+    assert got.refits.times.shape == (20, 20) and (got.refits.times.sum(1) == 20).all()
+    assert len(np.unique(got.refits.times, axis=0)) == 20
+    rows = np.column_stack([length, gamma, np.ones(40)])
+    extra = np.column_stack([gamed.length, gamed.difficulty, np.zeros(30)])
+    rates = []
+    for w, times in zip(got.refits.coefficients, got.refits.times, strict=True):
+        repeated = [i for i in range(40) for _ in range(int(times[i // 2]))]  # rows as often as their prompt was drawn
+        known = [i for i in repeated if i != 0]
+        x, y = np.concatenate([extra, rows[known]]), np.concatenate([gamed.share, share[known]])
+        weight = np.concatenate([np.full(30, 0.2), np.ones(len(known))])
+        assert w == pytest.approx(fit_l1(x, y, weight, got.c), abs=1e-6)
+        rates.append(np.mean(expit(w[1] * gamma[repeated] + w[2])))
+    assert [got.interval.low, got.interval.high] == pytest.approx(np.quantile(rates, [0.025, 0.975]))
 
 
 def test_what_cannot_be_fitted():

@@ -38,7 +38,12 @@ def test_claims_are_the_intervals(page):
     for found in result["systems"].values():
         assert f"{found['win_rate']:.1f} % ({found['interval'][0]:.1f} to {found['interval'][1]:.1f} %)" in html
     assert f"{result['comparisons'][0]['difference']:+.2f} points" in html and "<td>different</td>" in html
-    assert claim(Entry("m", "b", (40.0, 55.0, 60.0), None, [], [])).endswith("no significant difference by this judge")
+    for limits, said in (
+        ((40.0, 55.0, 60.0), "no significant difference"),
+        ((40.0, 45.0, 49.9), "worse"),
+        ((50.1, 51.0, 60.0), "better"),
+    ):
+        assert claim(Entry("m", "b", limits, None, [], [])).endswith(f" %) over b: {said} by this judge")
 
 
 def test_texts_stay_texts_and_nothing_is_fetched(page):

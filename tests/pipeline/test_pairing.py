@@ -34,6 +34,10 @@ def test_best_against_worst_whatever_the_order_of_the_samples():
         assert found == [("c", "b")] and counts == {}
 
 
+def test_of_equals_the_first_is_the_best_and_the_last_the_worst():
+    assert chosen(a_row(*"abcd"), {"rewards": [0.0, 1.0, 1.0, 0.0]})[0] == [("b", "d")]
+
+
 def test_equal_rewards_are_no_pair():
     assert chosen(a_row(*"abcd"), {"rewards": [1.0] * 4}) == ([], {"ties": 1})
     assert chosen(a_row(*"ab"), {"rewards": [1.0, 1.2]}, min_gap=0.2000001) == ([], {"ties": 1})

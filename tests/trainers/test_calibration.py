@@ -38,6 +38,12 @@ def test_by_hand():
     )
 
 
+def test_there_are_ten_bins_from_one_half_to_one():
+    """.52 always right and .57 always wrong are two errors that must not cancel."""
+    found = measured(logit([0.52] * 6 + [0.43] * 5))
+    assert found["calibration/ece"] == pytest.approx((6 * 0.48 + 5 * 0.57) / 11, abs=1e-6)
+
+
 def test_right_as_often_as_said_is_calibrated():
     """Ten pairs at .75 of which 7.5 are right: with soft labels exactly, and in either direction."""
     assert measured(logit([0.75] * 10), [0.75] * 10)["calibration/ece"] == pytest.approx(0, abs=1e-6)
