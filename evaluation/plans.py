@@ -20,6 +20,7 @@ from alignment.models.sampling import Generation
 from alignment.rewards import PreferenceOracle, RewardFunction, get_oracle, get_reward
 from evaluation.comparison import Comparison, Side, compare
 from evaluation.files import Prompt, locate_prompts, refuse_training_prompts
+from evaluation.policies import stamps_of_files
 
 RESAMPLES = 10_000
 BATCHES_PER_SHARD = 4  # what a kill loses, and what processes share
@@ -148,8 +149,6 @@ def pool_folder(root: Path, source: ModelSource, plan: Plan) -> Path:
     """
     from alignment.files import json_digest
 
-    places = [Path(source.load[key]) for key in ("name_or_path", "adapter") if source.load.get(key)]
-    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
     deciding = {
         "load": source.load,
         "seed": plan.seed + source.seed_offset,
@@ -157,9 +156,9 @@ def pool_folder(root: Path, source: ModelSource, plan: Plan) -> Path:
         "generation": asdict(plan.generation),
         "prompts": given_prompts(plan),
         "vllm": plan.vllm,
-        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()],
+        "files": stamps_of_files(source.load),
     }
-    return root / f"{places[0].name}-{json_digest(deciding)[:12]}"
+    return root / f"{Path(source.load['name_or_path']).name}-{json_digest(deciding)[:12]}"
 
 
 def leave_to_main() -> None:

@@ -5,7 +5,8 @@ No sampling and no files: `alignment.models.sampling` draws, and `replication` a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,17 @@ def log_probs(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Array:
         for i in range(0, len(given), AT_ONCE)
     ]
     return np.concatenate(parts)
+
+
+def stamps_of_files(load: Mapping[str, Any]) -> list[list[Any]]:
+    """Name, size and time of a local model's files: other ones hold another model. Empty of a hub id.
+
+    Args:
+        load: arguments of `load_model`; name_or_path and adapter are looked at.
+    """
+    places = [Path(load[key]) for key in ("name_or_path", "adapter") if load.get(key)]
+    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
 
 def tables_won(

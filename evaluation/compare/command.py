@@ -9,12 +9,15 @@ from typing import Any
 from alignment.errors import UserError
 from alignment.files import write_text
 from alignment.locks import alone
+from alignment.rewards.base import Prompt
 from evaluation.compare import runs as running
+from evaluation.compare.given import as_pairs, write_given
 from evaluation.compare.plan import (
     Arm,
     Prompts,
     Run,
     arms_of,
+    left_out_of_all,
     point_name,
     read_all_prompts,
     run_of,
@@ -41,6 +44,8 @@ def compare(path: Path, overrides: Sequence[str] = ()) -> Path:
     """
     recipe = load_compare_recipe(path, overrides)
     arms = arms_of(recipe)
+    if (line := left_out_of_all(recipe)) is not None:
+        print(line, flush=True)
     iterative = any(arm.iterative for arm in arms)
     for arm in arms:  # a mistake in one of them shows before any work
         for value in arm.points:
@@ -52,7 +57,10 @@ def compare(path: Path, overrides: Sequence[str] = ()) -> Path:
     with alone(folder):
         if recipe.compare.task is not None:
             _build_task(recipe.compare.task, folder / recipe.compare.task)
-        prompts, steps = read_all_prompts(recipe), updates(recipe, iterative)
+        prompts = read_all_prompts(recipe)
+        if recipe.data.train is not None:
+            prompts = as_pairs(prompts, write_given(recipe, arms, prompts))
+        steps = updates(recipe, iterative)
         every = [run_of(recipe, a, value, seed, steps) for a in arms for value in a.points for seed in recipe.seeds]
         running.refuse_changes(every)
         result = _carried_out(recipe, arms, prompts, steps)
@@ -103,7 +111,7 @@ def _chosen(
     arm: Arm,
     judge: Any,
     measurer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     tuning: Sequence[Run],
     steps: int,
 ) -> Any:

@@ -21,6 +21,7 @@ RULES: tuple[tuple[str, Mapping[str, Any], str, Mapping[str, str], Mapping[str, 
      {"form": "sum", "baseline": "chosen"}),
     ("vpo", {"alpha": 0.0}, "dpo", {"beta": "beta"}, {"label_smoothing": 0.0}),
     ("rpo", {"eta": 0.0}, "dpo", {"beta": "beta"}, {"label_smoothing": 0.0}),
+    ("dpop", {"lam": 0.0}, "dpo", {"beta": "beta"}, {"label_smoothing": 0.0}),
 )  # fmt: skip
 FIRST_ITERATION = {"inpo": ("ipo", {"eta": "tau"})}  # sum form; there the previous iterate is the reference
 
@@ -48,7 +49,8 @@ def describe_equal(name: str, hyperparameters: Mapping[str, Any]) -> str | None:
         other, keys = FIRST_ITERATION[name]
         values = get_objective(name, **hyperparameters).hyperparameters
         shown = ", ".join(f"{theirs}={values[key]:g}" for key, theirs in keys.items())
-        return f"first iteration = {other} ({shown})"
+        every = values["tau"] == values["eta"]  # the previous iterate then has weight 0
+        return f"{'every' if every else 'first'} iteration = {other} ({shown})"
     found, pairs = loss_of(name, hyperparameters)
     if found == name:
         return None

@@ -136,8 +136,8 @@ def _widened(axes: Any, values: Sequence[float]) -> None:
     """A logarithmic axis where one policy has gone so far that it would press all others into a corner."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if min(values) <= 0 or max(values) / min(values) < 10:
-        return
+    if min(values) <= 0 or max(values) / min(values) < 10 or min(axes.dataLim.intervalx) <= 0:
+        return  # an estimate of 0 or below has no place on that axis
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

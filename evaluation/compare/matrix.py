@@ -2,7 +2,7 @@
 
 The unit is the prompt, as in `evaluation.statistics`: seeds are averaged within it. An interval over prompts holds
 what other prompts would change, for these very models; what another seed of training would change is the spread over
-seeds, and a claim needs both (`verdict`).
+seeds, and a claim needs both (`Cell.claim_p`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Cell:
         p_value: sign-flip permutation over prompts of "rate = 1/2".
         by_seed: the rate of each seed.
         seeds_low, seeds_high: 95 % t interval over seeds; None with one seed.
+        seeds_p: two-sided t test over seeds of "rate = 1/2"; None with one seed.
     """
 
     rate: float
@@ -46,6 +47,16 @@ class Cell:
     by_seed: tuple[float, ...]
     seeds_low: float | None
     seeds_high: float | None
+    seeds_p: float | None
+
+    @property
+    def claim_p(self) -> float:
+        """P-value of "the objectives are the same": small only if neither other prompts nor other seeds explain it.
+
+        The larger of the two is a valid p-value of a difference that shows over prompts *and* over seeds. With one
+        seed it is that over prompts, and speaks of these models only.
+        """
+        return self.p_value if self.seeds_p is None else max(self.p_value, self.seeds_p)
 
     @property
     def swapped(self) -> Cell:
@@ -54,7 +65,7 @@ class Cell:
         return Cell(
             1 - self.rate, 1 - self.high, 1 - self.low, self.standard_error, self.p_value,
             tuple(1 - rate for rate in self.by_seed),
-            None if high is None else 1 - high, None if low is None else 1 - low,
+            None if high is None else 1 - high, None if low is None else 1 - low, self.seeds_p,
         )  # fmt: skip
 
 
@@ -79,26 +90,39 @@ def cell(shares: Array, resamples: int = 10_000, seed: int = 0) -> Cell:
         by_seed=by_seed,
         seeds_low=spread["low"],
         seeds_high=spread["high"],
+        seeds_p=_seeds_p(by_seed),
     )
 
 
+def _seeds_p(rates: Sequence[float]) -> float | None:
+    """Two-sided p of a mean of 1/2 in a t test over seeds; 0 or 1 where all seeds are alike."""
+    from scipy.stats import ttest_1samp
+
+    kept = [rate for rate in rates if not math.isnan(rate)]
+    if len(kept) < 2:
+        return None
+    if max(kept) == min(kept):
+        return float(kept[0] == 0.5)
+    return float(ttest_1samp(kept, 0.5).pvalue)
+
+
 def adjusted(cells: Sequence[Cell]) -> list[float]:
-    """Holm's p-values of the cells as one family."""
-    return [float(p) for p in holm([one.p_value for one in cells])] if cells else []
+    """Holm's p-values of the cells' claims as one family."""
+    return [float(p) for p in holm([one.claim_p for one in cells])] if cells else []
 
 
 def verdict(one: Cell, p_adjusted: float) -> str:
     """`better`, `worse`, or `no significant difference`; with one seed `better in this run`, `worse in this run`.
 
-    A difference is claimed where the adjusted p-value over prompts is at most 5 % *and* the t interval over seeds
-    leaves one half out. With one seed there is no such interval, and the first alone speaks of these models only.
+    Args:
+        one: the cell.
+        p_adjusted: its `claim_p` after Holm. A claim needs at most 5 %, so that at most one comparison in twenty, with
+            all its rows, makes a false one.
     """
     if p_adjusted > LEVEL or one.rate == 0.5:
         return NO_DIFFERENCE
-    if one.seeds_low is not None and one.seeds_high is not None and one.seeds_low <= 0.5 <= one.seeds_high:
-        return NO_DIFFERENCE
     said = "better" if one.rate > 0.5 else "worse"
-    return said if one.seeds_low is not None else f"{said}{IN_THIS_RUN}"
+    return said if one.seeds_p is not None else f"{said}{IN_THIS_RUN}"
 
 
 def cyclic_triples(cells: Sequence[Sequence[Cell | None]], sure: bool = False) -> int:

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.files import iterate_json_lines, json_digest, read_json_object, write_json
+from alignment.rewards.base import Prompt
 from evaluation.compare.plan import Run
 from evaluation.compare.recipe import CompareRecipe
-from evaluation.policies import log_probs, means_of, tables_won
+from evaluation.policies import log_probs, means_of, stamps_of_files, tables_won
 from evaluation.statistics import preferences
 
 Array = NDArray[np.float64]
@@ -31,7 +32,8 @@ class Measured:
 
     Attributes:
         responses: [Q][S] texts.
-        log_ratio: [Q, S] log pi - log start of each, in nats; its mean estimates KL(pi || start) without bias.
+        log_ratio: [Q, S] log pi - log start of each, in nats; its mean estimates KL(pi || start) without bias, as
+            samples are the policy's own: temperature and the like are refused.
         tokens: [Q, S] lengths.
         finished: share that ended before the token limit.
         distinct_1, distinct_2: different n-grams of token ids as a share of all.
@@ -60,7 +62,7 @@ class Measurer:
         prompts: set name -> Q prompts.
     """
 
-    def __init__(self, recipe: CompareRecipe, prompts: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, recipe: CompareRecipe, prompts: Mapping[str, Sequence[Prompt]]) -> None:
         self.recipe, self.prompts = recipe, prompts
         self._start: Any = None
 
@@ -90,6 +92,9 @@ class Measurer:
             "displacement": pairs is not None,
         }
         stored = read_json_object(file) if file.is_file() else {}
+        if final is None:
+            load = self.recipe.model.model_dump()
+            asked["model"] = json_digest([load, stamps_of_files(load)])
         if stored.get("of") != asked:
             print(f"   sampling {seed}", flush=True)
             stored = {"of": asked, **self._measure(final, str(asked["seed"]), which, pairs)}
@@ -172,7 +177,7 @@ class Judge:
         """Its name and settings."""
         return str((self.reward or self.oracle).describe())
 
-    def scores(self, prompts: Sequence[str], one: Measured) -> Array:
+    def scores(self, prompts: Sequence[Prompt], one: Measured) -> Array:
         """[Q, S] of a reward; each policy's samples are scored once."""
         if id(one) not in self._scores:
             flat = [(p, text) for p, group in zip(prompts, one.responses, strict=True) for text in group]
@@ -180,7 +185,7 @@ class Judge:
             self._scores[id(one)] = one, np.array(values, dtype=np.float64).reshape(len(prompts), -1)
         return self._scores[id(one)][1]
 
-    def tables(self, prompts: Sequence[str], ours: Measured, theirs: Measured) -> list[Array]:
+    def tables(self, prompts: Sequence[Prompt], ours: Measured, theirs: Measured) -> list[Array]:
         """Q tables [S, S]: what each sample of ours wins against each of theirs, ties one half; NaN: not judged. An
         oracle is asked once about each pair of policies."""
         if self.oracle is None:
@@ -192,10 +197,10 @@ class Judge:
             self._tables[key] = ours, theirs, answers
         return self._tables[key][2]
 
-    def shares(self, prompts: Sequence[str], ours: Measured, theirs: Measured) -> Array:
+    def shares(self, prompts: Sequence[Prompt], ours: Measured, theirs: Measured) -> Array:
         """[Q] share of all pairs of samples of a prompt that ours wins; NaN: none could be judged."""
         return means_of(self.tables(prompts, ours, theirs))
 
-    def one_to_one(self, prompts: Sequence[str], ours: Measured, theirs: Measured) -> Array:
+    def one_to_one(self, prompts: Sequence[Prompt], ours: Measured, theirs: Measured) -> Array:
         """[Q, S] what each sample of ours wins against the sample of theirs with the same number."""
         return np.array([table.diagonal() for table in self.tables(prompts, ours, theirs)])

@@ -85,7 +85,7 @@ def cost_table(result: Row) -> Table:
         seconds = "–" if cost["seconds"] is None else f"{cost['seconds']:.1f}"
         peak = "–" if cost["peak_memory"] is None else f"{cost['peak_memory'] / 1e9:.2f} GB"
         pairs = " / ".join(str(count) for count in row["pairs"])
-        training = f"{cost['training_seconds']:.1f}"
+        training = "–" if cost["training_seconds"] is None else f"{cost['training_seconds']:.1f}"
         work = [f"{row['steps']} x {row['batch']}", f"{row['trained_tokens']:,}"]
         lines.append([row["label"], pairs, *work, training, seconds, peak])
     return head, lines
@@ -152,8 +152,8 @@ def notes(result: Row) -> list[str]:
         )
     else:
         found.append(
-            "A difference is claimed where Holm's p over prompts is at most 0.05 and the 95 % t interval over "
-            f"{seeds} seeds leaves one half out."
+            f"p is the larger of two: a permutation test over prompts, and a t test over {seeds} seeds. A difference "
+            "is claimed where it is at most 0.05 after Holm's correction over all rows."
         )
     if result["detectable"] is not None:
         found.append(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,11 +15,14 @@ from typing import Any, get_type_hints
 from pydantic import ValidationError
 
 from alignment.data.preferences import read_prompts, same_prompt
+from alignment.errors import nearest
+from alignment.files import iterate_json_lines
 from alignment.objectives import get_objective, objective_class, own_cards
 from alignment.objectives.base import Objective, number_type, reads_reference
 from alignment.recipes import IterateRecipe, Origin, Problem, Recipe, RecipeError
 from alignment.recipes.checking import problems_of
 from alignment.recipes.inspection import what_is_missing
+from alignment.rewards.base import Prompt
 from evaluation.compare.recipe import CompareRecipe
 
 DIVERGENCES: tuple[dict[str, Any], ...] = (  # what f_dpo stands for among "all"; reverse_kl is dpo
@@ -27,6 +30,7 @@ DIVERGENCES: tuple[dict[str, Any], ...] = (  # what f_dpo stands for among "all"
     {"divergence": "forward_kl"},
     {"divergence": "alpha", "alpha": 0.5},
 )
+GIVEN = "pairs.jsonl"  # in the comparison's folder: the rows of data.train that every run trains on
 RESAMPLING = {"previous", "preference", "log_odds"}  # a step of its method only on samples of the latest policy
 
 
@@ -83,8 +87,8 @@ class Run:
 class Prompts:
     """The two sets of prompts that measure policies; those of training are in the data."""
 
-    validation: list[str]
-    test: list[str]
+    validation: Sequence[Prompt]
+    test: Sequence[Prompt]
 
 
 def point_name(arm: Arm, value: float | None) -> str:
@@ -112,29 +116,73 @@ def arms_of(recipe: CompareRecipe) -> list[Arm]:
         label = label or "-".join([name, *(v for k, v in keys.items() if isinstance(v, str) and k != "calibration")])
         try:
             found.append(_arm(recipe, label, name, file, keys, over, where))
+            for value in found[-1].points:
+                _constructed(found[-1], value)
+            if found[-1].iterative and (unfair := against_iterations(recipe)) is not None:
+                raise RecipeError([dataclasses.replace(unfair, message=f"{label} samples again: {unfair.message}")])
             if label in [arm.label for arm in found[:-1]]:
                 raise ValueError(f"{label!r} is there twice; give one of them a label of its own")
+        except RecipeError:
+            raise
         except ValueError as failed:
             raise _refused(recipe, where, str(failed)) from None
     if section.baseline not in [arm.label for arm in found]:
         place = recipe.origin("compare.baseline") or recipe.origin("compare") or Origin(str(recipe.path))
-        labels = ", ".join(arm.label for arm in found)
-        raise RecipeError([Problem(place, ("compare", "baseline"), f"{section.baseline!r} is none of {labels}")])
+        labels = [arm.label for arm in found]
+        message = f"{section.baseline!r} is none of {', '.join(labels)}{nearest(section.baseline, labels)}"
+        raise RecipeError([Problem(place, ("compare", "baseline"), message)])
     return found
 
 
+def _constructed(arm: Arm, value: float | None) -> None:
+    """ValueError where the objective refuses a tuning point."""
+    try:
+        arm.objective(value)
+    except ValueError as failed:
+        raise ValueError(f"{arm.label} at the tuning point {point_name(arm, value)}: {failed}") from None
+
+
 def all_that_fit(recipe: CompareRecipe) -> list[tuple[str, dict[str, Any]]]:
-    """(name, hyper-parameters) of every objective that trains on pairs and whose needs the judge can meet."""
+    """(name, hyper-parameters) of every objective that trains on pairs, whose needs the judge can meet, and which can
+    be given the same budget: see `against_iterations`. Given pairs have no samples of the start for vpo."""
     found: list[tuple[str, dict[str, Any]]] = []
+    fixed = against_iterations(recipe) is not None
     for card in own_cards():
         needs = set(card.needs)
         unmet = ("reward" in needs and recipe.reward is None) or (
             bool(needs & {"preference", "log_odds"}) and recipe.oracle is None
         )
-        if card.batch == "pairs" and not unmet:
+        unfair = (fixed and bool(RESAMPLING & needs)) or (card.name == "vpo" and recipe.data.sample is None)
+        if card.batch == "pairs" and not unmet and not unfair:
             variants = DIVERGENCES if card.name == "f_dpo" else ({},)
             found += [(card.name, dict(keys)) for keys in variants]
     return found
+
+
+def against_iterations(recipe: CompareRecipe) -> Problem | None:
+    """Why a method that samples again between its iterations would not have the others' data or budget here."""
+    sample, training = recipe.data.sample, recipe.training
+    if sample is None:
+        key, why = "data.train", "given pairs are not its policy's: compare it under data.sample"
+    elif sample.pairs_per_prompt > 1:
+        key, why = "data.sample.pairs_per_prompt", "it trains on one pair of a prompt in an iteration: set this to 1"
+    elif training.lr_scheduler_type != "constant" or training.warmup_steps:
+        key = "training.lr_scheduler_type" if training.lr_scheduler_type != "constant" else "training.warmup_steps"
+        why = "the schedule would begin anew in each iteration: set lr_scheduler_type: constant without warm-up"
+    else:
+        return None
+    place = recipe.origin(key) or recipe.origin(key.partition(".")[0]) or Origin(str(recipe.path))
+    return Problem(place, tuple(key.split(".")), why)
+
+
+def left_out_of_all(recipe: CompareRecipe) -> str | None:
+    """A line on what `objectives: all` leaves out for its data or schedule; None where that is nothing."""
+    unfair = against_iterations(recipe)
+    if recipe.compare.objectives or unfair is None:
+        return None
+    names = [card.name for card in own_cards() if card.batch == "pairs" and RESAMPLING & set(card.needs)]
+    names += ["vpo"] if recipe.data.sample is None else []
+    return f"left out of all: {', '.join(names)} ({'.'.join(unfair.path)}: {unfair.message})"
 
 
 def _arm(
@@ -156,7 +204,7 @@ def _arm(
     numbers = tunable(name, keys)
     if over is not None and over not in numbers:
         raise ValueError(f"over: {over!r} is no number of {name}; it has {', '.join(numbers) or 'none'}")
-    over = over or next(iter(numbers), None)
+    over = over or ("beta" if "beta" in numbers else next(iter(numbers), None))
     section = recipe.compare
     points: tuple[float | None, ...] = (None,)
     if over is not None:
@@ -203,7 +251,7 @@ def grid(value: float, count: int, factor: float, bounds: Mapping[str, float | N
 
 
 def updates(recipe: CompareRecipe, iterative: bool) -> int:
-    """Optimiser steps of every run: training.max_steps, or what num_train_epochs over all prompts' pairs make.
+    """Optimiser steps of every run: training.max_steps, or what num_train_epochs over all pairs make.
 
     Args:
         recipe: the whole.
@@ -213,12 +261,14 @@ def updates(recipe: CompareRecipe, iterative: bool) -> int:
         RecipeError: max_steps is not that multiple, or there are fewer steps than iterations.
     """
     settings, training, parts = recipe.data.sample, recipe.training, recipe.compare.iterations if iterative else 1
-    assert settings is not None  # the schema says so
     key = "num_train_epochs"
     if training.max_steps > 0:
         key, steps = "max_steps", training.max_steps
     else:
-        pairs = len(read_prompts(settings.prompts, settings.limit)) * settings.pairs_per_prompt
+        if settings is None:
+            pairs = sum(1 for _ in iterate_json_lines(recipe.folder / GIVEN))
+        else:
+            pairs = len(read_prompts(settings.prompts, settings.limit)) * settings.pairs_per_prompt
         steps = int(pairs * training.num_train_epochs / training.global_batch_size + 1e-9)
         steps -= steps % parts
     if steps < parts or steps % parts:
@@ -240,6 +290,12 @@ def run_of(recipe: CompareRecipe, arm: Arm, value: float | None, seed: int, step
         if (section := getattr(recipe, name)) is not None:
             shared[name] = section.model_dump()
     shared["objective"] = {"name": arm.name, **arm.at(value)} | ({"file": arm.file} if arm.file else {})
+    if recipe.data.sample is None:
+        kept = {key: shared["data"][key] for key in ("max_length", "overlap")}
+        shared["data"] = {
+            "train": [{"name": str(recipe.folder / GIVEN), "format": "preference", "ties": "soft"}],
+            **kept,
+        }
     shared["generation"]["seed"] += seed  # the pairs of a seed are the same for every objective
     shared["training"] |= {"output_dir": str(folder), "max_steps": steps, "seed": recipe.training.seed + seed}
     objective = arm.objective(value)
@@ -290,24 +346,24 @@ def tuning_runs(recipe: CompareRecipe, arms: list[Arm], steps: int) -> Iterator[
 
 
 def read_all_prompts(recipe: CompareRecipe) -> Prompts:
-    """Validation and test prompts; the three sets must be disjoint.
+    """Validation and test prompts; they and data.sample.prompts must be disjoint (of given pairs: `given`).
 
     Raises:
         RecipeError: a prompt stands in two sets, or a file that the recipe names is missing.
         UserError: a file of prompts cannot be used.
     """
     section, test, sample = recipe.compare, recipe.evaluation, recipe.data.sample
-    assert sample is not None  # the schema says so
     sections = {name: value for name, value in recipe.resolved().items() if name != "compare"}
     base = Recipe.model_validate(sections | {"objective": {"name": "dpo"}})
     base._document = recipe._document
     if problems := what_is_missing(base):
         raise RecipeError(problems)
-    sets = {
-        "data.sample.prompts": read_prompts(sample.prompts, sample.limit),
-        "evaluation.prompts": read_prompts(test.prompts, test.limit),
-    }
+    sets = {} if sample is None else {"data.sample.prompts": read_prompts(sample.prompts, sample.limit)}
+    sets["evaluation.prompts"] = read_prompts(test.prompts, test.limit)
     if section.validation is not None:
+        if not Path(section.validation).is_file():
+            place = recipe.origin("compare.validation") or Origin(str(recipe.path))
+            raise RecipeError([Problem(place, ("compare", "validation"), f"{section.validation}: no such file")])
         sets["compare.validation"] = read_prompts(section.validation, section.validation_limit)
     seen: dict[str, str] = {}
     for key, prompts in sets.items():

@@ -38,7 +38,7 @@ class Entry(ObjectiveSection):
     fixed: ClassVar[tuple[str, ...]] = (*ObjectiveSection.fixed, "label", "over")
 
     label: Text | None = option(None, "In tables and folders.", "the name, with -VALUE for each choice that is given")
-    over: Text | None = option(None, "Hyper-parameter to tune.", "the first number of its card")
+    over: Text | None = option(None, "Hyper-parameter to tune.", "beta, else the first number of its card")
 
     @classmethod
     def open_keys(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
@@ -68,7 +68,7 @@ class CompareSection(Section):
     )
     validation_limit: int | None = option(None, "Use only the first so many.", "all", ge=1)
     tune: int = option(3, "Values of one hyper-parameter that each objective is trained with.", OURS, ge=1)
-    tuning_factor: float = option(3.0, "From one of these values to the next.", OURS, gt=1)
+    tuning_factor: float = option(3.0, "From one of these values to the next.", OURS, gt=1, le=100)
     tuning_seeds: int = option(1, "Seeds that each value is trained with; the chosen one gets all.", OURS, ge=1)
     seeds: int = option(3, "Seeds of data, training and samples.", OURS, ge=1)
     first_seed: int = option(0, "The others follow.", OURS, ge=0)
@@ -92,7 +92,7 @@ class CompareRecipe(Root):
     compare: CompareSection = Field(description="The objectives, and how they are tuned and repeated.")
     model: ModelSection = Field(description="What every run starts from, and the reference.")
     lora: LoraSection | None = Field(None, description="Train adapters only. Default: all weights are trained.")
-    data: DataSection = Field(description="The preferences, drawn from the model: data.sample.")
+    data: DataSection = Field(description="The preferences: drawn from the model (sample) or given (train).")
     generation: GenerationSection = Field(
         default_factory=GenerationSection, description="How responses are drawn. Default: see its keys."
     )
@@ -108,12 +108,17 @@ class CompareRecipe(Root):
         return self
 
     def _problems(self) -> Iterator[InitErrorDetails]:
-        if self.data.sample is None:
-            yield error("objectives are compared on pairs drawn from the model: give data.sample", "data")
+        if self.data.prompts is not None or self.data.eval is not None:
+            key = "prompts" if self.data.prompts is not None else "eval"
+            yield error("not in a comparison: give data.sample (drawn from the model) or data.train", "data", key)
         if self.reward is None and self.oracle is None:
             yield error("needs a reward or oracle section: something has to judge", "compare")
         if self.reward is not None and self.oracle is not None:
             yield error("excludes reward: there is one judge; remove one section", "oracle")
+        for key in ("temperature", "top_p", "top_k"):
+            if (value := getattr(self.generation, key)) != GenerationSection.model_fields[key].default:
+                plain = "samples have to be the policies' own distribution: KL and the reference's role are of that"
+                yield error(f"{value:g}: {plain}; leave it out", "generation", key)
         if self.training.eval_strategy != "no" or self.training.push_to_hub:
             key = "push_to_hub" if self.training.push_to_hub else "eval_strategy"
             yield error("not in a comparison: leave it out", "training", key)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from alignment.rewards.base import Prompt
 from evaluation.compare import matrix
 from evaluation.compare.equivalence import describe_equal, loss_of
 from evaluation.compare.length import length_controlled_rate
@@ -19,6 +20,7 @@ from evaluation.compare.recipe import CompareRecipe
 from evaluation.experiments import over_seeds
 
 START = "start"
+COSTS = ("training_seconds", "seconds", "peak_memory")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,11 @@ class Chosen:
 
 
 def tuned_rows(
-    judge: Judge, prompts: Sequence[str], arm: Arm, policies: Mapping[tuple[float | None, int], Measured], starts: Any
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    arm: Arm,
+    policies: Mapping[tuple[float | None, int], Measured],
+    starts: Any,
 ) -> list[dict[str, float | None]]:
     """One row per tuning point: its mean win rate over the start, and KL, over the seeds that tune.
 
@@ -75,7 +81,7 @@ def best_of(rows: Sequence[Mapping[str, float | None]]) -> float | None:
 def build(
     recipe: CompareRecipe,
     judge: Judge,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     chosen: Sequence[Chosen],
     policies: Mapping[str, Sequence[Measured]],
     facts: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -103,7 +109,8 @@ def build(
                 "over_start": asdict(_cell(cells, i, len(names) - 1)),
                 "length_controlled": length_controlled_rate(policies[label], policies[START], against),
                 **_numbers(judge, prompts, policies[label]),
-                **{key: facts[label][0][key] for key in ("steps", "batch", "trained_tokens")},
+                **{key: facts[label][0][key] for key in ("steps", "batch")},
+                "trained_tokens": round(statistics.fmean(fact["trained_tokens"] for fact in facts[label])),
                 "pairs": [fact["pairs"] for fact in facts[label]],
                 "versus_baseline": tests.get(label),
             }
@@ -136,7 +143,7 @@ def _cell(cells: Sequence[Sequence[matrix.Cell | None]], i: int, j: int) -> matr
 
 def _cells(
     judge: Judge,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     names: Sequence[str],
     policies: Mapping[str, Sequence[Measured]],
     resamples: int,
@@ -171,7 +178,7 @@ def _tests(
     for i in others:
         one, p = _cell(cells, i, base), values.get(i)
         said = "the same loss" if p is None else matrix.verdict(one, p)
-        found[names[i]] = {"p_value": one.p_value, "p_adjusted": p, "verdict": said}
+        found[names[i]] = {"p_value": one.claim_p, "p_adjusted": p, "verdict": said}
     return found
 
 
@@ -190,7 +197,7 @@ def _identity(one: Chosen) -> dict[str, Any]:
     }
 
 
-def _numbers(judge: Judge, prompts: Sequence[str], policies: Sequence[Measured]) -> dict[str, Any]:
+def _numbers(judge: Judge, prompts: Sequence[Prompt], policies: Sequence[Measured]) -> dict[str, Any]:
     """Numbers of a policy over its seeds, each with mean and interval."""
     values: dict[str, list[float]] = {
         "kl": [one.kl for one in policies],
@@ -208,11 +215,8 @@ def _numbers(judge: Judge, prompts: Sequence[str], policies: Sequence[Measured])
 
 
 def _cost(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean seconds and largest peak over the seeds; None where a run has not been measured."""
-    seconds = [fact["seconds"] for fact in facts if fact["seconds"] is not None]
-    peaks = [fact["peak_memory"] for fact in facts if fact["peak_memory"] is not None]
+    """Mean seconds and largest peak over the seeds that were measured; None where none was."""
+    known = {key: [fact[key] for fact in facts if fact[key] is not None] for key in COSTS}
     return {
-        "training_seconds": statistics.fmean(fact["training_seconds"] for fact in facts),
-        "seconds": statistics.fmean(seconds) if seconds else None,
-        "peak_memory": max(peaks, default=None),
+        key: (max if key == "peak_memory" else statistics.fmean)(each) if each else None for key, each in known.items()
     }

@@ -79,19 +79,22 @@ def carry_out(runs: Sequence[Run], folder: Path, what: str) -> None:
         print(where, flush=True)
         began = time.perf_counter()
         with Memory() as memory:
-            _train(run, folder)
+            whole = _train(run, folder)
         seconds = time.perf_counter() - began
-        write_json(run.folder / COST, {"seconds": round(seconds, 2), "peak_memory": memory.peak})
+        if whole:  # of a run that goes on the time before is not known
+            write_json(run.folder / COST, {"seconds": round(seconds, 2), "peak_memory": memory.peak})
         print(f"   {seconds:.1f} s", flush=True)
 
 
-def _train(run: Run, folder: Path) -> None:
+def _train(run: Run, folder: Path) -> bool:
+    """Train a run, or go on with it; whether all of it was done now."""
     if isinstance(run.recipe, IterateRecipe):
         from alignment.pipeline.driver import run as iterate
 
+        whole = not run.folder.exists()
         run.recipe._document.source = str(_written(run, folder))
         iterate(run.recipe)
-        return
+        return whole
     words = [str(_written(run, folder))]
     if any(run.folder.glob("checkpoint-*/files.json")):
         words.append("--resume")
@@ -106,6 +109,7 @@ def _train(run: Run, folder: Path) -> None:
         raise SystemExit(process.exitcode)
     if process.exitcode:
         raise UserError(f"{run}: training ended with code {process.exitcode}; the same command goes on from there")
+    return "--resume" not in words
 
 
 def _child(words: list[str]) -> None:
@@ -172,6 +176,8 @@ def pairs_files(run: Run) -> list[Path]:
     if isinstance(run.recipe, IterateRecipe):
         numbers = range(1, run.recipe.iterate.iterations + 1)
         return [iteration_folder(run.folder, t) / "pairs" / "pairs.jsonl" for t in numbers]
+    if run.recipe.data.train is not None:
+        return [Path(run.recipe.data.train[0].name)]
     return [run.folder / "preferences.jsonl"]
 
 
@@ -181,7 +187,8 @@ def facts_of(run: Run) -> dict[str, Any]:
     Returns:
         steps, batch; start_sha256 (None where the start is no reference); pairs, pairs_sha256 (None where the run
         samples again); trained_tokens = steps x batch x mean tokens of a pair, prompt twice; training_seconds, without
-        sampling, judging, loading and saving; seconds and peak_memory of everything (None where not measured).
+        sampling, judging, loading and saving; seconds and peak_memory of everything. The last three are None for a run
+        that was stopped and gone on with.
     """
     manifest, files = read_json_object(run.folder / "manifest.json"), pairs_files(run)
     rows = [row for file in files for _, row in iterate_json_lines(file)]
@@ -196,7 +203,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "start_sha256": (manifest.get("frozen_weights") or {}).get("start"),
         "pairs_sha256": None if isinstance(run.recipe, IterateRecipe) else digest,
         "trained_tokens": round(steps * batch * sum(lengths) / len(lengths)),
-        "training_seconds": sum(one["wall_seconds"]["training"] for one in _trainings(run)),
+        "training_seconds": sum(one["wall_seconds"]["training"] for one in _trainings(run)) if cost else None,
         "seconds": cost.get("seconds"),
         "peak_memory": cost.get("peak_memory") or None,
     }

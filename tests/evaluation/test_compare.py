@@ -207,6 +207,44 @@ def test_another_recipe_is_refused_with_the_difference(done):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_given_pairs_are_prepared_once_and_every_run_trains_on_them(tiny, tmp_path, capsys):
+    """A soft label, a tie, an unusable row, and one with a prompt that judges, which is dropped where asked to."""
+    rows = [
+        {"prompt": f"my dog {i} is", "chosen": " kind and warm .", "rejected": " cold ."} for i in range(12)
+    ] + [{"prompt": "my cat is", "chosen": " kind .", "rejected": " bad .", "label": 0.8},
+         {"prompt": "my car is", "chosen": " kind .", "rejected": " kind ."}]  # fmt: skip
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("your song seems\nour bread was\n")
+    rows.append({"prompt": "our bread  was", "chosen": " kind .", "rejected": " dull ."})
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "out"
+    overrides = [
+        "compare.task=null", "compare.objectives=[dpo, ipo]", "compare.tune=1", "compare.seeds=1",
+        "compare.validation=null", f"model.name_or_path={tiny}", f"training.output_dir={folder}",
+        "data.sample=null", f"data.train={data}", f"evaluation.prompts={held_out}", "evaluation.samples_per_prompt=2",
+        "evaluation.bootstrap=200", "generation.max_new_tokens=4", "training.num_train_epochs=1",
+        "training.global_batch_size=4",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="1 of 14 prompts of data.train are also judged on.*evaluation.prompts"):
+        compare(TINY, overrides)
+    assert not (folder / "runs").exists()
+    compare(TINY, [*overrides, "data.overlap=drop"])
+    kept = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert len(kept) == 13 and {row["prompt"] for row in kept} == {row["prompt"] for row in rows[:13]}
+    assert next(row["label"] for row in kept if row["prompt"] == "my cat is") == 0.8
+    assert (folder / "rejected_rows.jsonl").read_text().count("\n") == 1
+    result = read(folder)
+    assert [(row["steps"], row["pairs"]) for row in result["objectives"]] == [(3, [13])] * 2
+    for row in result["objectives"]:
+        manifest = json.loads((folder / "runs" / row["label"] / row["point"] / "seed-0/manifest.json").read_text())
+        assert manifest["recipe"]["data"]["train"][0]["name"] == str(folder / "pairs.jsonl")
+        assert manifest["rows"]["train"]["used"] == 13 and row["chosen"]["mean"] is not None
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))
+    with pytest.raises(UserError, match=r"pairs.jsonl: data.train now gives other pairs"):
+        compare(TINY, [*overrides, "data.overlap=drop"])
+
+
 @pytest.mark.slow
 def test_inpo_vpo_simpo_and_spo_within_the_same_budget(tiny, tmp_path):
     overrides = [one for one in prepared(tiny, tmp_path) if "tun" not in one] + ["compare.tune=1"]

@@ -15,11 +15,11 @@ from alignment.objectives import get_objective, list_objectives
 from alignment.recipes import IterateRecipe, Recipe, RecipeError
 from evaluation.compare.equivalence import RULES, describe_equal, loss_of
 from evaluation.compare.matrix import Cell, adjusted, cell, cyclic_triples, detectable, verdict
-from evaluation.compare.measure import Judge, Measured
+from evaluation.compare.measure import Judge, Measured, Measurer
 from evaluation.compare.page import claims, over_seeds, percent
-from evaluation.compare.plan import arms_of, grid, read_all_prompts, run_of, tuning_runs, updates
+from evaluation.compare.plan import arms_of, grid, left_out_of_all, read_all_prompts, run_of, tuning_runs, updates
 from evaluation.compare.recipe import load_compare_recipe
-from evaluation.compare.results import best_of
+from evaluation.compare.results import Chosen, best_of, build, tuned_rows
 from evaluation.compare.runs import facts_of, refuse_unequal
 
 TINY = Path(__file__).resolve().parents[2] / "recipes" / "compare" / "tiny.yaml"
@@ -92,6 +92,25 @@ def test_all_means_what_the_judge_can_feed(files):
     assert under_oracle >= {"sppo", "gpo", "inpo"} and "reward_aware_rpo" not in under_oracle
 
 
+def test_all_leaves_out_what_would_not_have_the_same_budget_and_says_so(files):
+    whole = loaded(files, "compare.objectives=all")
+    cosine = loaded(files, "compare.objectives=all", "training.lr_scheduler_type=cosine")
+    data = [one for one in files if not one.startswith("data.sample")] + ["data={train: a.jsonl, sample: null}"]
+    given = loaded(data, "compare.objectives=all")
+    names = {arm.label for arm in arms_of(whole)}
+    assert left_out_of_all(whole) is None and {"inpo", "vpo"} <= names
+    assert {arm.label for arm in arms_of(cosine)} == names - {"inpo"}
+    assert {arm.label for arm in arms_of(given)} == names - {"inpo", "vpo"}
+    assert "inpo" in left_out_of_all(cosine) and "lr_scheduler_type" in left_out_of_all(cosine)
+    assert "vpo" in left_out_of_all(given) and "data.train" in left_out_of_all(given)
+    assert left_out_of_all(loaded(files, "training.lr_scheduler_type=cosine", "compare.objectives=[dpo]")) is None
+
+
+def test_beta_is_tuned_where_there_is_one(files):
+    arms = arms_of(loaded(files, "compare.objectives=[dpo, spo, simpo, ipo, {name: spo, over: gamma, label: other}]"))
+    assert [arm.over for arm in arms] == ["beta", "beta", "beta", "tau", "gamma"]
+
+
 def test_vpo_is_calibrated_on_samples_unless_it_says_otherwise(files):
     objectives = "compare.objectives=[dpo, vpo, {name: vpo, calibration: chosen, label: v2}]"
     given, chosen = arms_of(loaded(files, objectives))[1:]
@@ -120,14 +139,23 @@ def test_budget_of_offline_and_iterative_runs_is_the_same(files):
     other = run_of(recipe, arms["simpo"], 2.0, 2, steps).recipe
     assert not other.reference.precompute  # it reads none
     assert (other.data, other.generation, other.model) == (offline.data, offline.generation, offline.model)
-    assert run_of(recipe, arms["dpo"], 0.1, 3, steps).recipe.generation.seed == offline.generation.seed + 1
+    later = run_of(recipe, arms["dpo"], 0.1, 3, steps).recipe
+    assert later.generation.seed == offline.generation.seed + 1 and later.training.seed == offline.training.seed + 1
+    noisy = loaded(files, "data.sample.min_gap=0.5", "data.sample.label_noise=0.25")
+    settings = run_of(noisy, arms["inpo"], 0.1, 0, steps).recipe.iterate
+    assert (settings.min_gap, settings.label_noise, settings.unfinished) == (0.5, 0.25, "keep")
 
 
 def test_sppo_learns_from_samples_of_the_latest_policy(files):
-    judged = ["reward=null", "oracle={name: bradley_terry, reward: {name: length}}", "compare.objectives=[dpo, sppo]"]
+    judged = [
+        "reward=null",
+        "oracle={name: bradley_terry, reward: {name: length}}",
+        "compare.objectives=[dpo, sppo, gpo]",
+    ]
     recipe = loaded(files, *judged)
-    run = run_of(recipe, arms_of(recipe)[1], 1.0, 0, 10)
-    assert isinstance(run.recipe, IterateRecipe) and run.recipe.reference == "previous"
+    for arm in arms_of(recipe)[1:]:
+        run = run_of(recipe, arm, 1.0, 0, 10)
+        assert isinstance(run.recipe, IterateRecipe) and run.recipe.reference == "previous"
 
 
 def test_tau_follows_eta_where_it_is_not_given(files):
@@ -157,8 +185,10 @@ def test_runs_of_other_pairs_or_other_budgets_are_no_comparison(files, tmp_path)
             run.folder / "preferences.jsonl", [{"prompt_ids": [1, 2], "chosen_ids": chosen, "rejected_ids": [3, 4]}]
         )
         found.append((run, facts_of(run)))
+    assert found[0][1]["training_seconds"] is None  # a run without cost.json was gone on with
+    write_json(found[0][0].folder / "cost.json", {"seconds": 2.5, "peak_memory": 0})
+    assert facts_of(found[0][0])["training_seconds"] == 1.5 and facts_of(found[0][0])["seconds"] == 2.5
     assert found[0][1]["trained_tokens"] == 4 * 8 * (2 + 1 + 2 + 2) and found[0][1]["seconds"] is None
-    assert found[0][1]["training_seconds"] == 1.5
     with pytest.raises(UserError, match="trained on different pairs"):
         refuse_unequal(found)
     refuse_unequal([found[0], found[0]])
@@ -253,12 +283,17 @@ def test_a_cell_by_hand():
     assert one.p_value == 1.0  # flipping signs of (0, 1/2) never gives less
     half = 12.706204736 * math.sqrt(2 * 0.0625**2) / math.sqrt(2)
     assert (one.seeds_low, one.seeds_high) == (pytest.approx(0.75 - half), pytest.approx(0.75 + half))
+    # t with one degree of freedom is Cauchy's: P(|t| > x) = 1 - 2 atan(x)/pi, x = .25 / (.0884/sqrt 2) = 4
+    assert one.seeds_p == one.swapped.seeds_p == pytest.approx(1 - 2 * math.atan(4) / math.pi)
+    assert one.claim_p == 1.0
+    assert cell(np.array([[0.6, 0.7], [0.6, 0.7]]), resamples=100).seeds_p == 0.0
+    assert cell(np.array([[0.6, 0.7]]), resamples=100).seeds_p is None
     assert one.swapped.rate == 0.25 and one.swapped.low == 0.0 and one.swapped.by_seed == (0.1875, 0.3125)
     assert one.swapped.swapped == one
 
 
-def a_cell(rate, low=0.0, high=1.0, p=1.0, seeds=(None, None)):
-    return Cell(rate, low, high, 0.1, p, (rate,), *seeds)
+def a_cell(rate, low=0.0, high=1.0, p=1.0, seeds_p=None):
+    return Cell(rate, low, high, 0.1, p, (rate,), None, None, seeds_p)
 
 
 def test_intransitivity_by_hand():
@@ -280,12 +315,128 @@ def test_intransitivity_by_hand():
 
 def test_a_claim_needs_prompts_and_seeds():
     assert adjusted([a_cell(0.6, p=0.01), a_cell(0.6, p=0.04), a_cell(0.6, p=0.9)]) == pytest.approx([0.03, 0.08, 0.9])
-    assert verdict(a_cell(0.6, seeds=(0.55, 0.65)), 0.01) == "better"
-    assert verdict(a_cell(0.4, seeds=(0.35, 0.45)), 0.05) == "worse"
-    assert verdict(a_cell(0.6, seeds=(0.55, 0.65)), 0.06) == "no significant difference"
-    assert verdict(a_cell(0.6, seeds=(0.45, 0.75)), 0.01) == "no significant difference"
+    sure, unsure = a_cell(0.6, p=0.001, seeds_p=0.004), a_cell(0.6, p=0.001, seeds_p=0.03)
+    assert adjusted([sure, unsure, unsure]) == pytest.approx([0.012, 0.06, 0.06])  # the larger p of each, then Holm
+    assert adjusted([a_cell(0.6, p=0.2, seeds_p=0.001)]) == [0.2]
+    assert (verdict(sure, 0.05), verdict(a_cell(0.4, seeds_p=0.1), 0.05)) == ("better", "worse")
+    assert verdict(sure, 0.0501) == "no significant difference" == verdict(a_cell(0.5, seeds_p=1.0), 0.01)
     assert (verdict(a_cell(0.6), 0.01), verdict(a_cell(0.4), 0.01)) == ("better in this run", "worse in this run")
     assert detectable([a_cell(0.5)]) == pytest.approx(0.28, abs=0.001) and detectable([]) is None
+
+
+def test_results_by_hand(files):
+    """Every column of three arms and the start, two seeds, two prompts, two samples; the judge counts "kind"."""
+
+    def policy(texts, kl, tokens, distinct, moved):
+        ratio = np.full((2, 2), kl)
+        return Measured(texts, ratio, np.full((2, 2), tokens), 0.75, distinct, 2 * distinct, moved)
+
+    much, some, none = [["kind kind", "kind kind"]] * 2, [["kind", "cold"]] * 2, [["cold", "cold"]] * 2
+    recipe = loaded(files, "compare.objectives=[dpo, {name: robust, label_smoothing: 0.0}, ipo]", "compare.seeds=2",
+                    "compare.tune=1", "evaluation.bootstrap=200")  # fmt: skip
+    arms = arms_of(recipe)
+    chosen = [Chosen(arm, arm.points[0], [], []) for arm in arms]
+    policies = {
+        "dpo": [policy(some, 1.0, 4.0, 0.1, (-1.0, -3.0)), policy(some, 2.0, 6.0, 0.3, (-2.0, -5.0))],
+        "robust": [policy(some, 1.0, 4.0, 0.1, (-1.0, -3.0)), policy(none, 1.0, 4.0, 0.1, (-1.0, -3.0))],
+        "ipo": [policy(much, 3.0, 4.0, 0.1, (-7.0, -8.0)), policy(much, 5.0, 4.0, 0.1, (-9.0, -8.0))],
+        "start": [policy(none, 0.0, 3.0, 0.2, None), policy(none, 0.0, 3.0, 0.2, None)],
+    }
+    fact = {"steps": 5, "batch": 8, "pairs": 20, "training_seconds": 2.0, "seconds": 3.0, "peak_memory": 7}
+    later = fact | {"training_seconds": 4.0, "seconds": None, "peak_memory": 9, "trained_tokens": 200}
+    facts = {arm.label: [fact | {"trained_tokens": 100}, later] for arm in arms}
+    result = build(recipe, Judge(recipe), ["a", "b"], chosen, policies, facts)
+    dpo, robust, ipo = result["objectives"]
+    # dpo's samples meet the start's: one wins both, the other ties both: 3/4. ipo wins all of them.
+    assert dpo["over_start"]["by_seed"] == (0.75, 0.75) and ipo["over_start"]["rate"] == 1.0
+    assert robust["over_start"]["by_seed"] == (0.75, 0.5)
+    cells = result["matrix"]["cells"]
+    assert result["matrix"]["names"] == ["dpo", "robust", "ipo", "start"]
+    assert cells[2][0]["rate"] == 1.0 and cells[0][2]["rate"] == 0.0 and cells[1][0]["by_seed"] == (0.5, 0.25)
+    assert [dpo["kl"]["mean"], ipo["kl"]["mean"], ipo["kl"]["by_seed"]] == [1.5, 4.0, [3.0, 5.0]]
+    assert (dpo["tokens"]["mean"], dpo["distinct_1"]["mean"], dpo["distinct_2"]["mean"]) == (5.0, 0.2, 0.4)
+    assert (dpo["reward"]["mean"], ipo["reward"]["mean"], result["start"]["reward"]["mean"]) == (0.5, 2.0, 0.0)
+    assert (ipo["chosen"]["mean"], ipo["rejected"]["by_seed"]) == (-8.0, [-8.0, -8.0]) and dpo["rejected"][
+        "mean"
+    ] == -4
+    assert "chosen" not in result["start"] and dpo["finished"]["mean"] == 0.75
+    # robust without noise is dpo's loss and no test; ipo is the only one of the family. Two prompts: p = 2/4.
+    assert dpo["versus_baseline"] is None and robust["versus_baseline"]["verdict"] == "the same loss"
+    assert robust["versus_baseline"]["p_adjusted"] is None
+    assert ipo["versus_baseline"] == {"p_value": 0.5, "p_adjusted": 0.5, "verdict": "no significant difference"}
+    assert (dpo["trained_tokens"], dpo["steps"], dpo["pairs"]) == (150, 5, [20, 20])
+    assert result["cost"]["dpo"] == {"training_seconds": 3.0, "seconds": 3.0, "peak_memory": 9}
+    assert (result["triples"], result["cyclic_triples"], result["seeds"]) == (4, 0, [0, 1])
+
+
+def test_claims_are_those_of_the_adjusted_p(files):
+    """Twenty prompts, three seeds: p over prompts is 2^-13 or so, over seeds 1, 2, 5 %: after Holm only the first."""
+
+    def shares(*rates):  # of 20 prompts with 100 samples of the policy against one of the baseline
+        return [measured(*[["kind"] * round(100 * r) + ["cold"] * round(100 - 100 * r)] * 20) for r in rates]
+
+    labels = ["dpo", "ipo", "simpo", "rpo"]
+    recipe = loaded(files, "compare.objectives=[dpo, ipo, simpo, rpo]", "compare.tune=1", "compare.seeds=3")
+    judge = Judge(loaded(files, "reward={name: regex, pattern: kind}"))
+    base = [measured(*[["kind"] * 50 + ["cold"] * 50] * 20) for _ in range(3)]
+    policies = {"dpo": base, "ipo": shares(0.8, 0.82, 0.84), "simpo": shares(0.52, 0.8, 0.9),
+                "rpo": shares(0.3, 0.2, 0.25), "start": base}  # fmt: skip
+    fact = {"steps": 5, "batch": 8, "pairs": 20, "training_seconds": 2.0, "seconds": 3.0, "peak_memory": 7}
+    facts = {label: [fact | {"trained_tokens": 100}] * 3 for label in labels}
+    chosen = [Chosen(arm, arm.points[0], [], []) for arm in arms_of(recipe)]
+    result = build(recipe, judge, [f"p{i}" for i in range(20)], chosen, policies, facts)
+    tests = {row["label"]: row["versus_baseline"] for row in result["objectives"]}
+    rates = {
+        row["label"]: result["matrix"]["cells"][i][0]["by_seed"] for i, row in enumerate(result["objectives"]) if i
+    }
+    by_hand = {}
+    for label, seeds in rates.items():
+        mean, n = sum(seeds) / 3, 3
+        t = abs(mean - 0.5) / math.sqrt(sum((r - mean) ** 2 for r in seeds) / (n - 1) / n)
+        by_hand[label] = 1 - t / math.sqrt(t * t + 2)  # the t distribution with two degrees of freedom
+    ordered = sorted(by_hand, key=by_hand.get)
+    for label in labels[1:]:
+        assert tests[label]["p_value"] == pytest.approx(by_hand[label], rel=1e-6)
+        holm = max(min(1, by_hand[one] * (3 - k)) for k, one in enumerate(ordered[: ordered.index(label) + 1]))
+        assert tests[label]["p_adjusted"] == pytest.approx(holm, rel=1e-6)
+    assert [tests[label]["verdict"] for label in labels[1:]] == ["better", "no significant difference", "worse"]
+
+
+def test_the_best_win_rate_over_the_start_on_validation_prompts_tunes(files):
+    arm = arms_of(loaded(files, "compare.objectives=[dpo]", "compare.tune=2"))[0]
+    judge = Judge(loaded(files, "reward={name: regex, pattern: kind}"))
+    low, high = arm.points
+    starts = {0: measured(("kind", "cold")), 1: measured(("cold", "cold"))}
+    policies = {(low, 0): measured(("cold", "cold")), (low, 1): measured(("cold", "cold")),
+                (high, 0): measured(("kind", "kind")), (high, 1): measured(("kind", "kind"))}  # fmt: skip
+    rows = tuned_rows(judge, ["a"], arm, policies, starts)
+    assert [row["value"] for row in rows] == [low, high] and best_of(rows) == high
+    assert [row["win_rate"] for row in rows] == [(0.25 + 0.5) / 2, (0.75 + 1) / 2]
+
+
+def test_seeds_of_measurements_differ_and_other_weights_are_measured_anew(files, tmp_path, monkeypatch):
+    seen = []
+
+    def stub(self, final, seed, which, pairs):
+        seen.append(seed)
+        return {"responses": [["a"]], "log_ratio": [[0.0]], "tokens": [[1]], "finished": 1.0, "distinct_1": 1.0,
+                "distinct_2": 1.0, "displacement": None}  # fmt: skip
+
+    monkeypatch.setattr(Measurer, "_measure", stub)
+    recipe = loaded(files)
+    measurer = Measurer(recipe, {"test": ["p"], "validation": ["q"]})
+    for which in ("test", "validation"):
+        for seed in (0, 1):
+            measurer.start(seed, which)
+    for arm in arms_of(recipe)[:2]:
+        for value in arm.points[:2]:
+            measurer.policy(run_of(recipe, arm, value, 0, 4), "test")
+    assert len(set(seen)) == len(seen) == 8
+    measurer.start(0, "test")
+    assert len(seen) == 8  # kept
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
+    Measurer(recipe, {"test": ["p"]}).start(0, "test")
+    assert len(seen) == 9 and seen[-1] == seen[0]
 
 
 def test_claims_are_in_those_words():
@@ -330,8 +481,19 @@ def test_claims_are_in_those_words():
         ("training.learnin_rate=1", r"training.learnin_rate: unknown key; did you mean 'learning_rate'"),
         ("objective={name: dpo}", r"objective: unknown key"),
         ("reward=null", r"compare: needs a reward or oracle section"),
-        ("data={train: a.jsonl, sample: null}", r"data: objectives are compared on pairs drawn from the model"),
-        ("generation.temperature=0.5", r"inpo: generation.temperature: .*assumes samples of the iterate itself"),
+        ("compare.baseline=dop", r"compare.baseline: 'dop' is none of dpo, .*; did you mean 'dpo'"),
+        ("compare.tuning_factor=1e300", r"compare.tuning_factor: must be <= 100"),
+        (
+            "compare.objectives=[dpo, {name: inpo, eta: 0.1, tau: 0.1}]",
+            r"1: inpo at the tuning point eta-0.03333: .*tau",
+        ),
+        ("data={train: a.jsonl, sample: null}", r"data.train: inpo samples again: given pairs are not its policy's"),
+        ("data={prompts: a.txt, sample: null}", r"data.prompts: not in a comparison: give data.sample"),
+        ("data.sample.pairs_per_prompt=4", r"data.sample.pairs_per_prompt: inpo samples again: it trains on one pair"),
+        ("training.lr_scheduler_type=cosine", r"training.lr_scheduler_type: inpo samples again: the schedule would"),
+        ("training.warmup_steps=0.1", r"training.warmup_steps: inpo samples again: the schedule would"),
+        ("generation.temperature=0.5", r"generation.temperature: 0.5: samples have to be the policies' own"),
+        ("generation.top_k=5", r"generation.top_k: 5: samples have to be the policies' own"),
     ],
 )
 def test_mistakes_are_one_line_with_their_place(files, override, said):
