@@ -145,7 +145,20 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where a folder of the path is a file, there is nothing to remove
+            temporary.unlink(missing_ok=True)
+
+
+def refuse_file(folder: Path | None, key: str) -> None:
+    """UserError where a folder is to be written that is a file, or would lie in one: said before any work.
+
+    Args:
+        folder: to be written; None asks for nothing.
+        key: the option that named it.
+    """
+    for place in () if folder is None else (folder, *folder.parents):
+        if place.is_file():
+            raise UserError(f"{key} {folder}: {place} is a file, and a folder is to be written; give another name")
 
 
 def write_json(path: Path, value: Any) -> None:

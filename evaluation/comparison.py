@@ -153,7 +153,7 @@ def _rate_fields(rate: WinRate) -> dict[str, Any]:
         "interval_ties_dropped": [dropped.low, dropped.high] if dropped else None,
         "p_value": rate.p_value,
         "minimal_detectable_difference": (
-            None if rate.standard_error is None else minimal_detectable_difference(rate.standard_error)
+            minimal_detectable_difference(rate.standard_error) if rate.standard_error else None
         ),
         "prompts": rate.prompts,
         "prompts_excluded": rate.prompts_excluded,
@@ -373,6 +373,8 @@ def _controlled_phrase(result: dict[str, Any]) -> str | None:
         return None
     if control["win_rate"] is None:
         return f"not computed: {control['note']}"
+    if control["interval"] is None and control["note"]:
+        return f"not known: {control['note']}"
     note = f"; {control['note']}" if control["note"] else ""
     interval = "" if control["interval"] is None else f" ({percent_interval(control['interval'])})"
     return f"{percent(control['win_rate'])}{interval} at equal lengths, {control['variant']}{note}"

@@ -98,12 +98,17 @@ def summarise(
         "wilson_interval": [100 * wilson.low, 100 * wilson.high],
         **_without_ties(columns, draws),
         "p_value": sign_flip_p_value(sums[:, 0], resamples, rng),
-        "minimal_detectable_difference": 100 * minimal_detectable_difference(error),
+        "minimal_detectable_difference": detectable_points(error),
         "avg_length_base": alpaca.average_length([row.output_1 for row in rows]),
         **_length_fields(rows, gamed, difficulty, found["win_rate"], seed),
         "orders": orders(rows),
         "bootstrap": {"resamples": resamples, "seed": seed, "unit": "instruction"},
     }
+
+
+def detectable_points(standard_error: float) -> float | None:
+    """The minimal detectable difference in points; None where the error is unknown, or 0 as all came out alike."""
+    return 100 * minimal_detectable_difference(standard_error) if standard_error > 0 else None
 
 
 def _limits(estimate: float, draws: Array) -> list[float]:
@@ -171,6 +176,7 @@ def _length_fields(
             "variant": found.variant,
             "coefficients": found.coefficients,
             "C": found.c,
+            "resamples": 0 if found.refits is None else len(found.refits.times),
             "note": caution(raw, found),
         },
     }
@@ -189,6 +195,11 @@ def caution(raw: float, found: LengthControl) -> str | None:
         return (
             f"says nothing: cross-validation chose the strongest penalty (C = {found.c:.2g}), which leaves no "
             "coefficient; too few rows, or preferences that neither length nor system explains"
+        )
+    if (collapsed := found.collapsed) > 0.05:
+        return (
+            f"the penalty left no coefficient in {100 * collapsed:.0f} % of the resamples: as many of the values "
+            "behind the interval are 50, whatever the data"
         )
     controlled = 100 * found.rate
     room = raw if controlled < raw else 100 - raw
@@ -261,7 +272,7 @@ def compare_systems(
                 "difference": 100 * paired.difference.estimate,
                 "interval": [100 * paired.difference.low, 100 * paired.difference.high],
                 "standard_error": 100 * paired.standard_error,
-                "minimal_detectable_difference": 100 * minimal_detectable_difference(paired.standard_error),
+                "minimal_detectable_difference": detectable_points(paired.standard_error),
                 "p_value": paired.p_value,
                 "instructions": paired.rows,
                 **_controlled_between(systems[a], systems[b], set(common), gamed, difficulty, seed),
@@ -280,10 +291,13 @@ def _controlled_between(
     difficulty: Mapping[str | int, float] | None,
     seed: int,
 ) -> dict[str, Any]:
-    """First over second at equal lengths; both are fitted on the instructions that both have, in one order."""
-    place = {row.instruction: i for i, row in enumerate(first)}
+    """First over second at equal lengths; both are fitted on the instructions that both have.
+
+    These stand in the order of their texts, so that the folds, and with them the fits, are the same whichever of the
+    two is asked about first: the two rates add up to 100.
+    """
     sides = [
-        sorted((row for row in rows if row.instruction in common), key=lambda row: place[row.instruction])
+        sorted((row for row in rows if row.instruction in common), key=lambda row: row.instruction)
         for rows in (first, second)
     ]
     missing = {"length_controlled_winrate": None, "length_controlled_interval": None}
@@ -311,6 +325,17 @@ def _by_instruction(rows: Sequence[Annotation]) -> dict[str, float]:
         if not math.isnan(row.share):
             groups.setdefault(row.instruction, []).append(row.share)
     return {prompt: float(np.mean(values)) for prompt, values in groups.items()}
+
+
+def read_gamed(path: Path) -> list[Annotation]:
+    """Annotations of one gamed system.
+
+    Raises:
+        UserError: as of `read_annotations`, or the file compares several pairs.
+    """
+    rows = alpaca.read_annotations(path)
+    alpaca.one_pair(rows, path)
+    return rows
 
 
 def read_systems(files: Sequence[Path]) -> dict[str, list[Annotation]]:
@@ -387,8 +412,8 @@ def _over(value: float | None, interval: Sequence[float] | None) -> str:
     return "–" if value is None or interval is None else _rate(value, interval)
 
 
-def _points(value: float) -> str:
-    return "unknown" if math.isnan(value) else f"{value:.2f} points"
+def _points(value: float | None) -> str:
+    return "unknown" if value is None or math.isnan(value) else f"{value:.2f} points"
 
 
 def _outcomes(result: Mapping[str, Any]) -> str:
@@ -401,6 +426,8 @@ def _controlled(result: Mapping[str, Any]) -> str:
         return f"not computed: {control['note']}"
     rate, interval = result["length_controlled_winrate"], result["length_controlled_interval"]
     text = f"{rate:.2f} %" if interval is None else _rate(rate, interval)
+    if interval is None and control["note"]:
+        return f"not known: {control['note']}"
     return f"{text}, {control['variant']}{'; ' + control['note'] if control['note'] else ''}"
 
 
@@ -444,7 +471,14 @@ def annotation_result(
     """
     systems = read_systems(files)
     table = None if difficulty is None else alpaca.read_difficulty(difficulty)
-    others = [alpaca.read_annotations(path) for path in gamed]
+    others = [read_gamed(path) for path in gamed]
+    baseline = next(iter(systems.values()))[0].generator_1
+    for path, rows in zip(gamed, others, strict=True):
+        if rows[0].generator_1 != baseline:
+            raise UserError(
+                f"--gamed {path}: is against {rows[0].generator_1}, and {files[0]} against {baseline}: the gamed "
+                "answers are of that baseline, judged against it"
+            )
     found = {
         name: summarise(rows, gamed=others, difficulty=table, resamples=resamples, seed=seed)
         for name, rows in systems.items()

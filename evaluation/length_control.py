@@ -63,6 +63,11 @@ class LengthControl:
         """Whether the penalty left no coefficient: the rate is then 1/2 whatever the data."""
         return self.c is not None and not any(self.coefficients.values())
 
+    @property
+    def collapsed(self) -> float:
+        """Share of the resamples in which the penalty left no coefficient."""
+        return 0.0 if self.refits is None else float((self.refits.coefficients == 0).all(axis=1).mean())
+
 
 @dataclass(frozen=True)
 class Refits:

@@ -44,6 +44,7 @@ def with_length_control(
             "variant": found.variant,
             "coefficients": found.coefficients,
             "C": found.c,
+            "resamples": 0 if found.refits is None else len(found.refits.times),
             "note": caution(100 * result["win_rate"], found),
         }
     return replace(comparison, result={**result, "length_controlled": fields})

@@ -27,15 +27,15 @@ from typing import Annotated, Any
 import typer
 
 from alignment.errors import UserError, run_or_exit
-from alignment.files import jsonable
+from alignment.files import jsonable, refuse_file
 from alignment.models.sampling import Generation
 from alignment.recipes.document import RecipeError, parse_value
 from alignment.rewards import PreferenceOracle, RewardFunction, get_oracle, get_reward
 from alignment.rewards.registry import Kind, judge_fields
-from evaluation.annotations import read_annotations, read_difficulty, read_model_outputs
+from evaluation.annotations import read_difficulty, read_model_outputs
 from evaluation.comparison import Comparison, Side, compare, describe
 from evaluation.files import locate_prompts, read_outputs, read_pool, shorten
-from evaluation.head_to_head import annotation_result, write_annotation_result
+from evaluation.head_to_head import annotation_result, read_gamed, write_annotation_result
 from evaluation.outputs import with_length_control, write_comparison, write_into_run, write_output
 from evaluation.plans import (
     BASELINE_SEED_OFFSET,
@@ -112,6 +112,15 @@ def parse_keys(kind: Kind, name: str, pairs: list[str]) -> dict[str, Any]:
 
 def _given_judge(given: dict[str, Any]) -> dict[str, Any]:
     """The judge that the options name, as `judge` or `oracle`; nothing where they name none."""
+    if "judge_from" in given:
+        from alignment.recipes import load_recipe
+
+        recipe = load_recipe(given["judge_from"])
+        if recipe.reward is not None:
+            return {"judge": get_reward(recipe.reward.name, **recipe.reward.options)}
+        if recipe.oracle is not None:
+            return {"oracle": get_oracle(recipe.oracle.name, **recipe.oracle.options)}
+        raise UserError(f"--judge-from {given['judge_from']}: has neither a reward nor an oracle section")
     for kind in ("reward", "oracle"):
         if f"{kind}_key" in given and kind not in given:
             raise UserError(f"--{kind}-key without --{kind}: name the {kind} that the key belongs to")
@@ -125,7 +134,7 @@ def _given_judge(given: dict[str, Any]) -> dict[str, Any]:
 
 
 _SAMPLING = {"prompts", "limit", "samples", "chat", "samples_dir", "vllm", *asdict(Generation())}
-_JUDGES = {"reward", "oracle"}
+_JUDGES = {"reward", "oracle", "judge_from"}
 _SUMMARY = {"seed", "bootstrap", "output", "json", "gamed", "difficulty"}
 _SHARED = {*_JUDGES, "reward_key", "oracle_key", *_SUMMARY}
 _FORMS = {  # what says which form is meant, what it needs besides a judge, what it may have
@@ -151,10 +160,10 @@ def choose_form(given: set[str]) -> str:
         raise UserError(f"{_spell(needs - given)} missing: needed with {_spell(signs & given)}")
     if given - needs - allowed:
         raise UserError(f"{_spell(given - needs - allowed)} does not apply with {_spell(signs)}; remove it")
-    if given >= _JUDGES:
-        raise UserError("--oracle and --reward: one judge decides; remove one")
+    if len(named := given & _JUDGES) > 1:
+        raise UserError(f"{_spell(named)}: one judge decides; keep one of them")
     if chosen[0] in ("files", "models") and not given & _JUDGES:
-        raise UserError(f"--reward or --oracle missing: needed with {_spell(signs & given)}")
+        raise UserError(f"--reward, --oracle or --judge-from missing: needed with {_spell(signs & given)}")
     return chosen[0]
 
 
@@ -195,6 +204,7 @@ def _generation(given: dict[str, Any]) -> dict[str, Any]:
 def run_program(given: dict[str, Any]) -> None:
     """Compare, keep what is to be kept, print the result."""
     form = choose_form(set(given))
+    refuse_file(given.get("output"), "--output")
     written: list[Path] = []
     if form == "annotations":
         settings = {"resamples": given.get("bootstrap", RESAMPLES), "seed": given.get("seed", 1)}
@@ -203,7 +213,7 @@ def run_program(given: dict[str, Any]) -> None:
         if "output" in given:
             written = write_annotation_result(given["output"], result, text, systems)
     else:
-        gamed = [read_annotations(path) for path in given.get("gamed", ())]
+        gamed = [read_gamed(path) for path in given.get("gamed", ())]
         difficulty = read_difficulty(given["difficulty"]) if "difficulty" in given else None
         comparison = with_length_control(compare_as_asked(form, given), gamed, difficulty)
         result, text = comparison.result, describe(comparison.result)
@@ -282,6 +292,9 @@ def main(
     oracle_key: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A key of the oracle, such as table=table.json.")
     ] = None,
+    judge_from: Annotated[
+        OptionalPath, typer.Option(help="Judge: the reward or oracle section of this recipe.")
+    ] = None,
     samples: Annotated[
         OptionalInt, typer.Option(min=1, help="Samples per prompt and model; more prompts help more than samples. [2]")
     ] = None,
@@ -319,9 +332,10 @@ def main(
     """Win rate of a model against a baseline on the same prompts, with a 95 % interval over prompts.
 
     Four forms: RUN_DIR; --a FILE --b FILE --reward NAME; --model A --baseline B --prompts FILE --reward NAME; with
-    --oracle NAME in place of --reward NAME, too; --annotations FILE. Settings that are not given come from the run's
-    recipe, else from the value in brackets. Every sample of one side meets every sample of the other; ties count one
-    half, and the rate without them is stated too. A reward decides a pair, an oracle's probability counts as it is.
+    --oracle NAME or --judge-from RECIPE in place of --reward NAME, too; --annotations FILE. Settings that are not
+    given come from the run's recipe, else from the value in brackets. Every sample of one side meets every sample of
+    the other; ties count one half, and the rate without them is stated too. A reward decides a pair, an oracle's
+    probability counts as it is.
     """
     given = {key: value for key, value in locals().items() if value is not None and value != []}
     run_program({{"run_dir": "RUN_DIR", "as_json": "json"}.get(key, key): value for key, value in given.items()})

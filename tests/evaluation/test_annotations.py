@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import random
@@ -34,6 +35,7 @@ from evaluation.head_to_head import (
     summarise,
     write_annotation_result,
 )
+from evaluation.head_to_head import describe as describe_one
 from evaluation.length_control import identical
 from evaluation.outputs import leaderboard_row, markdown, with_length_control, write_output
 from evaluation.win_rate import app, choose_form, run_program, win_rate_of_files
@@ -196,9 +198,7 @@ def test_position_bias_by_hand():
 
 
 def annotation_text(rows: list[dict]) -> str:
-    from evaluation.head_to_head import describe
-
-    return describe(summarise(parse_annotations(rows), resamples=100))
+    return describe_one(summarise(parse_annotations(rows), resamples=100))
 
 
 def test_several_systems_are_compared_in_pairs(tmp_path):
@@ -302,6 +302,82 @@ def test_extreme_changes_are_warned_of():
     assert at(20, 10.1) is None and at(20, 9.9) is not None
     assert at(20, 39.9) is None and at(20, 40.1) is not None
     assert at(50, 37.6) is None and at(50, 37.4) is not None
+
+
+def test_numbers_count_instructions_and_not_rows():
+    """Four instructions with six equal rows each, shares 1, 1, 0, .5: errors and Wilson's interval are those of four.
+
+    Means of four draws with replacement: the sd of (1, 1, 0, .5) over 2, against over sqrt(24) of rows.
+    """
+    rows = parse_annotations([row(1 + v, f"i{k}") for k, v in enumerate((1.0, 1.0, 0.0, 0.5)) for _ in range(6)])
+    found = summarise(rows, resamples=4000)
+    sd = np.std([1, 1, 0, 0.5], ddof=1)
+    assert found["clustered_standard_error"] == pytest.approx(100 * sd / 2)
+    assert found["minimal_detectable_difference"] == pytest.approx(100 * (1.959964 + 0.841621) * sd / 2, rel=1e-5)
+    z2, mean = 1.959964**2, 0.625
+    half = math.sqrt(z2) * math.sqrt(mean * (1 - mean) / 4 + z2 / 64) / (1 + z2 / 4)
+    assert found["wilson_interval"] == pytest.approx(
+        [100 * ((mean + z2 / 8) / (1 + z2 / 4) + side * half) for side in (-1, 1)], rel=1e-5
+    )
+    means = np.sort([np.mean([(1, 1, 0, 0.5)[i] for i in draw]) for draw in itertools.product(range(4), repeat=4)])
+    exact = 100 * np.quantile(means, [0.025, 0.975])
+    assert found["interval"] == pytest.approx(exact, abs=7)
+    same = summarise(parse_annotations([row(1.5, f"i{k}") for k in range(12)]), resamples=100)
+    assert same["minimal_detectable_difference"] is None and "detectable at 80 %: unknown" in describe_one(same)
+
+
+def test_length_control_resamples_instructions():
+    """Sixteen copies of every row make the interval no narrower."""
+    rng = np.random.default_rng(3)
+    plain = [row(1 + float(rng.random() < 0.7), f"i{k}", "x" * int(rng.integers(1, 60)), "y" * 30) for k in range(80)]
+    widths = []
+    for copies in (1, 16):
+        found = summarise(parse_annotations([one for one in plain for _ in range(copies)]), resamples=200)
+        low, high = found["length_controlled_interval"]
+        widths.append(high - low)
+        assert found["length_control"]["resamples"] == 200
+    assert 0.6 < widths[1] / widths[0] < 1.6  # of rows it would be a quarter
+
+
+def test_paired_systems_are_aligned_by_instruction_and_judged_after_holm(tmp_path):
+    """a, and in the other order b (5 points above and below by turns) and c (5 below on eight, 4 above on two).
+
+    a - c is the only difference: p of 2^10 sign patterns is under 5 %, three times it is not.
+    """
+    moved = {"a": [0.0] * 10, "b": [0.05, -0.05] * 5, "c": [-0.05] * 8 + [0.04] * 2}
+    files = []
+    for name, by in moved.items():
+        rows = [row(1.05 + 0.09 * k + by[k], f"i{k}", generator_2=name) for k in range(10)]
+        files.append(write(tmp_path / f"{name}.json", rows if name == "a" else rows[::-1]))
+    result, text, _ = annotation_result(files, resamples=500)
+    ab, ac, _ = result["comparisons"]
+    assert ab["difference"] == pytest.approx(0) and ab["p_value"] == 1
+    values = -np.array(moved["c"])
+    flips = np.abs(np.array(list(itertools.product((1, -1), repeat=10))) @ values)
+    p = float(np.mean(flips >= abs(values.sum()) - 1e-9))
+    assert ac["p_value"] == pytest.approx(p) and ac["p_holm"] == pytest.approx(3 * p) and p < 0.05 < 3 * p
+    assert ac["minimal_detectable_difference"] == pytest.approx(
+        100 * (1.959964 + 0.841621) * values.std(ddof=1) / math.sqrt(10), rel=1e-5
+    )
+    line = next(line for line in text.splitlines() if line.startswith("| a - c"))
+    assert line.endswith("no significant difference |")
+
+
+def test_gamed_annotations_are_of_the_same_baseline(small, tmp_path):
+    other = write(tmp_path / "gamed.json", [row(1.5) | {"generator_1": "OTHER"}])
+    with pytest.raises(UserError, match=r"--gamed .*gamed.json: is against OTHER, and .*annotations.json against b"):
+        annotation_result([small], gamed=[other], resamples=100)
+    two = write(tmp_path / "two.json", [row(1.5), row(1.5) | {"generator_2": "n"}])
+    with pytest.raises(UserError, match="two.json: compares 2 pairs of systems"):
+        annotation_result([small], gamed=[two], resamples=100)
+
+
+def test_an_output_that_is_a_file_is_refused_before_any_work(small, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    for place in (tmp_path / "taken", tmp_path / "taken" / "inside"):
+        done = run("--annotations", small, "--output", place)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "taken is a file" in done.stderr, done.stderr
+    assert (tmp_path / "taken").read_text() == "mine"
 
 
 def test_a_fit_without_coefficients_has_no_interval(tmp_path):

@@ -89,6 +89,13 @@ def test_c_has_the_least_left_out_loss_of_the_ten():
             total += np.mean([-np.log(q if y else 1 - q) for q, y in zip(p, share[fold], strict=True)])
         totals.append(total)
     assert choose_c(x, share, weight) == CS[int(np.argmin(totals))]
+    # Rows of weight 0 (a gamed file's count a tenth) neither fit nor judge: wrong ones change nothing.
+    noise = simulate(rng, 42, a=3.0, c=-3.0)
+    both = np.concatenate([x, np.column_stack([*noise[:2], np.ones(42)])])
+    fold_of = choose_c(both[[i // 2 + 42 * (i % 2) for i in range(84)]],
+                       np.stack([share, noise[2]], 1).ravel(), np.tile([1.0, 0.0], 42))  # fmt: skip
+    alone = choose_c(np.repeat(x, 2, axis=0), np.repeat(share, 2), np.tile([1.0, 0.0], 42))
+    assert fold_of == alone
     assert CS[0] == 1e-4 and CS[-1] == pytest.approx(1e4) and len(CS) == 10
 
 
@@ -177,7 +184,8 @@ def test_two_systems_at_equal_lengths_through_their_annotations():
     assert low < 66.8 < high and 4 < high - low < 20
     assert pair["length_controlled_winrate"] > 58 > 50 + pair["difference"]  # raw, length hides most of it
     (back,) = compare_systems({"long": systems["long"], "strong": systems["strong"]}, resamples=200)
-    assert back["length_controlled_winrate"] == pytest.approx(100 - pair["length_controlled_winrate"], abs=1.5)
+    assert back["length_controlled_winrate"] == pytest.approx(100 - pair["length_controlled_winrate"], abs=1e-9)
+    assert back["length_controlled_interval"] == pytest.approx([100 - high, 100 - low], abs=1e-9)
     few = {name: rows[:9] if name == "strong" else rows for name, rows in systems.items()}
     (pair,) = compare_systems(few, resamples=200)
     assert pair["length_controlled_winrate"] is None and pair["length_controlled_interval"] is None

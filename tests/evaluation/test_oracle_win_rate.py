@@ -95,10 +95,13 @@ def test_one_judge_decides(given):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"a", "b"}, "--reward or --oracle missing: needed with --a, --b"),
-        ({"model", "baseline", "prompts"}, "--reward or --oracle missing: needed with --baseline, --model"),
-        ({"a", "b", "reward", "oracle"}, "--oracle and --reward: one judge decides; remove one"),
-        ({"RUN_DIR", "reward", "oracle"}, "--oracle and --reward: one judge decides; remove one"),
+        ({"a", "b"}, "--reward, --oracle or --judge-from missing: needed with --a, --b"),
+        (
+            {"model", "baseline", "prompts"},
+            "--reward, --oracle or --judge-from missing: needed with --baseline, --model",
+        ),
+        ({"a", "b", "reward", "oracle"}, "--oracle, --reward: one judge decides; keep one of them"),
+        ({"RUN_DIR", "reward", "oracle"}, "--oracle, --reward: one judge decides; keep one of them"),
     ],
 )
 def test_a_judge_is_named_once(given, message):
@@ -188,3 +191,24 @@ def test_the_readable_block_says_who_judged(files):
     a, b, table = files
     text = describe(win_rate_of_files(a, b, oracle=get_oracle("tabular", table=str(table))).result)
     assert f"judge       table of preferences among 3 responses in {table}, SHA-256 " in text
+
+
+def test_a_recipe_s_section_judges(tmp_path):
+    """--judge-from: the reward section's keys reach the judge; a recipe without a judge is one line."""
+    files = []
+    for name, text in (("a", "good good"), ("b", "good")):
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text(json.dumps({"prompt": "p", "response": text}) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    shared = "model: {name_or_path: m}\ndata: {train: rows.jsonl}\nobjective: {name: dpo}\n"
+    shared += "training: {output_dir: out, global_batch_size: 2, learning_rate: 1.0e-5}\n"
+    recipe.write_text(shared + "reward: {name: regex, pattern: good}\n")
+    words = ["--a", files[0], "--b", files[1], "--judge-from", recipe]
+    done = run(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["win_rate"] == 1 and json.loads(done.stdout)["judge"]["pattern"] == "good"
+    recipe.write_text(shared)
+    done = run(*words)
+    assert done.returncode == 2 and "has neither a reward nor an oracle section" in done.stderr
+    done = run(*words, "--reward", "length")
+    assert done.returncode == 2 and "--judge-from, --reward: one judge decides" in done.stderr
