@@ -1,12 +1,9 @@
-"""The rules of a comparison without training: plans, budgets, equivalences, statistics by hand, and refusals."""
+"""The rules of a comparison without training: plans, budgets, equivalences, and refusals."""
 
 from __future__ import annotations
 
 import json
-import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from alignment.errors import UserError, run_or_exit
@@ -14,36 +11,11 @@ from alignment.files import write_json, write_json_lines
 from alignment.objectives import get_objective, list_objectives
 from alignment.recipes import IterateRecipe, Recipe, RecipeError
 from evaluation.compare.equivalence import RULES, describe_equal, loss_of
-from evaluation.compare.matrix import Cell, adjusted, cell, cyclic_triples, detectable, verdict
-from evaluation.compare.measure import Judge, Measured, Measurer
-from evaluation.compare.page import claims, over_seeds, percent
 from evaluation.compare.plan import arms_of, grid, left_out_of_all, read_all_prompts, run_of, tuning_runs, updates
 from evaluation.compare.recipe import load_compare_recipe
-from evaluation.compare.results import Chosen, best_of, build, tuned_rows
+from evaluation.compare.results import best_of
 from evaluation.compare.runs import facts_of, refuse_unequal
-
-TINY = Path(__file__).resolve().parents[2] / "recipes" / "compare" / "tiny.yaml"
-
-
-@pytest.fixture
-def files(tmp_path) -> list[str]:
-    """Overrides that name three disjoint files of prompts in place of the task's."""
-    for name, count in (("train", 20), ("validation", 4), ("test", 6)):
-        (tmp_path / f"{name}.txt").write_text("".join(f"{name} prompt {i}\n" for i in range(count)))
-    (tmp_path / "model").mkdir()
-    return [
-        "compare.task=null",
-        f"compare.validation={tmp_path / 'validation.txt'}",
-        f"data.sample.prompts={tmp_path / 'train.txt'}",
-        f"evaluation.prompts={tmp_path / 'test.txt'}",
-        f"model.name_or_path={tmp_path / 'model'}",
-        f"training.output_dir={tmp_path / 'out'}",
-    ]
-
-
-def loaded(files, *more):
-    return load_compare_recipe(TINY, [*files, *more])
-
+from tests.evaluation.comparing import TINY, loaded
 
 # --- the plan --------------------------------------------------------------------------------------------------------
 
@@ -232,230 +204,6 @@ def test_every_rule_holds_for_the_losses_up_to_a_constant():
         for moved in (after, later):
             change = one.loss(moved) - one.loss(before)
             assert torch.allclose(change, two.loss(moved) - two.loss(before)), name
-
-
-# --- statistics, by hand ---------------------------------------------------------------------------------------------
-
-
-def measured(*groups):
-    table = np.zeros((len(groups), len(groups[0])))
-    return Measured([list(group) for group in groups], table, table, 1.0, 0.5, 0.5, None)
-
-
-def test_shares_of_samples_by_hand(files):
-    judge = Judge(loaded(files, "reward={name: regex, pattern: kind}"))
-    ours = measured(("kind kind", "cold"), ("kind", "kind"))
-    theirs = measured(("kind", "cold"), ("cold", "cold"))
-    # First prompt: 2 > 1, 2 > 0, 0 < 1, 0 = 0: 2.5 of 4. Second: all four.
-    assert judge.shares(["a", "b"], ours, theirs).tolist() == [0.625, 1.0]
-    assert judge.shares(["a", "b"], theirs, ours).tolist() == [0.375, 0.0]
-    assert judge.one_to_one(["a", "b"], ours, theirs).tolist() == [[1.0, 0.5], [1.0, 1.0]]
-
-
-def test_an_oracle_gives_the_same_shares_where_it_is_sure(files):
-    oracle = "oracle={name: bradley_terry, temperature: 0.001, reward: {name: regex, pattern: kind}}"
-    judge = Judge(loaded(files, "reward=null", oracle, "compare.objectives=[dpo]"))
-    ours, theirs = measured(("kind kind", "cold")), measured(("kind", "cold"))
-    assert judge.shares(["a"], ours, theirs).tolist() == pytest.approx([0.625])
-    assert judge.one_to_one(["a"], ours, theirs).tolist() == [pytest.approx([1.0, 0.5])]
-
-
-def test_an_oracle_is_asked_once_about_two_policies(files, monkeypatch):
-    """A judge by HTTP costs money: shares and one to one are read off the same answers."""
-    oracle = "oracle={name: bradley_terry, reward: {name: regex, pattern: kind}}"
-    judge = Judge(loaded(files, "reward=null", oracle, "compare.objectives=[dpo]"))
-    asked, probability = [], judge.oracle.probability
-    counting = lambda _, *three: asked.append(len(three[0])) or probability(*three)  # noqa: E731
-    monkeypatch.setattr(type(judge.oracle), "probability", counting)
-    ours, theirs = measured(("kind", "cold"), ("a", "b")), measured(("cold", "cold"), ("a", "b"))
-    for _ in range(2):
-        judge.shares(["a", "b"], ours, theirs), judge.one_to_one(["a", "b"], ours, theirs)
-    assert asked == [8]  # two prompts, 2 x 2 samples each
-    judge.shares(["a", "b"], ours, measured(("cold", "cold"), ("a", "b")))  # equal texts of another policy
-    assert asked == [8, 8]
-
-
-def test_a_cell_by_hand():
-    one = cell(np.array([[0.625, 1.0, np.nan], [0.375, 1.0, np.nan]]), resamples=2000)
-    assert one.rate == 0.75 and one.by_seed == (0.8125, 0.6875)  # prompts: 1/2 and 1; nobody judged the third
-    assert one.low == 0.5 and one.high == 1.0  # of two prompts: both the first, or both the second
-    assert one.standard_error == pytest.approx(0.25)  # sd of (0, 1/2) over the square root of 2
-    assert one.p_value == 1.0  # flipping signs of (0, 1/2) never gives less
-    half = 12.706204736 * math.sqrt(2 * 0.0625**2) / math.sqrt(2)
-    assert (one.seeds_low, one.seeds_high) == (pytest.approx(0.75 - half), pytest.approx(0.75 + half))
-    # t with one degree of freedom is Cauchy's: P(|t| > x) = 1 - 2 atan(x)/pi, x = .25 / (.0884/sqrt 2) = 4
-    assert one.seeds_p == one.swapped.seeds_p == pytest.approx(1 - 2 * math.atan(4) / math.pi)
-    assert one.claim_p == 1.0
-    assert cell(np.array([[0.6, 0.7], [0.6, 0.7]]), resamples=100).seeds_p == 0.0
-    assert cell(np.array([[0.6, 0.7]]), resamples=100).seeds_p is None
-    assert one.swapped.rate == 0.25 and one.swapped.low == 0.0 and one.swapped.by_seed == (0.1875, 0.3125)
-    assert one.swapped.swapped == one
-
-
-def a_cell(rate, low=0.0, high=1.0, p=1.0, seeds_p=None):
-    return Cell(rate, low, high, 0.1, p, (rate,), None, None, seeds_p)
-
-
-def test_intransitivity_by_hand():
-    def table(wins, sure=()):
-        return [
-            [None if i == j else a_cell(w, low=0.51 if (i, j) in sure else 0.0) for j, w in enumerate(row)]
-            for i, row in enumerate(wins)
-        ]
-
-    circle = [[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]]
-    assert cyclic_triples(table(circle)) == 1 and cyclic_triples(table(circle), sure=True) == 0
-    assert cyclic_triples(table(circle, sure={(0, 1), (1, 2), (2, 0)}), sure=True) == 1
-    assert cyclic_triples(table(np.array(circle).T.tolist())) == 1  # the other way round
-    assert cyclic_triples(table([[0.5, 0.9, 0.9], [0.1, 0.5, 0.9], [0.1, 0.1, 0.5]])) == 0
-    fourth = [[*row, 0.9] for row in circle] + [[0.1, 0.1, 0.1, 0.5]]
-    assert cyclic_triples(table(fourth)) == 1
-    assert cyclic_triples(table([[0.5, 0.5, 0.1], [0.5, 0.5, 0.9], [0.9, 0.1, 0.5]])) == 0  # a tie beats nobody
-
-
-def test_a_claim_needs_prompts_and_seeds():
-    assert adjusted([a_cell(0.6, p=0.01), a_cell(0.6, p=0.04), a_cell(0.6, p=0.9)]) == pytest.approx([0.03, 0.08, 0.9])
-    sure, unsure = a_cell(0.6, p=0.001, seeds_p=0.004), a_cell(0.6, p=0.001, seeds_p=0.03)
-    assert adjusted([sure, unsure, unsure]) == pytest.approx([0.012, 0.06, 0.06])  # the larger p of each, then Holm
-    assert adjusted([a_cell(0.6, p=0.2, seeds_p=0.001)]) == [0.2]
-    assert (verdict(sure, 0.05), verdict(a_cell(0.4, seeds_p=0.1), 0.05)) == ("better", "worse")
-    assert verdict(sure, 0.0501) == "no significant difference" == verdict(a_cell(0.5, seeds_p=1.0), 0.01)
-    assert (verdict(a_cell(0.6), 0.01), verdict(a_cell(0.4), 0.01)) == ("better in this run", "worse in this run")
-    assert detectable([a_cell(0.5)]) == pytest.approx(0.28, abs=0.001) and detectable([]) is None
-
-
-def test_results_by_hand(files):
-    """Every column of three arms and the start, two seeds, two prompts, two samples; the judge counts "kind"."""
-
-    def policy(texts, kl, tokens, distinct, moved):
-        ratio = np.full((2, 2), kl)
-        return Measured(texts, ratio, np.full((2, 2), tokens), 0.75, distinct, 2 * distinct, moved)
-
-    much, some, none = [["kind kind", "kind kind"]] * 2, [["kind", "cold"]] * 2, [["cold", "cold"]] * 2
-    recipe = loaded(files, "compare.objectives=[dpo, {name: robust, label_smoothing: 0.0}, ipo]", "compare.seeds=2",
-                    "compare.tune=1", "evaluation.bootstrap=200")  # fmt: skip
-    arms = arms_of(recipe)
-    chosen = [Chosen(arm, arm.points[0], [], []) for arm in arms]
-    policies = {
-        "dpo": [policy(some, 1.0, 4.0, 0.1, (-1.0, -3.0)), policy(some, 2.0, 6.0, 0.3, (-2.0, -5.0))],
-        "robust": [policy(some, 1.0, 4.0, 0.1, (-1.0, -3.0)), policy(none, 1.0, 4.0, 0.1, (-1.0, -3.0))],
-        "ipo": [policy(much, 3.0, 4.0, 0.1, (-7.0, -8.0)), policy(much, 5.0, 4.0, 0.1, (-9.0, -8.0))],
-        "start": [policy(none, 0.0, 3.0, 0.2, None), policy(none, 0.0, 3.0, 0.2, None)],
-    }
-    fact = {"steps": 5, "batch": 8, "pairs": 20, "training_seconds": 2.0, "seconds": 3.0, "peak_memory": 7}
-    later = fact | {"training_seconds": 4.0, "seconds": None, "peak_memory": 9, "trained_tokens": 200}
-    facts = {arm.label: [fact | {"trained_tokens": 100}, later] for arm in arms}
-    result = build(recipe, Judge(recipe), ["a", "b"], chosen, policies, facts)
-    dpo, robust, ipo = result["objectives"]
-    # dpo's samples meet the start's: one wins both, the other ties both: 3/4. ipo wins all of them.
-    assert dpo["over_start"]["by_seed"] == (0.75, 0.75) and ipo["over_start"]["rate"] == 1.0
-    assert robust["over_start"]["by_seed"] == (0.75, 0.5)
-    cells = result["matrix"]["cells"]
-    assert result["matrix"]["names"] == ["dpo", "robust", "ipo", "start"]
-    assert cells[2][0]["rate"] == 1.0 and cells[0][2]["rate"] == 0.0 and cells[1][0]["by_seed"] == (0.5, 0.25)
-    assert [dpo["kl"]["mean"], ipo["kl"]["mean"], ipo["kl"]["by_seed"]] == [1.5, 4.0, [3.0, 5.0]]
-    assert (dpo["tokens"]["mean"], dpo["distinct_1"]["mean"], dpo["distinct_2"]["mean"]) == (5.0, 0.2, 0.4)
-    assert (dpo["reward"]["mean"], ipo["reward"]["mean"], result["start"]["reward"]["mean"]) == (0.5, 2.0, 0.0)
-    assert (ipo["chosen"]["mean"], ipo["rejected"]["by_seed"]) == (-8.0, [-8.0, -8.0]) and dpo["rejected"][
-        "mean"
-    ] == -4
-    assert "chosen" not in result["start"] and dpo["finished"]["mean"] == 0.75
-    # robust without noise is dpo's loss and no test; ipo is the only one of the family. Two prompts: p = 2/4.
-    assert dpo["versus_baseline"] is None and robust["versus_baseline"]["verdict"] == "the same loss"
-    assert robust["versus_baseline"]["p_adjusted"] is None
-    assert ipo["versus_baseline"] == {"p_value": 0.5, "p_adjusted": 0.5, "verdict": "no significant difference"}
-    assert (dpo["trained_tokens"], dpo["steps"], dpo["pairs"]) == (150, 5, [20, 20])
-    assert result["cost"]["dpo"] == {"training_seconds": 3.0, "seconds": 3.0, "peak_memory": 9}
-    assert (result["triples"], result["cyclic_triples"], result["seeds"]) == (4, 0, [0, 1])
-
-
-def test_claims_are_those_of_the_adjusted_p(files):
-    """Twenty prompts, three seeds: p over prompts is 2^-13 or so, over seeds 1, 2, 5 %: after Holm only the first."""
-
-    def shares(*rates):  # of 20 prompts with 100 samples of the policy against one of the baseline
-        return [measured(*[["kind"] * round(100 * r) + ["cold"] * round(100 - 100 * r)] * 20) for r in rates]
-
-    labels = ["dpo", "ipo", "simpo", "rpo"]
-    recipe = loaded(files, "compare.objectives=[dpo, ipo, simpo, rpo]", "compare.tune=1", "compare.seeds=3")
-    judge = Judge(loaded(files, "reward={name: regex, pattern: kind}"))
-    base = [measured(*[["kind"] * 50 + ["cold"] * 50] * 20) for _ in range(3)]
-    policies = {"dpo": base, "ipo": shares(0.8, 0.82, 0.84), "simpo": shares(0.52, 0.8, 0.9),
-                "rpo": shares(0.3, 0.2, 0.25), "start": base}  # fmt: skip
-    fact = {"steps": 5, "batch": 8, "pairs": 20, "training_seconds": 2.0, "seconds": 3.0, "peak_memory": 7}
-    facts = {label: [fact | {"trained_tokens": 100}] * 3 for label in labels}
-    chosen = [Chosen(arm, arm.points[0], [], []) for arm in arms_of(recipe)]
-    result = build(recipe, judge, [f"p{i}" for i in range(20)], chosen, policies, facts)
-    tests = {row["label"]: row["versus_baseline"] for row in result["objectives"]}
-    rates = {
-        row["label"]: result["matrix"]["cells"][i][0]["by_seed"] for i, row in enumerate(result["objectives"]) if i
-    }
-    by_hand = {}
-    for label, seeds in rates.items():
-        mean, n = sum(seeds) / 3, 3
-        t = abs(mean - 0.5) / math.sqrt(sum((r - mean) ** 2 for r in seeds) / (n - 1) / n)
-        by_hand[label] = 1 - t / math.sqrt(t * t + 2)  # the t distribution with two degrees of freedom
-    ordered = sorted(by_hand, key=by_hand.get)
-    for label in labels[1:]:
-        assert tests[label]["p_value"] == pytest.approx(by_hand[label], rel=1e-6)
-        holm = max(min(1, by_hand[one] * (3 - k)) for k, one in enumerate(ordered[: ordered.index(label) + 1]))
-        assert tests[label]["p_adjusted"] == pytest.approx(holm, rel=1e-6)
-    assert [tests[label]["verdict"] for label in labels[1:]] == ["better", "no significant difference", "worse"]
-
-
-def test_the_best_win_rate_over_the_start_on_validation_prompts_tunes(files):
-    arm = arms_of(loaded(files, "compare.objectives=[dpo]", "compare.tune=2"))[0]
-    judge = Judge(loaded(files, "reward={name: regex, pattern: kind}"))
-    low, high = arm.points
-    starts = {0: measured(("kind", "cold")), 1: measured(("cold", "cold"))}
-    policies = {(low, 0): measured(("cold", "cold")), (low, 1): measured(("cold", "cold")),
-                (high, 0): measured(("kind", "kind")), (high, 1): measured(("kind", "kind"))}  # fmt: skip
-    rows = tuned_rows(judge, ["a"], arm, policies, starts)
-    assert [row["value"] for row in rows] == [low, high] and best_of(rows) == high
-    assert [row["win_rate"] for row in rows] == [(0.25 + 0.5) / 2, (0.75 + 1) / 2]
-
-
-def test_seeds_of_measurements_differ_and_other_weights_are_measured_anew(files, tmp_path, monkeypatch):
-    seen = []
-
-    def stub(self, final, seed, which, pairs):
-        seen.append(seed)
-        return {"responses": [["a"]], "log_ratio": [[0.0]], "tokens": [[1]], "finished": 1.0, "distinct_1": 1.0,
-                "distinct_2": 1.0, "displacement": None}  # fmt: skip
-
-    monkeypatch.setattr(Measurer, "_measure", stub)
-    recipe = loaded(files)
-    measurer = Measurer(recipe, {"test": ["p"], "validation": ["q"]})
-    for which in ("test", "validation"):
-        for seed in (0, 1):
-            measurer.start(seed, which)
-    for arm in arms_of(recipe)[:2]:
-        for value in arm.points[:2]:
-            measurer.policy(run_of(recipe, arm, value, 0, 4), "test")
-    assert len(set(seen)) == len(seen) == 8
-    measurer.start(0, "test")
-    assert len(seen) == 8  # kept
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
-    Measurer(recipe, {"test": ["p"]}).start(0, "test")
-    assert len(seen) == 9 and seen[-1] == seen[0]
-
-
-def test_claims_are_in_those_words():
-    def row(label, test):
-        return {"label": label, "over_start": {"rate": 0.6}, "versus_baseline": test}
-
-    rows = [row("dpo", None)]
-    for name, p in (("better", 0.01), ("worse", 0.02), ("no significant difference", 0.3), ("the same loss", None)):
-        rows.append(row(name.split()[0], {"p_adjusted": p, "verdict": name}))
-    rows.append(row("once", {"p_adjusted": 0.01, "verdict": "worse in this run"}))
-    assert claims({"baseline": "dpo", "objectives": rows}) == [
-        "better than dpo: better",
-        "worse than dpo: worse",
-        "worse in this run than dpo: once",
-        "no significant difference from dpo: no",
-        "the same loss as dpo, not tested: the",
-    ]
-    assert percent(None) == "not available" and percent({"rate": 0.5, "low": 0.25, "high": 1}) == "50.0 [25.0, 100.0]"
-    assert over_seeds({"mean": 1.0, "by_seed": [0.5, 1.5]}) == "1.00 (0.50 to 1.50)"
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
