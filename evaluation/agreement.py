@@ -6,7 +6,8 @@
 A row has `instruction` (and perhaps `input`), two texts under output_1 and output_2 (or response1 and response2), and
 a label per rater: 1 first better, 2 second better, 0 or 1.5 a tie, or a probability between, as AlpacaEval's
 preferences; null where there is none. A judge's file has `preference`; rows are joined by their texts, in whichever
-order, and equal ones in the order of the files. Not a judge: it compares what others have said.
+order, and equal ones in the order of the files. A judge's file without `input`, which AlpacaEval's format does not
+have, is joined without it where that leaves no doubt. Not a judge: it compares what others have said.
 """
 
 from __future__ import annotations
@@ -228,10 +229,11 @@ def summarise(humans: Labelled, judge: Labelled | None = None, *, seed: int = 0)
         found, joined = join(humans.keys, judge.keys, said)
         if not joined:
             raise UserError(
-                "--judge: none of its pairs is among the humans'; instruction and both texts must be equal"
+                "--judge: none of its pairs is among the humans'; instruction, input and both texts must be equal"
             )
         result["judge"] = {
             "pairs": joined,
+            "rows_not_joined": len(found) - joined,
             "without_verdict": sum(v is None for v in found) - (len(found) - joined),
             **compare_raters(gold, found, humans.prompts, seed=seed),
             **class_scores(confusion(gold, found)),
@@ -243,7 +245,8 @@ def summarise(humans: Labelled, judge: Labelled | None = None, *, seed: int = 0)
 def join(keys: Sequence[Key], judged: Sequence[Key], said: Verdicts) -> tuple[list[int | None], int]:
     """The judge's verdict on each of `keys`, turned where its file has the texts in the other order.
 
-    The k-th row with the same texts meets the judge's k-th.
+    The k-th row with the same texts meets the judge's k-th. Where no row of the judge's has an `input`, it does not
+    count in those of `keys` that are told apart without it.
 
     Returns:
         A verdict per key, None where there is none; and how many keys the judge's file has.
@@ -259,13 +262,21 @@ def join(keys: Sequence[Key], judged: Sequence[Key], said: Verdicts) -> tuple[li
         return found
 
     place = {pair: i for i, pair in enumerate(counted(judged))}
-    at = [place.get(pair) for pair in counted(keys)]
+    at = [place.get(pair) for pair in counted(keys if any(key[1] for key in judged) else _without_input(keys))]
     found: list[int | None] = []
     for key, i in zip(keys, at, strict=True):
         value = None if i is None else said[i]
         turned = i is not None and judged[i][2:] != key[2:]
         found.append(FIRST + SECOND - value if turned and value in (FIRST, SECOND) else value)
     return found, sum(i is not None for i in at)
+
+
+def _without_input(keys: Sequence[Key]) -> list[Key]:
+    """The keys with an empty `input`, but for those whose instruction and texts stand with several inputs."""
+    inputs: dict[Any, set[str]] = {}
+    for prompt, more, a, b in keys:
+        inputs.setdefault((prompt, *sorted((a, b))), set()).add(more)
+    return [(prompt, "" if len(inputs[(prompt, *sorted((a, b)))]) == 1 else more, a, b) for prompt, more, a, b in keys]
 
 
 def _longer(verdicts: Verdicts, rows: Labelled, seed: int) -> dict[str, Any] | None:
@@ -309,7 +320,8 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(
             f"judge against the majority: accuracy {judge['accuracy']:.4f}, macro precision "
             f"{judge['macro_precision']:.4f}, recall {judge['macro_recall']:.4f}, F1 {judge['macro_f1']:.4f}; "
-            f"{judge['without_verdict']} of {judge['pairs']} without a verdict"
+            f"joined {judge['pairs']} of {result['rows']} rows, {judge['without_verdict']} of {judge['pairs']} "
+            "without a verdict"
         )
     return "\n".join(lines)
 
@@ -325,6 +337,8 @@ def main(
 ) -> None:
     """Agreement and Cohen's κ of human raters with each other and of a judge with their majority."""
     raters = rater or ["preference"]
+    if twice := next((name for name in raters if raters.count(name) > 1), None):
+        raise UserError(f"--rater {twice!r}: given twice")
     if len(raters) < 2 and judge is None:
         raise UserError("--rater: two raters, or one and --judge, are needed to compare")
     given = read_labelled(judge, [judge_key]) if judge is not None else None

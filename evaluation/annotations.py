@@ -95,21 +95,34 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 def _annotation(where: str, number: int, row: dict[str, Any]) -> Annotation:
     texts = {key: _text(row, key, where) for key in ("instruction", "output_1", "output_2")}
-    value = row.get("preference", "")
-    if isinstance(value, bool) or not isinstance(value, int | float | None):
-        raise UserError(f"{where}: preference must be a number from 1 to 2, 0 or null, not {value!r:.40}")
     names = [str(row.get(key) or key) for key in ("generator_1", "generator_2")]
-    index, switched = row.get("index"), row.get(SWITCHED)
+    index = row.get("index")
     return Annotation(
         where,
         **texts,
         generator_1=names[0],
         generator_2=names[1],
-        preference=math.nan if value is None else float(value),
+        preference=_preference(row.get("preference", ""), where),
         index=index if isinstance(index, int) and not isinstance(index, bool) else number,
-        switched=switched if isinstance(switched, bool) else None,
+        switched=_switched(row.get(SWITCHED), where),
         row=row,
     )
+
+
+def _preference(value: Any, where: str) -> float:
+    number = math.nan if value is None else None if isinstance(value, str) else _number(value)
+    if number is None:
+        raise UserError(f"{where}: preference must be a number from 1 to 2, 0 or null, not {value!r:.40}")
+    return number
+
+
+def _switched(value: Any, where: str) -> bool | None:
+    """true, false, or the 1 and 0 that some tools write for them; None of null and NaN."""
+    if value is None or value != value:
+        return None
+    if value in (0, 1):
+        return bool(value)
+    raise UserError(f"{where}: {SWITCHED} must be true (output_2 was shown first), false or null, not {value!r:.40}")
 
 
 def one_pair(rows: Sequence[Annotation], path: Path) -> tuple[str, str]:
@@ -150,7 +163,7 @@ def describe_head2head(preferences: Sequence[float]) -> dict[str, Any]:
         "n_wins_base": int((x < 0.5).sum()),
         "n_draws": int((given == 1.5).sum()),
         "n_total": int(x.size),
-        "discrete_win_rate": 100 * float(rounded[(rounded >= 1) & (rounded <= 2)].mean() - 1),
+        "discrete_win_rate": 100 * float((rounded[(rounded >= 1) & (rounded <= 2)] - 1).mean()),
     }
 
 
@@ -249,7 +262,8 @@ def difficulty_of(rows: Sequence[Annotation], table: Mapping[str | int, float]) 
     for row, value in zip(rows, found, strict=True):
         if value is None:
             raise UserError(
-                f"{row.where}: no difficulty for instruction {shorten(row.instruction)} or index {row.index}"
+                f"{row.where}: no difficulty for instruction {shorten(row.instruction)} or index {row.index} in the "
+                "file of --difficulty; it needs every instruction, by its text or its index"
             )
     return np.array(found, dtype=np.float64)
 
@@ -257,18 +271,50 @@ def difficulty_of(rows: Sequence[Annotation], table: Mapping[str | int, float]) 
 def read_difficulty(path: Path) -> dict[str | int, float]:
     """Instruction difficulty: a JSON object of texts and numbers, or AlpacaEval's CSV of row numbers and numbers.
 
+    A CSV's first line is its header where it does not end in a number.
+
     Raises:
-        UserError: the file is neither.
+        UserError: the file is neither; where it can, the message names the line or instruction.
     """
     if path.name.endswith((".json", ".json.gz")):
-        pairs: list[tuple[Any, Any]] = list(read_json_object(path).items())
+        given: Sequence[tuple[str | int, Any, str]] = [
+            (key, value, shorten(key)) for key, value in read_json_object(path).items()
+        ]
     else:
-        pairs = [(line[0], line[-1]) for line in csv.reader(read_text(path).splitlines()[1:]) if len(line) > 1]
-        pairs = [(int(a) if a.isdigit() else a, b) for a, b in pairs]
-    try:
-        table = {key: float(value) for key, value in pairs}
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: a number is needed for every instruction or row number") from None
-    if not table or not all(map(math.isfinite, table.values())):
-        raise UserError(f"{path}: holds no difficulties, or one that is not a finite number")
+        given = _difficulty_lines(path)
+    table: dict[str | int, float] = {}
+    for key, value, where in given:
+        number = _number(value)
+        if number is None or not math.isfinite(number):
+            raise UserError(f"{path}: {where}: the difficulty must be a finite number, not {value!r:.40}")
+        table[key] = number
+    if not table:
+        raise UserError(f"{path}: holds no difficulties; a number for every instruction or row number is needed")
     return table
+
+
+def _difficulty_lines(path: Path) -> list[tuple[str | int, str, str]]:
+    """Key (a row number where it is one), last cell and place of every line of a CSV but its header and empty ones."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    found: list[tuple[str | int, str, str]] = []
+    try:
+        for place, cells in enumerate(reader):
+            if not cells or (place == 0 and _number(cells[-1]) is None):
+                continue
+            where = f"line {reader.line_num}"
+            if len(cells) < 2:
+                raise UserError(
+                    f"{path}: {where}: a row number or instruction and a number are needed, not {cells!r:.60}"
+                )
+            found.append((int(cells[0]) if cells[0].isdecimal() else cells[0], cells[-1], where))
+    except (csv.Error, ValueError) as error:  # a cell, or a row number, that is far too long
+        raise UserError(f"{path}: line {reader.line_num}: not a readable CSV file: {error}") from None
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """A number or the text of one; None of anything else, and of a whole number of more than 308 digits."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None

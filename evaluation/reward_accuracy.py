@@ -39,7 +39,8 @@ Array = NDArray[np.float64]
 
 RESAMPLES, LEVEL = 2000, 0.95
 AT_ONCE = 256  # responses per call of the reward, for the progress bar
-TIES = "ties"
+TIES = "Ties"
+DOMAINS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", TIES)  # version 2: they count the same
 # Version 1: sections, their subsets and the examples that each counts for, from rewardbench/constants.py. math-prm has
 # 447 and counts like the code.
 SECTIONS = {
@@ -157,7 +158,7 @@ def read_items(
 
     Raises:
         UserError: no such source, or no form; of RewardBench's rows one lacks a text, texts and lists are mixed, or a
-            Ties row has no id.
+            Ties row has no id, or another's.
     """
     from alignment.data.reading import raw_rows
     from alignment.recipes.rows import SourceSection
@@ -168,10 +169,11 @@ def read_items(
         raise UserError(f"{source}: holds no rows")
     if not _is_rewardbench(first):
         return _pairs(section, chat)
-    items = [_item(f"{source}: row {place.row}", row) for place, row in raw_rows(section, "eval")]
+    items = [_item(f"{place.file or source}: row {place.row}", row) for place, row in raw_rows(section, "eval")]
     for item in items:
         if item.paired != items[0].paired:
             raise UserError(f"{item.where}: chosen is {'a text' if item.paired else 'a list'} here and not in row 1")
+    _refuse_repeated_ids([item for item in items if not item.paired and item.subset == TIES])
     return items, {}
 
 
@@ -230,11 +232,20 @@ def _item(where: str, row: Mapping[str, Any]) -> Item:
         raise UserError(f"{where}: chosen and rejected must both be texts, or both lists")
     subset, name = str(row.get("subset") or ""), str(row.get("id") or "")
     paired = isinstance(row["chosen"], str)
-    if not paired and subset.lower() == TIES:
+    if not paired and subset.lower() == TIES.lower():
+        subset = TIES
         kind, colon, _ = name.partition(":")
         if not colon or kind not in ("ref", "tied") or (kind == "tied" and len(sides[0]) < 2):
             raise UserError(f"{where}: id {name!r}: a Ties row is ref:ID, or tied:ID with two or more chosen")
     return Item(where, row["prompt"], sides[0], sides[1], subset, name, paired)
+
+
+def _refuse_repeated_ids(items: Sequence[Item]) -> None:
+    first: dict[str, str] = {}
+    for item in items:
+        if item.id in first:
+            raise UserError(f"{item.where}: id {item.id!r} stands in {first[item.id]}, too; a Ties row has its own id")
+        first[item.id] = item.where
 
 
 def score_items(reward: RewardFunction, items: Sequence[Item], *, chat: bool = False) -> list[list[float]]:
@@ -265,6 +276,9 @@ def score_items(reward: RewardFunction, items: Sequence[Item], *, chat: bool = F
 def summarise(items: Sequence[Item], scores: Sequence[Sequence[float]], *, seed: int = 1) -> dict[str, Any]:
     """Accuracy of every subset, of sections and overall, with percentile intervals over prompts within subsets.
 
+    Where a subset is RewardBench's, overall is of its subsets alone: those of them that the items lack are
+    `missing_subsets`, others that the items have are `subsets_not_counted`.
+
     Args:
         items: n items of one version.
         scores: per item, as `score_items` gives them; an item with a NaN is left out and counted.
@@ -288,16 +302,20 @@ def summarise(items: Sequence[Item], scores: Sequence[Sequence[float]], *, seed:
         "sections": {},
         "bootstrap": {"resamples": RESAMPLES, "seed": seed, "unit": "prompt, within subsets", "level": LEVEL},
     }
-    parts = {name: {name: 1} for name in subsets}  # version 2: every domain counts the same
-    if items[0].paired:
+    benchmark = [name for weights in SECTIONS.values() for name in weights] if items[0].paired else list(DOMAINS)
+    counted = [name for name in benchmark if name in subsets]
+    result["missing_subsets"] = [name for name in benchmark if name not in subsets] if counted else []
+    result["subsets_not_counted"] = [name for name in subsets if name not in benchmark] if counted else []
+    if not items[0].paired:
+        parts = {name: {name: 1} for name in counted or subsets}
+    elif counted:
         sections = {
             section: {name: weight for name, weight in weights.items() if name in subsets}
             for section, weights in SECTIONS.items()
         }
         parts = {section: weights for section, weights in sections.items() if weights}
-        result["missing_subsets"] = [n for s, w in SECTIONS.items() if s in parts for n in w if n not in subsets]
-        if not parts:  # not RewardBench: every item counts the same
-            parts = {"": {name: one["items"] for name, one in subsets.items()}}
+    else:  # not RewardBench: every item counts the same
+        parts = {"": {name: one["items"] for name, one in subsets.items()}}
     estimates, section_draws = [], []
     for section, weights in parts.items():
         estimates.append(np.average([subsets[n]["accuracy"] for n in weights], weights=list(weights.values())))
@@ -324,10 +342,9 @@ def _subset(
     counts: dict[str, Any] = {"items": sum(known), "not_scored": len(items) - sum(known)}
     if not any(known):
         raise UserError(f"{items[0].where}: no item of subset {items[0].subset!r} could be scored")
-    if not items[0].paired and items[0].subset.lower() == TIES:
+    if not items[0].paired and items[0].subset == TIES:
+        _refuse_repeated_ids(items)
         table = {item.id: pair for item, pair, ok in zip(items, split, known, strict=True) if ok}
-        if len(table) < sum(known):
-            raise UserError(f"{items[0].where}: two rows of the Ties subset have the same id")
         try:
             estimate, draws = ties_draws(ties_columns(table)[1], RESAMPLES, rng)
         except ValueError as error:
@@ -367,8 +384,11 @@ def describe(result: Mapping[str, Any]) -> str:
         lines.append(f"{unscored} items could not be scored and are left out")
     if left_out := result.get("rows_left_out"):
         lines.append("rows left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
-    if result.get("missing_subsets"):
-        lines.append(f"sections without {', '.join(result['missing_subsets'])}: not comparable with the leaderboard")
+    if result["missing_subsets"]:
+        lines.append(f"missing subsets: {', '.join(result['missing_subsets'])}; not comparable with the leaderboard")
+    if others := result["subsets_not_counted"]:
+        names = ", ".join(name or "rows without a subset" for name in others)
+        lines.append(f"not RewardBench's and not counted in overall: {names}")
     return "\n".join(lines)
 
 

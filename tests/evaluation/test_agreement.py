@@ -15,12 +15,15 @@ from evaluation.agreement import (
     FIRST,
     SECOND,
     TIE,
+    Key,
+    Labelled,
     agreement,
     app,
     class_scores,
     cohen_kappa,
     compare_raters,
     confusion,
+    describe,
     join,
     length_bias,
     majority,
@@ -62,6 +65,14 @@ def test_scores_of_a_judge_by_hand():
     assert got["macro_f1"] == pytest.approx((2 / 3 + 3 / 4 + 8 / 9) / 3)
     never = class_scores(np.array([[0, 2, 0], [0, 2, 0], [0, 0, 0.0]]))  # ties are never said; no second occurs
     assert (never["accuracy"], never["macro_precision"], never["macro_recall"]) == (0.5, 0.25, 0.5)
+
+
+def test_a_class_that_is_said_and_never_true_counts():
+    """Firsts 4 (said first 3, tie 1), seconds 4 (all said): precision 0, 1, 1; recall 0, 3/4, 1; F1 0, 6/7, 1."""
+    got = class_scores(np.array([[0, 0, 0], [1, 3, 0], [0, 0, 4.0]]))
+    assert got["macro_precision"] == pytest.approx(2 / 3)
+    assert got["macro_recall"] == pytest.approx((3 / 4 + 1) / 3)
+    assert got["macro_f1"] == pytest.approx((6 / 7 + 1) / 3)
 
 
 def test_majority_and_missing_verdicts():
@@ -137,9 +148,59 @@ def test_the_program_end_to_end(files, tmp_path):
     assert result["raters"][0]["agreement"] == pytest.approx(0.9)
     found = result["judge"]
     assert (found["pairs"], found["without_verdict"], found["rows"]) == (8, 1, 7)
-    assert found["accuracy"] == pytest.approx(5 / 7)
+    assert found["accuracy"] == pytest.approx(5 / 7) and found["rows_not_joined"] == 2
     text = CliRunner().invoke(app, list(map(str, words))).stdout
-    assert "| x and y | 10 | 90.0 % |" in text and "accuracy 0.7143" in text and "1 of 8 without a verdict" in text
+    assert (
+        "| x and y | 10 | 90.0 % |" in text
+        and "accuracy 0.7143" in text
+        and "joined 8 of 10 rows, 1 of 8 without a verdict" in text
+    )
+
+
+def labelled(rows: list[tuple[Key, int]]) -> Labelled:
+    return Labelled([key for key, _ in rows], {"x": [v for _, v in rows]})
+
+
+def test_one_instruction_with_two_inputs_is_two_prompts(tmp_path):
+    """The judge's rows stand in the other order: joined without `input` it were wrong on both."""
+    people = [row(0, x=1) | {"input": "u"}, row(0, x=2) | {"input": "v"}]
+    humans = read_labelled(write(tmp_path / "people.json", people), ["x"])
+    judge = read_labelled(write(tmp_path / "judge.json", people[::-1]), ["x"])
+    assert [key[:2] for key in humans.keys] == [("i0", "u"), ("i0", "v")]
+    found = summarise(humans, judge)
+    assert (found["prompts"], found["judge"]["accuracy"]) == (2, 1)
+
+
+def test_a_judge_s_file_without_input_is_joined_where_that_is_clear():
+    """p has an input and r none: both join. q stands with two: which of them was judged nobody knows."""
+    keys = [
+        ("p", "u", "a", "b"),
+        ("q", "u", "a", "b"),
+        ("q", "v", "b", "a"),
+        ("r", "", "a", "b"),
+        ("p", "u", "b", "a"),
+    ]
+    judged = [("p", "", "b", "a"), ("q", "", "a", "b"), ("r", "", "a", "b"), ("p", "", "a", "b")]
+    assert join(keys, judged, [FIRST] * 4) == ([SECOND, None, None, FIRST, SECOND], 3)
+    assert join(keys, [*judged, ("s", "w", "a", "b")], [FIRST] * 5) == ([None, None, None, FIRST, None], 1)
+    found = summarise(labelled([(key, FIRST) for key in keys]), labelled([(key, FIRST) for key in judged]))
+    assert (found["judge"]["pairs"], found["judge"]["rows_not_joined"]) == (3, 2)
+    assert "joined 3 of 5 rows, 0 of 3 without a verdict" in describe(found)
+
+
+def test_every_interval_is_over_prompts():
+    """Thirty pairs of p, thirty of q; a resample has one or the other or both. The second text is the longer one."""
+    keys = [(prompt, "", "a" * k, "b" * (k + 1)) for prompt in "pq" for k in range(30)]
+    turns = [FIRST, SECOND] * 30
+    like_turns_on_p = turns[:30] + [FIRST + SECOND - v for v in turns[30:]]
+    longer_on_p = [SECOND] * 30 + [FIRST] * 30
+    people = Labelled(keys, {"x": turns, "y": like_turns_on_p})
+    assert summarise(people)["prompts"] == 2 and summarise(people)["raters"][0]["agreement_interval"] == [0, 1]
+    one, judge = (labelled(list(zip(keys, said, strict=True))) for said in (turns, like_turns_on_p))
+    assert summarise(one, judge)["judge"]["agreement_interval"] == [0, 1]
+    biased = labelled(list(zip(keys, longer_on_p, strict=True)))
+    assert summarise(biased, judge)["longer_preferred"]["characters"]["interval"] == [0, 1]
+    assert summarise(judge, biased)["judge"]["longer_preferred"]["characters"]["interval"] == [0, 1]
 
 
 def test_mistakes_are_one_line(files, tmp_path):
@@ -154,3 +215,5 @@ def test_mistakes_are_one_line(files, tmp_path):
         summarise(read_labelled(people, ["x"]), read_labelled(other, ["p"]))
     done = CliRunner().invoke(app, ["--humans", str(people), "--rater", "x"])
     assert isinstance(done.exception, UserError) and "two raters, or one and --judge" in str(done.exception)
+    done = CliRunner().invoke(app, ["--humans", str(people), "--rater", "x", "--rater", "x"])
+    assert isinstance(done.exception, UserError) and str(done.exception) == "--rater 'x': given twice"

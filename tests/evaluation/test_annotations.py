@@ -21,10 +21,12 @@ from alignment.rewards.judge import Tally
 from evaluation.annotations import (
     LEADERBOARD_COLUMNS,
     describe_head2head,
+    difficulty_of,
     parse_annotations,
     read_annotations,
     read_difficulty,
     read_model_outputs,
+    write_leaderboard,
 )
 from evaluation.comparison import Side, compare, describe
 from evaluation.head_to_head import (
@@ -106,6 +108,23 @@ def test_rounding_comes_before_dropping_as_in_alpaca_eval():
     assert got["discrete_win_rate"] == pytest.approx(100 * (0 + 0 + 1 + 0.5) / 4)
 
 
+def test_the_discrete_rate_is_alpaca_eval_s_to_the_last_bit():
+    """It subtracts 1 before it averages: the mean of 1, 0, .5, .5, 0 is .4; 1.4 - 1 is less."""
+    assert describe_head2head([2, 1, 1.5, 0, 1.25])["discrete_win_rate"] == 40.0
+    rng = np.random.default_rng(1)
+    for size in range(2, 40):
+        values = rng.choice([0.0, 1.0, 1.2, 1.5, 1.7, 2.0], size)
+        expected = (pd.Series(values).replace({1.5: 0}).round().replace({0.0: 1.5}) - 1).to_numpy().mean() * 100
+        assert describe_head2head(values.tolist())["discrete_win_rate"] == expected
+
+
+def test_the_order_shown_may_be_a_number(tmp_path):
+    given = [True, False, 1, 0, 1.0, None, NAN]
+    rows = read_annotations(write(tmp_path / "a.json", [row(1, is_switched_outputs=value) for value in given]))
+    assert [one.switched for one in rows] == [True, False, True, False, True, None, None]
+    assert parse_annotations([row(1)])[0].switched is None
+
+
 def test_one_row_has_no_standard_error_and_none_is_an_error(small):
     assert math.isnan(describe_head2head([2])["standard_error"])
     with pytest.raises(ValueError, match="no preference"):
@@ -119,6 +138,9 @@ def test_one_row_has_no_standard_error_and_none_is_an_error(small):
         ([{"instruction": "i", "output_1": "a", "preference": 1}], "row 1: no text under 'output_2' in this row"),
         ([row(1), row("2")], "row 2: preference must be a number from 1 to 2, 0 or null, not '2'"),
         ([row(True)], "row 1: preference must be a number"),
+        ([row(1), row(10**400)], "row 2: preference must be a number from 1 to 2, 0 or null, not 1000000000"),
+        ([row(1), row(1, is_switched_outputs="yes")], "row 2: is_switched_outputs must be true (output_2 was shown"),
+        ([row(1, is_switched_outputs=2)], "false or null, not 2"),
         ([{k: v for k, v in row(1).items() if k != "preference"}], "row 1: preference must be"),
         ([row(None), row(NAN)], "no preference between 1 and 2 in 2 rows"),
         ([row(1), row(2, generator_2="other")], "compares 2 pairs of systems (b and m; b and other)"),
@@ -284,13 +306,54 @@ def test_difficulty_by_text_or_by_row(tmp_path):
     assert read_difficulty(tmp_path / "d.json") == {"p": 0.5}
     assert read_difficulty(tmp_path / "d.csv") == {0: 1.5, 1: -2.0}
     (tmp_path / "bad.csv").write_text(",instruction_difficulty\n0,hard\n")
-    with pytest.raises(UserError, match="a number is needed for every instruction"):
+    with pytest.raises(UserError, match="bad.csv: line 2: the difficulty must be a finite number, not 'hard'"):
         read_difficulty(tmp_path / "bad.csv")
     rows = parse_annotations([row(1 + k % 2, f"i{k}", "x" * k, "x") for k in range(12)])
     with pytest.raises(UserError, match="no difficulty for instruction 'i2' or index 2"):
         summarise(rows, difficulty={0: 1.5, 1: -2.0}, resamples=100)
     found = summarise(rows, difficulty={k: k / 5 - 1 for k in range(12)}, resamples=100)
     assert found["length_control"]["variant"] == "plain, with difficulty"
+
+
+def test_a_difficulty_file_is_read_to_its_last_cell(tmp_path):
+    """Without a header the first row counts; an instruction may have commas, quotes and several lines."""
+    (tmp_path / "d.csv").write_text('0,1.5\n\n"two, or\n""three"" lines",-2\n7,3\n')
+    assert read_difficulty(tmp_path / "d.csv") == {0: 1.5, 'two, or\n"three" lines': -2.0, 7: 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("d.csv", "0,nan\n", "line 1: the difficulty must be a finite number, not 'nan'"),
+        ("d.csv", ",d\n0,1\n\n1,inf\n", "line 4: the difficulty must be a finite number, not 'inf'"),
+        ("d.csv", ",d\n0,1\n1\n", "line 3: a row number or instruction and a number are needed, not ['1']"),
+        ("d.csv", "index,d\n", "holds no difficulties"),
+        ("d.csv", "9" * 5000 + ",1\n", "line 1: not a readable CSV file"),
+        ("d.json", '{"p": true}', "'p': the difficulty must be a finite number, not True"),
+        ("d.json", '{"p": 1, "q": 1' + "0" * 400 + "}", "'q': the difficulty must be a finite number, not 1000"),
+    ],
+)
+def test_an_unusable_difficulty_is_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_difficulty(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}: {message}") and "\n" not in str(caught.value)
+
+
+def test_difficulty_is_found_by_text_and_else_by_the_row_s_own_index():
+    rows = parse_annotations([row(1, "p", index=7), row(1, "q", index=0), row(1, "r")])
+    assert difficulty_of(rows, {"p": 1.5, 7: -1.0, 0: 2.0, 2: 3.0}).tolist() == [1.5, 2.0, 3.0]
+    with pytest.raises(UserError, match="row 1: no difficulty for instruction 'p' or index 7 in the file of --diff"):
+        difficulty_of(rows, {0: 1.0, 2: 1.0})
+
+
+def test_a_leaderboard_has_the_best_first_and_a_mode(tmp_path):
+    write_leaderboard(tmp_path / "l.csv", {"x": {"win_rate": 9.0}, "y": {"win_rate": 80.0}, "z": {"win_rate": 30.0}})
+    table = pd.read_csv(tmp_path / "l.csv", index_col=0)
+    assert list(table.index) == ["y", "z", "x"] and list(table["win_rate"]) == [80, 30, 9]
+    assert list(table["mode"]) == ["community"] * 3 and table["n_total"].isna().all()
+    write_leaderboard(tmp_path / "l.csv", {"x": {"win_rate": 9.0, "mode": "minimal"}})
+    assert pd.read_csv(tmp_path / "l.csv")["mode"].tolist() == ["minimal"]
 
 
 def test_extreme_changes_are_warned_of():

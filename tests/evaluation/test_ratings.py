@@ -112,6 +112,13 @@ def test_pairs_and_circles():
     assert [v.estimate for v in found.theta.values()] == pytest.approx([0, 0, 0], abs=1e-9)
 
 
+def test_a_half_is_no_side_of_a_circle():
+    """b beats a and c beats b; c with 50 % of a closes no circle, with less it does, from either side."""
+    won = [{"first": "a", "second": "b", "win_rate": 0.75}, {"first": "b", "second": "c", "win_rate": 0.75}]
+    ends = [("a", "c", 0.5), ("c", "a", 0.5), ("a", "c", 0.4), ("c", "a", 0.6), ("a", "c", 0.6)]
+    assert [circles([*won, {"first": f, "second": s, "win_rate": w}]) for f, s, w in ends] == [0, 0, 1, 1, 0]
+
+
 def test_style_of_a_text_by_hand():
     text = "# Head\n\n- one\n* two\n3. three\n**bold** and __more__\n```\n# not\n- these\n**ones**\n```"
     assert markdown_counts(text) == {"headers": 1, "lists": 3, "bold": 2}
@@ -130,6 +137,15 @@ def test_style_differences_by_hand():
     assert style_differences(["", "x"], ["", "x"]).tolist() == [[0.0] * 4] * 2  # nothing differs
     # Bold in the second pair alone, so its value is sqrt(2) root mean squares whatever its density.
     assert everything[1, FEATURES.index("bold")] == pytest.approx(math.sqrt(2))
+
+
+def test_lengths_are_relative_and_markdown_is_dense():
+    """Tokens 1 and 3, 2 and 3: 2/4 and 1/5, as 5 to 2. A header in 2 tokens (# a) and in 8: densities 1/3 and 1/9,
+    differences (1/3)/(4/3) = 1/4 and (1/9)/(10/9) = 1/10, as 5 to 2; by counts both were alike."""
+    one, two = style_differences(["a", "a b"], ["a b c", "a b c"], ["length"])[:, 0]
+    assert one / two == pytest.approx(5 / 2)
+    one, two = style_differences(["a", "a"], ["# a", "# a b c d e f g"], ["headers"])[:, 0]
+    assert one / two == pytest.approx(5 / 2)
 
 
 def styled_games(rng, n=3000):
@@ -213,3 +229,50 @@ def test_the_program_s_anchor_and_style(files):
         with pytest.raises(UserError) as caught:
             rate_files(files, **given)
         assert str(caught.value) == message
+
+
+def battle(instruction: str, share: float, one: str = "a b", two: str = "a b c", **more) -> dict:
+    row = {"instruction": instruction, "output_1": one, "generator_1": "x", "output_2": two, "generator_2": "y"}
+    return {**row, "preference": 1 + share, **more}
+
+
+def rated(tmp_path, rows: list[dict], **given) -> dict:
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return rate_files([tmp_path / "rows.json"], **{"anchor": "x", "resamples": 400, **given})
+
+
+@pytest.mark.parametrize("style", [(), ("length",)])
+def test_the_program_resamples_and_tests_prompts(tmp_path, style):
+    """Each of 60 pairs nine times over: under its own prompt nothing is learnt, under nine the interval is a third.
+
+    42 of 60 prompts won: 2^-60 sign patterns give p = 2 P(Bin(60, 1/2) >= 42) whatever the copies.
+    """
+    once = [battle(f"i{k}", float(k % 10 < 7), two="a b c" + " d" * (k % 4)) for k in range(60)]
+    same = [row for row in once for _ in range(9)]
+    others = [row | {"instruction": f"{row['instruction']} {k % 9}"} for k, row in enumerate(same)]
+    found = [rated(tmp_path, rows, style=style) for rows in (once, same, others)]
+    widths = [np.diff(next(s for s in one["systems"] if s["name"] == "y")["interval"])[0] for one in found]
+    assert widths[1] / widths[0] == pytest.approx(1, rel=0.2) and widths[2] / widths[0] == pytest.approx(
+        1 / 3, rel=0.2
+    )
+    assert [one["prompts"] for one in found] == [60, 60, 540] and list(found[1]["style"]) == list(style)
+    p = 2 * sum(math.comb(60, k) for k in range(42, 61)) / 2**60
+    assert found[0]["pairs"][0]["p_value"] == found[1]["pairs"][0]["p_value"] == pytest.approx(p, abs=0.002)
+    assert found[2]["pairs"][0]["p_value"] == pytest.approx(1 / 10_001)
+
+
+def test_a_system_against_itself_says_nothing(tmp_path):
+    rows = [battle(f"i{k}", float(k % 3 > 0)) for k in range(12)]
+    itself = [battle(f"j{k}", 1.0, generator_2="x") for k in range(5)] + [battle("k", 0.5, generator_1="y")]
+    found = rated(tmp_path, rows + itself)
+    assert (found["annotations"], found["annotations_left_out"], found["prompts"]) == (12, 6, 12)
+    assert [one["games"] for one in found["systems"]] == [12, 12]
+    with pytest.raises(UserError, match="rows.json: no usable pair of two different systems"):
+        rated(tmp_path, itself)
+
+
+def test_a_feature_that_differs_in_nine_pairs_is_left_out_and_in_ten_is_not(tmp_path):
+    for count, left_out in ((9, {"length": 9}), (10, {})):
+        rows = [battle(f"i{k}", float(k % 3 > 0), two="a b c" if k < count else "c d") for k in range(30)]
+        found = rated(tmp_path, rows, style=["length"])
+        assert (found["style_left_out"], len(found["style"])) == (left_out, 1 - len(left_out))

@@ -52,6 +52,8 @@ def test_best_of_n_shares_the_top():
     assert best_of_n_result([3], [3, 2, 3]) == pytest.approx(1 / 3)
     assert best_of_n_result([2], [3, 2, 0]) == 0
     assert math.isnan(best_of_n_result([2], [NAN, 0]))
+    assert best_of_n_result([3, 3], [3, 1]) == pytest.approx(2 / 3)  # a random maximum is a chosen one twice in three
+    assert (best_of_n_result([3, 3, 1], [2]), best_of_n_result([3, 1], [3])) == (1, 0.5)
 
 
 def test_ties_score_by_hand():
@@ -86,6 +88,14 @@ def test_ties_score_by_hand():
         ties_draws(columns[4:], 10, np.random.default_rng(0))
 
 
+def test_resamples_without_a_part_of_the_ties_score_are_left_out():
+    """Of three prompts one has a tied row: (2/3)^3 of the resamples lack it, the others have all of it right."""
+    columns = np.array([[1, 1, 1, 1, 0.5]] + 2 * [[NAN, 1, NAN, NAN, NAN]])
+    score, draws = ties_draws(columns, 4000, np.random.default_rng(0))
+    assert score == pytest.approx(1.005) and draws == pytest.approx(np.full(len(draws), 1.005))
+    assert len(draws) / 4000 == pytest.approx(1 - 8 / 27, abs=0.03)
+
+
 def test_sections_are_weighted_by_their_examples(tmp_path):
     """The longer text is right in: easy 1 of 2, hard 1 of 1 (of 100 and 95 examples); math 0 of 1, cpp 1 of 2."""
     rows = [
@@ -99,7 +109,8 @@ def test_sections_are_weighted_by_their_examples(tmp_path):
     assert found["sections"]["Reasoning"]["accuracy"] == pytest.approx(reasoning)
     assert found["overall"]["accuracy"] == pytest.approx((chat + reasoning) / 2)
     assert found["subsets"]["math-prm"]["tied_at_the_top"] == 1
-    assert "hep-go" in found["missing_subsets"] and "mt-bench-hard" not in found["missing_subsets"]
+    assert len(found["missing_subsets"]) == 23 - 4 and {"hep-go", "donotanswer"} < set(found["missing_subsets"])
+    assert found["subsets_not_counted"] == []
     low, high = found["sections"]["Chat"]["interval"]  # easy is 0, 1/2 or 1 in a resample; hard is 1 always
     assert (low, high) == (pytest.approx(95 / 195), pytest.approx(1))
 
@@ -116,9 +127,56 @@ def test_rows_of_one_s_own_count_alike(tmp_path):
     rows = [pair("p", "xx", "x", subset="u"), pair("p", "xx", "x", subset="u"), pair("q", "x", "xx", subset="u")]
     found = judged(tmp_path / "rows.jsonl", [*rows, pair("r", "x", "x", subset="v")])
     assert found["overall"]["accuracy"] == pytest.approx(2 / 4)
-    assert found["sections"] == {} and found["missing_subsets"] == []
+    assert (found["sections"], found["missing_subsets"], found["subsets_not_counted"]) == ({}, [], [])
     assert found["subsets"]["u"]["interval"] == [0, 1]
     assert found["subsets"]["v"]["wilson_interval"][1] > 0.7  # one item says next to nothing
+
+
+def printed(path: Path, rows: list[dict]) -> list[str]:
+    done = CliRunner().invoke(app, [write(path, rows), "--reward", "length"])
+    assert done.exit_code == 0, done.output
+    return done.stdout.splitlines()
+
+
+def test_what_the_leaderboard_lacks_or_has_besides_is_said(tmp_path):
+    """All chat is right and one's own wrong: 100 %, without a word on the own, would pass for a benchmark result."""
+    chat = [pair("p", "xx", "x", subset=name) for name in SECTIONS["Chat"]]
+    rows = [*chat, pair("q", "x", "xx", subset="mine"), pair("r", "x", "xx")]
+    found = judged(tmp_path / "rows.jsonl", rows)
+    assert (found["overall"]["accuracy"], list(found["sections"])) == (1, ["Chat"])
+    assert found["missing_subsets"] == [n for s in ("Chat Hard", "Safety", "Reasoning") for n in SECTIONS[s]]
+    assert found["subsets_not_counted"] == ["mine", ""]
+    lines = printed(tmp_path / "rows.jsonl", rows)
+    assert "missing subsets: mt-bench-hard, llmbar-natural," in lines[-2] and "not comparable" in lines[-2]
+    assert lines[-1] == "not RewardBench's and not counted in overall: mine, rows without a subset"
+    whole = [pair("p", "xx", "x", subset=name) for weights in SECTIONS.values() for name in weights]
+    assert not any("missing" in line or "not counted" in line for line in printed(tmp_path / "rows.jsonl", whole))
+
+
+def test_the_second_version_s_domains_are_six(tmp_path):
+    """Math right, one's own wrong; the six and nothing else leave nothing to say. Without any of them all count."""
+
+    def best(subset: str, chosen: str = "xx") -> dict:
+        return {"prompt": "p", "chosen": [chosen], "rejected": ["x", "xxx"[: 3 - len(chosen)]], "subset": subset}
+
+    rows = [best("Math"), {"prompt": "q", "chosen": ["x"], "rejected": ["xx"], "subset": "mine"}]
+    found = judged(tmp_path / "rows.jsonl", rows)
+    assert found["missing_subsets"] == ["Factuality", "Precise IF", "Safety", "Focus", "Ties"]
+    assert (found["overall"]["accuracy"], found["subsets_not_counted"]) == (1, ["mine"])
+    assert printed(tmp_path / "rows.jsonl", rows)[-2:] == [
+        "missing subsets: Factuality, Precise IF, Safety, Focus, Ties; not comparable with the leaderboard",
+        "not RewardBench's and not counted in overall: mine",
+    ]
+    own = judged(tmp_path / "rows.jsonl", [best("theirs"), rows[1]])
+    assert (own["overall"]["accuracy"], own["missing_subsets"], own["subsets_not_counted"]) == (0.5, [], [])
+    ties = [
+        {"prompt": "d", "chosen": ["xxx", "xxx"], "rejected": ["x"], "subset": "ties", "id": "tied:0"},
+        {"prompt": "d", "chosen": ["xxx"], "rejected": ["x"], "subset": "ties", "id": "ref:0"},
+    ]
+    six = [*map(best, ("Factuality", "Precise IF", "Math", "Safety", "Focus")), *ties]
+    full = judged(tmp_path / "rows.jsonl", six)
+    assert (full["missing_subsets"], full["subsets_not_counted"]) == ([], [])
+    assert full["overall"]["accuracy"] == pytest.approx((5 + 1.01) / 6)  # no spread: tanh(inf)
 
 
 def test_what_cannot_be_scored_is_counted(tmp_path):
@@ -220,6 +278,13 @@ def test_rows_of_training_are_scored_as_training_reads_them(tmp_path):
         (
             [{"prompt": "p", "chosen": ["a", "b"], "rejected": ["c"], "subset": "Ties", "id": "tied:7"}],
             "row 1: the Ties subset needs rows 'tied:ID' and 'ref:ID' of the same prompts",
+        ),
+        (
+            [
+                {"prompt": "p", "chosen": ["a"], "rejected": ["c"], "subset": "Ties", "id": f"ref:{k}"}
+                for k in (0, 7, 8, 7)
+            ],
+            "row 4: id 'ref:7' stands in ",
         ),
     ],
 )

@@ -244,6 +244,13 @@ def test_paired_comparison_by_hand():
         compare_paired([1.0, 2.0], [1.0])
 
 
+def test_the_paired_test_flips_clusters_and_not_rows():
+    """Two rows of each of three prompts say the same: the extremes are 2 of 2^3 patterns, of rows 2 of 2^6."""
+    got = compare_paired([0.5, 0.5, 1, 0.25, 0.75, 0.75], [0.0] * 6, clusters=["p", "p", "q", "q", "r", "r"])
+    assert (got.p_value, got.clusters, got.rows) == (2 / 8, 3, 6)
+    assert compare_paired([0.5, 0.5, 1, 0.25, 0.75, 0.75], [0.0] * 6).p_value == 2 / 64
+
+
 def test_paired_comparison_is_finer_than_two_single_rates():
     """Two systems that share a prompt effect: var(x - y) = var(x) + var(y) - 2 cov(x, y)."""
     rng = np.random.default_rng(2)
