@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,34 @@ import typer
 
 from alignment.cli import app
 from alignment.recipes import load_any
+from alignment.recipes.games import load_games_recipe
+from evaluation.compare.recipe import load_compare_recipe
+from evaluation.experiments import read_experiment
 from tests.pages import PAGES, ROOT, anchors, commands, links, mentioned, prose, read, shell_lines
+
+
+def _after_variables(line: str) -> str:
+    """The command of a line that sets environment variables before it."""
+    return re.sub(r"^(?:[A-Z_]+=\S+\s+)+", "", line)
+
 
 SHOWN = [
     pytest.param(page, words, id=f"{page} {' '.join(words)[:60]}")
     for page in PAGES
-    for words in [*commands(shell_lines(read(page))), *mentioned(read(page))]
+    for words in [*commands([_after_variables(line) for line in shell_lines(read(page))]), *mentioned(read(page))]
 ]
-READS_RECIPES = ("train", "iterate", "doctor", "export", "report", "recipe", "data")
+MADE = [
+    pytest.param(shlex.split(line, comments=True), id=f"{page} {line[:40]}")
+    for page in PAGES
+    for line in [*shell_lines(read(page)), *re.findall(r"`(make\s[^`]+)`", prose(read(page)))]
+    if line.startswith("make ")
+]
+LOADERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("train", "iterate", "doctor", "export", "report", "recipe", "data"), load_any),
+    "compare": load_compare_recipe,
+    "games": load_games_recipe,
+}
+EXPERIMENTS = {"evaluation.overoptimization": "Experiment", "evaluation.replication": "Replication"}
 
 
 @pytest.fixture(autouse=True)
@@ -69,12 +91,12 @@ def _known(command: Any, words: list[str]) -> None:
     assert given - options - {"--help"} == set()
 
 
-def _recipe(words: list[str]) -> None:
+def _recipe(words: list[str], load: Callable[..., Any] = load_any) -> None:
     """The recipes among the words take the overrides behind them."""
     overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
     for word in words:
         if re.fullmatch(r"recipes/\S+\.yaml", word) and not word.startswith("recipes/accelerate/"):
-            load_any(word, overrides)
+            load(word, overrides)
 
 
 def _python(words: list[str]) -> None:
@@ -90,6 +112,10 @@ def _python(words: list[str]) -> None:
         _known(typer.main.get_command(app), ["iterate", *rest])
     elif name.startswith(("scripts.", "evaluation.")):
         module = importlib.import_module(name)
+        kind = EXPERIMENTS.get(name)
+        for word in rest:
+            if kind and word.startswith("recipes/"):
+                read_experiment(Path(word), getattr(module, kind))
         if "app" in vars(module):
             _known(typer.main.get_command(module.app), rest)
         else:  # no options of its own
@@ -105,8 +131,8 @@ def test_shown_commands_exist(page, words):
     assert [name for name in files if not Path(name).is_file()] == []
     if words[0] == "alignment":
         _known(typer.main.get_command(app), words[1:])
-        if words[1] in READS_RECIPES:
-            _recipe(words[2:])
+        if words[1] in LOADERS:
+            _recipe(words[2:], LOADERS[words[1]])
         return
     if words[0] == "python":
         _python(words[1:])
@@ -116,6 +142,16 @@ def test_shown_commands_exist(page, words):
     if at is not None:
         launch_command_parser().parse_args([*words[2:at], "program"])  # exits at an unknown option
         _python(words[at:])
+
+
+@pytest.mark.parametrize("words", MADE)
+def test_shown_make_commands_exist(words):
+    """Targets and variables are the Makefile's, a recipe can be read."""
+    makefile = Path("Makefile").read_text()
+    variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
+    assert {word for word in words[1:] if "=" not in word} <= set(re.findall(r"(?m)^(\w[\w-]*):", makefile))
+    assert set(variables) <= set(re.findall(r"(?m)^([A-Z_]+) \?=", makefile))
+    _recipe([variables.get("RECIPE", "")])
 
 
 def test_the_site_builds_strictly(tmp_path):

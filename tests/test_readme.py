@@ -29,6 +29,20 @@ def test_shown_commands_run(root, monkeypatch, words):
     assert done.stdout.strip()
 
 
+def _rows(text: str) -> list[dict[str, str]]:
+    """The table of a comparison with tuning points: its rows, each from head to cell."""
+    lines = text[text.index("| objective | tuned |") :].split("\n\n")[0].splitlines()
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_the_numbers_shown_are_those_of_the_comparison():
+    shown, whole = _rows(README), _rows(read("docs/compare.md"))
+    assert len(shown) == 3
+    for row in shown:
+        assert any(row.items() <= full.items() for full in whole), row["objective"]
+
+
 def test_all_groups_of_the_command_are_shown():
     assert {tuple(words[1:3]) for words in COMMANDS} >= {
         ("objectives",),

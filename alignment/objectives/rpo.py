@@ -36,7 +36,8 @@ class RPO(Objective):
         ),
         collisions=(
             "TRL's former rpo_alpha is Iterative RPO (Pang et al.): token-mean NLL, recommended weight 1.",
-            "NVIDIA's RPO is `reward_aware_rpo`; Relative PO and Robust PO are others again.",
+            "NVIDIA's RPO is `reward_aware_rpo`; Relative PO, Robust PO and Reward Partitioning Optimization "
+            "(arXiv:2506.13702) are others again.",
         ),
         settings=(
             {"form": "mean", "eta": 0.2},
