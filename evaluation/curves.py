@@ -21,6 +21,8 @@ _COLOURS = {  # marker colour in the drawing -> CSS variable of the page
     "#0a0b11": "var(--series-1)",
     "#0a0b12": "var(--series-2)",
     "#0a0b13": "var(--series-3)",
+    "#0a0b14": "var(--series-4)",
+    "#0a0b15": "var(--series-5)",
 }
 _INK, _GRID, *_SERIES = _COLOURS
 
@@ -116,29 +118,33 @@ CURVES = (
     Curve(
         "Gradient entanglement: probe pairs",
         (
+            ("parted", "entanglement/parted"),
             ("both fall", "entanglement/both_fall"),
             ("both rise", "entanglement/both_rise"),
-            ("parted", "entanglement/parted"),
+            ("pulled back", "entanglement/pulled_back"),
+            ("unmoved", "entanglement/unmoved"),
         ),
         "pairs",
-        "What a small step on the margin of a probe pair would do to its own two responses, by their gradients: part "
-        "them (healthy), or drag both down or up because the gradients are too much alike. It says nothing of what "
-        "other pairs do to them.",
+        "What a small step on a probe pair's own loss would do to its two responses, by their gradients and the "
+        "loss's weights: part them (healthy), drag both down or up because the gradients are too much alike, pull "
+        "them back (a loss past its target margin), or nothing. It says nothing of what other pairs do to them.",
     ),
     Curve(
         "Gradient entanglement: size",
         (("cosine", "entanglement/cosine"), ("ratio", "entanglement/ratio")),
         "mean over probe pairs",
         "How alike the gradients of log π(chosen) and log π(rejected) are: cosine of their angle, and inner product "
-        "over the smaller squared norm. A pair is entangled where its ratio is above 1 (dashed).",
+        "over the smaller squared norm. A loss of the margin moves both responses together exactly where the ratio is "
+        "above 1 (dashed), so where the cosine is above the smaller norm over the larger: below 0.5 is safe while the "
+        "norms differ by less than a factor of 2.",
         (1.0, "entangled above"),
     ),
     Curve(
         "Probe pairs since the last probe",
         (("chosen", "entanglement/moved_chosen"), ("rejected", "entanglement/moved_rejected")),
         "nats per response",
-        "How far log π of the probe pairs' responses moved between probes, under all pairs and the real optimiser: to "
-        "be held against the verdicts. Both below 0 is displacement, whichever pairs cause it.",
+        "How far log π of the probe pairs' responses moved between probes, in all steps, under all pairs and the real "
+        "optimiser; the verdicts speak of one step. Both below 0 is displacement, whichever pairs cause it.",
         (0.0, "unmoved"),
     ),
     Curve(
@@ -149,9 +155,10 @@ CURVES = (
             ("held out, by chance", "eval_calibration/noise"),
         ),
         "ECE",
-        "Mean gap between sigmoid(|margin|), the confidence in a pair's order, and the share of labels on that side. "
-        "Read the held-out line against the third one, what a calibrated model would show on so few pairs; the "
-        "training line has fewer. Small rewards are under-confident: early in a run the error is accuracy minus 1/2.",
+        "Mean gap between sigmoid(|margin|), the confidence in a pair's order (robust, smoothed labels: translated to "
+        "labels as given), and the share of labels on that side. Read the held-out line against the third one, what a "
+        "calibrated model would show on so few pairs; the training line has fewer. Small rewards "
+        "are under-confident: early in a run the error is accuracy minus 1/2.",
         share=True,
     ),
     Curve(
@@ -234,7 +241,7 @@ def _style(axes: Any, unit: str, legend: bool) -> None:
     axes.spines["bottom"].set_color(_GRID)
     if legend:
         axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, frameon=False, labelcolor=_INK, borderaxespad=0,
+            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False, labelcolor=_INK, borderaxespad=0,
             handlelength=1.6, columnspacing=1.6,
         )  # fmt: skip
 

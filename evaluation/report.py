@@ -25,6 +25,8 @@ from evaluation.pages import page_environment
 
 SAMPLES_SHOWN = 4  # of each side and prompt; more hides the prompts below
 LONG_SECTION = 14  # recipe sections with more rows start folded
+VERDICTS = ("parted", "both fall", "both rise", "pulled back", "unmoved")  # of `alignment.trainers.entanglement`
+CLEAR = 2.0  # a calibration error of so many times what chance gives is called one; the number is ours
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -119,7 +121,7 @@ def _last(metrics: curves.Rows, key: str) -> float | None:
 
 
 def training_brief(metrics: curves.Rows) -> list[tuple[str, str]]:
-    """(name, value) of the last logged values; metrics that the run lacks are left out."""
+    """(name, value) of the last logged values, and what they say; metrics that the run lacks are left out."""
     named = (
         ("Last logged step", "step"),
         ("Loss", "loss"),
@@ -131,7 +133,33 @@ def training_brief(metrics: curves.Rows) -> list[tuple[str, str]]:
         ("Padding share", "padding"),
     )
     found = [(name, _last(metrics, key)) for name, key in named]
-    return [(name, format_number(value)) for name, value in found if value is not None]
+    numbers = [(name, format_number(value)) for name, value in found if value is not None]
+    return [*numbers, *calibration_words(metrics), *entanglement_words(metrics)]
+
+
+def calibration_words(metrics: curves.Rows) -> list[tuple[str, str]]:
+    """(name, value) of the last calibration error, on held-out pairs where they were scored, and its verdict."""
+    for prefix, pairs in (("eval_", "held-out"), ("", "training")):
+        ece, noise, over = (_last(metrics, f"{prefix}calibration/{key}") for key in ("ece", "noise", "overconfidence"))
+        if ece is None or noise is None or over is None:
+            continue
+        verdict = "over-confident" if over > 0 else "under-confident"
+        if ece <= CLEAR * noise:
+            verdict = "no more than chance explains"
+        numbers = f"{format_number(ece)}, where chance alone gives {format_number(noise)}"
+        return [(f"Calibration error on {pairs} pairs", f"{numbers}: {verdict}")]
+    return []
+
+
+def entanglement_words(metrics: curves.Rows) -> list[tuple[str, str]]:
+    """(name, value) of the last probe: how many pairs got which verdict, and their mean cosine."""
+    probes = [row for row in metrics if curves.is_number(row.get("entanglement/cosine"))]
+    if not probes:
+        return []
+    counts = {word: probes[-1].get(f"entanglement/{word.replace(' ', '_')}") or 0 for word in VERDICTS}
+    said = ", ".join(f"{format_number(count)} {word}" for word, count in counts.items() if count)
+    cosine = format_number(probes[-1]["entanglement/cosine"])
+    return [("Gradients of the probe pairs, last probe", f"{said}; mean cosine {cosine}")]
 
 
 def displacement_alarm(metrics: curves.Rows, recipe: Mapping[str, Any]) -> str | None:

@@ -269,6 +269,10 @@ class Objective:
         """`[B]` bool: pairs where a numerical extension replaces the paper's formula; None if there is none."""
         return None
 
+    def label_probability(self, sigmoid: Tensor) -> Tensor:
+        """What sigmoid(implicit margin), `[B]`, says of labels as they are given: itself, unless noise is assumed."""
+        return sigmoid
+
     def _push(self, columns: dict[str, Tensor]) -> Tensor:
         """|dL/ds_w| + |dL/ds_l| per pair, `[B]`; the loss treats pairs independently, so one backward gives all."""
         with torch.enable_grad():

@@ -42,3 +42,7 @@ class DPO(Objective):
     def pair_loss(self, batch: PairLogps) -> Tensor:
         logit, eps = self.beta * batch.margin, self.label_smoothing
         return -(1 - eps) * F.logsigmoid(logit) - eps * F.logsigmoid(-logit)  # DPO eq. 7; cDPO eq. 3
+
+    def label_probability(self, sigmoid: Tensor) -> Tensor:
+        """P(label as given), `[B]`, from the smoothed label e + (1 - 2e) P that sigmoid(beta m) is fitted to."""
+        return ((sigmoid - self.label_smoothing) / (1 - 2 * self.label_smoothing)).clamp(0, 1)

@@ -38,7 +38,8 @@ class FDPO(Objective):
         verified="scores and TRL's conventions against their code, optimum derived; the paper was not read",
         pitfalls=(
             "forward_kl and alpha take the exponential of a sequence log-ratio: chosen responses that the policy left "
-            "(z << 0) get slopes up to beta e^10, so use a small beta and gradient clipping, and watch `capped`.",
+            "(z << 0) get slopes up to beta e^10, so use a small beta and gradient clipping; `capped` counts "
+            "them, but also pairs of which only the rejected response was left, as it should be.",
             "jsd starts with half of DPO's slope: beta_jsd = 2 beta_dpo gives the same first step.",
             "The limits alpha = 0 and 1 are reverse_kl and forward_kl, by name only.",
         ),

@@ -73,13 +73,19 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def table_markdown(folder: str) -> str:
-    """Name, paper, loss, needs; one row per objective. `folder` holds their pages, as a link says it."""
+def table_markdown(folder: str, losses: bool = True) -> str:
+    """Name, paper, loss if asked for, needs; one row per objective. `folder` holds their pages, as a link says it."""
+    head = ("objective", "paper", *(["loss of one pair"] * losses), "needs besides the policy's log-probabilities")
     rows = (
-        (f"[`{card.name}`]({folder}/{card.name}.md)", _cell(card.paper), _code(_short(card)), _needs(card))
+        (
+            f"[`{card.name}`]({folder}/{card.name}.md)",
+            _cell(card.paper),
+            *([_code(_short(card))] * losses),
+            _needs(card),
+        )
         for card in own_cards()
     )
-    return _table(("objective", "paper", "loss of one pair", "needs besides the policy's log-probabilities"), rows)
+    return _table(head, rows)
 
 
 def facts(card: Card) -> list[tuple[str, str]]:
@@ -154,13 +160,16 @@ def _recipes(name: str) -> list[str]:
 
 def letters_markdown() -> str:
     """Hyper-parameters that several objectives have under one name, each with its meaning there."""
-    rows = [(row.name, card.name, row) for card in own_cards() for row in _hyperparameters(card)[1]]
-    counts = [name for name, objective, _ in rows if objective != "spo"]  # spo shows those of its base, too
+    rows = [
+        (row.name, card.name, row)
+        for card in own_cards()  # of spo its own ones only: its variants show those of the base, too
+        for row in (card.hyperparameters if card.name == "spo" else _hyperparameters(card)[1])
+    ]
+    counts = [name for name, _, _ in rows]
     shared = sorted((name, objective, row) for name, objective, row in rows if counts.count(name) > 1)
     cells = (
         (f"`{name}`", f"[{objective}](objectives/{objective}.md)", _cell(row.meaning), _default(row.default))
         for name, objective, row in shared
-        if objective != "spo" or name == "gamma"
     )
     return _table(("name", "objective", "what it is there", "default"), cells)
 
@@ -185,7 +194,7 @@ def with_block(text: str, name: str, content: str, where: str) -> str:
 def blocks() -> dict[str, dict[str, str]]:
     """File -> marker -> what belongs there."""
     found = {
-        "README.md": {"objectives": table_markdown("docs/objectives")},
+        "README.md": {"objectives": table_markdown("docs/objectives", losses=False)},
         "docs/objectives.md": {"objectives": table_markdown("objectives")},
         "docs/glossary.md": {"letters": letters_markdown(), "collisions": collisions_markdown()},
     }

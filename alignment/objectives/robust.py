@@ -25,6 +25,7 @@ class Robust(Objective):
         pitfalls=(
             "A separable pair (always labelled the same way) pushes its margin to infinity and the loss to -infinity.",
             "label_smoothing here is the true flip rate to correct for; in dpo the same key softens targets.",
+            "sigmoid(beta m) is fitted to the labels before they were flipped, so it is surer than the labels are.",
         ),
         collisions=("'robust' also names distributionally robust DPO variants: unrelated.",),
         settings=({"label_smoothing": 0.0}, {"label_smoothing": 0.3, "beta": 0.5}),
@@ -36,3 +37,7 @@ class Robust(Objective):
         logit, eps = self.beta * batch.margin, self.label_smoothing
         kept, flipped = -F.logsigmoid(logit), -F.logsigmoid(-logit)
         return ((1 - eps) * kept - eps * flipped) / (1 - 2 * eps)  # unbiased estimator, section 3
+
+    def label_probability(self, sigmoid: Tensor) -> Tensor:
+        """P(label as given), `[B]`, from the P(label before the flip) that sigmoid(beta m) is fitted to."""
+        return self.label_smoothing + (1 - 2 * self.label_smoothing) * sigmoid

@@ -214,14 +214,14 @@ class BaseTrainingSection(OpenSection):
 class DiagnosticsSection(Section):
     """Gradient entanglement of a few fixed pairs, measured while training goes on unchanged (docs/diagnostics.md)."""
 
-    every: int = option(0, "Steps between probes; 0: none.", "off: a probe costs two passes per pair", ge=0)
+    every: int = option(0, "Steps between probes; 0: none.", "off: a probe costs some passes for each response", ge=0)
     pairs: int = option(
         4, "How many of the first pairs of data.eval, or else of the training data.", "alignment", ge=1
     )
     parameters: Literal["last_layer", "all"] = option(
         "last_layer",
         "Gradients with respect to the last decoder layer, or to all that is trained; of LoRA the adapters alone.",
-        "alignment: cheap; all keeps two gradients more in memory",
+        "alignment: cheap; all keeps two or three gradients more in memory",
     )
 
 

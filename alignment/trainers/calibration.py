@@ -1,6 +1,8 @@
 """Whether implicit rewards mean what they say: sigmoid(reward margin) against the labels, over pairs of all processes.
 
-Only for objectives whose card says `bradley_terry`. Not a recalibration, and not the win rate of a trained model.
+Only for objectives whose card says `bradley_terry`. Where sigmoid(margin) is fitted to something else than the labels
+as they stand (robust: to those before flips; cDPO: to smoothed ones) it is translated into what the fit says of them.
+Not a recalibration, and not the win rate of a trained model.
 """
 
 from __future__ import annotations
@@ -10,8 +12,19 @@ from collections.abc import Callable
 
 import torch
 
+from alignment.objectives.base import Objective
+
 BINS = 10  # of equal width over confidences 1/2 to 1
 TIE = 1e-3  # a smaller margin names neither response: at the start its sign is that of rounding
+
+
+def label_probability(objective: Objective | None, sigmoid: torch.Tensor) -> torch.Tensor:
+    """P(the label as given names a response) by the objective's model, from sigmoid(its margin); same shape.
+
+    The objective's own `label_probability` (of spo: its base's).
+    """
+    speaking = getattr(objective, "aligned", objective)
+    return sigmoid if speaking is None else speaking.label_probability(sigmoid)
 
 
 class Calibration:
@@ -21,9 +34,13 @@ class Calibration:
     that always name the chosen response first would otherwise need no more than "always near 1". The two orders fall
     into mirrored bins with the same gap, so that both together are one: the confidence sigmoid(|margin|), in [1/2, 1],
     against the share of labels on that side.
+
+    Args:
+        objective: whose margins these are (`label_probability`); None: sigmoid(margin) speaks of the labels itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective | None = None) -> None:
+        self.objective = objective
         self.sums: torch.Tensor | None = None
 
     def add(self, margins: torch.Tensor, label: torch.Tensor | None = None) -> None:
@@ -34,7 +51,7 @@ class Calibration:
             label: `[B]`, probability that chosen is the better one; None: 1.
         """
         margins = margins.detach().double()
-        confidence = margins.abs().sigmoid()
+        confidence = label_probability(self.objective, margins.abs().sigmoid())
         right = torch.ones_like(margins) if label is None else label.double()
         right = torch.where(margins > TIE, right, torch.where(margins < -TIE, 1 - right, 0.5))
         place = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)

@@ -2,11 +2,18 @@
 
     trainer.add_callback(GradientProbe(trainer, every=10))   # `training.diagnostics` of a recipe does this
 
-A loss of the margin moves log π(chosen) by C (|g_w|² - <g_w, g_l>) and log π(rejected) by C (<g_w, g_l> - |g_l|²) to
-first order, C > 0: where the inner product is larger than one of the squared norms, both fall or both rise together.
+A step on a pair's own loss L moves the weights along d_w g_w - d_l g_l, with d_w = -dL/dlog π(chosen) and
+d_l = dL/dlog π(rejected), hence to first order
+
+    log π(chosen) by d_w |g_w|² - d_l <g_w, g_l>,   log π(rejected) by d_w <g_w, g_l> - d_l |g_l|²
+
+The d are the objective's own, by autograd at the pair's log-probabilities (`PreferenceTrainer.push`). For a loss of
+the margin d_w = d_l = -L'(m): while it asks for a larger margin (L' < 0) both fall where <g_w, g_l> > |g_w|², both
+rise where it is > |g_l|²; past its target (ipo, inpo …: L' > 0) everything is reversed.
+
 The probe only looks: `torch.autograd.grad` touches no `.grad` and no hook of DDP or ZeRO-2, and nothing is drawn. Each
 response is a row and a pass of its own, whatever the layout of training. Not here: the mean displacement of all
-trained pairs (`offline.py`), the remedy (`normalized.py`).
+trained pairs (`offline.py`), the remedy (`normalized.py`), products of single tokens' gradients, spo's degree loss.
 """
 
 from __future__ import annotations
@@ -15,7 +22,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +34,15 @@ from transformers import Trainer, TrainerCallback
 
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, jsonable, write_json_lines
+from alignment.trainers.collation import FROZEN_COLUMNS
 from alignment.trainers.scoring import ROW_KEYS, sequence_logps
 
 FILE = "entanglement.jsonl"
 Parameters = Literal["last_layer", "all"]
 Gradient = Sequence[torch.Tensor | None]
 # verdict → how (chosen, rejected) move
-VERDICTS = {"both fall": (-1, -1), "both rise": (1, 1), "parted": (1, -1)}
+VERDICTS = {"parted": (1, -1), "both fall": (-1, -1), "both rise": (1, 1), "pulled back": (-1, 1), "unmoved": (0, 0)}
+MEANS = ("inner", "norm_chosen", "norm_rejected", "cosine", "ratio", "weight_chosen", "weight_rejected")
 
 
 # --- the condition --------------------------------------------------------------------------------------------------
@@ -41,11 +50,21 @@ VERDICTS = {"both fall": (-1, -1), "both rise": (1, 1), "parted": (1, -1)}
 
 @dataclass(frozen=True)
 class Entanglement:
-    """`inner` = <g_w, g_l>, `chosen` = |g_w|², `rejected` = |g_l|² of one pair, in nats² per unit of weights²."""
+    """The gradients of one pair, and how its loss weighs them.
+
+    Attributes:
+        inner, chosen, rejected: <g_w, g_l>, |g_w|², |g_l|², in nats² per unit of weights².
+        weight_chosen, weight_rejected: d_w and d_l, loss per nat; 1 and 1 is a loss of the margin with L' = -1.
+        third_chosen, third_rejected: d_c <g_w, g_c> and d_c <g_l, g_c>, where the loss pushes a calibration response.
+    """
 
     inner: float
     chosen: float
     rejected: float
+    weight_chosen: float = 1.0
+    weight_rejected: float = 1.0
+    third_chosen: float = 0.0
+    third_rejected: float = 0.0
 
     @property
     def cosine(self) -> float:
@@ -55,20 +74,26 @@ class Entanglement:
 
     @property
     def ratio(self) -> float:
-        """<g_w, g_l> / min(|g_w|², |g_l|²): above 1 the two move together; 0 where a gradient vanishes."""
+        """<g_w, g_l> / min(|g_w|², |g_l|²): above 1 a loss of the margin moves both together; 0 where one vanishes."""
         least = min(self.chosen, self.rejected)
         return self.inner / least if least else 0.0
 
     @property
     def changes(self) -> tuple[float, float]:
-        """First-order changes of log π(chosen) and log π(rejected) by a step of +1 along g_w - g_l."""
-        return self.chosen - self.inner, self.inner - self.rejected
+        """First-order changes of log π(chosen) and log π(rejected): nats per unit of plain descent's learning rate."""
+        d_w, d_l = self.weight_chosen, self.weight_rejected
+        chosen = d_w * self.chosen - d_l * self.inner + self.third_chosen
+        return chosen, d_w * self.inner - d_l * self.rejected + self.third_rejected
 
     @property
     def verdict(self) -> str:
-        """A key of `VERDICTS`; never both of the first two (Cauchy-Schwarz)."""
+        """A key of `VERDICTS`; where one of the two stays, the other decides between parted and pulled back."""
         chosen, rejected = self.changes
-        return "both fall" if chosen < 0 else "both rise" if rejected > 0 else "parted"
+        if min(chosen, rejected) > 0:
+            return "both rise"
+        if max(chosen, rejected) < 0:
+            return "both fall"
+        return "parted" if chosen > rejected else "pulled back" if chosen < rejected else "unmoved"
 
 
 def dot(a: Gradient, b: Gradient) -> float:
@@ -81,9 +106,18 @@ def dot(a: Gradient, b: Gradient) -> float:
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 
-def entangle(chosen: Gradient, rejected: Gradient) -> Entanglement:
-    """The three products of a pair's gradients g_w and g_l."""
-    return Entanglement(dot(chosen, rejected), dot(chosen, chosen), dot(rejected, rejected))
+def entangle(
+    chosen: Gradient, rejected: Gradient, push: Sequence[float] = (1.0, -1.0), third: Gradient | None = None
+) -> Entanglement:
+    """The products of a pair's gradients g_w and g_l, and of g_c where there is one.
+
+    Args:
+        chosen, rejected, third: g_w, g_l, g_c.
+        push: -dL/dlog π of each of them: d_w, -d_l, d_c.
+    """
+    further = (0.0, 0.0) if third is None else (push[2] * dot(chosen, third), push[2] * dot(rejected, third))
+    products = dot(chosen, rejected), dot(chosen, chosen), dot(rejected, rejected)
+    return Entanglement(*products, push[0], -push[1], *further)
 
 
 # --- gradients of single responses ----------------------------------------------------------------------------------
@@ -178,7 +212,8 @@ class GradientProbe(TrainerCallback):
         trainer: a `PreferenceTrainer`.
         every: steps between probes.
         pairs: how many, at most all.
-        parameters: see `ResponseGradients`. Both gradients of a pair are in memory at once.
+        parameters: see `ResponseGradients`. All gradients of a pair are in memory at once: two, or three where the
+            loss pushes a calibration response.
 
     Raises:
         UserError: as `ResponseGradients`.
@@ -188,25 +223,27 @@ class GradientProbe(TrainerCallback):
         self.trainer, self.every = trainer, every
         self.gradients = ResponseGradients(trainer, parameters, "training.diagnostics")
         data = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
-        collator = replace(trainer.collator, layout="paired", calibration=False, copied=())
+        collator = replace(trainer.collator, layout="paired")
         self.pairs = min(pairs, len(data))
-        columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-        self.rows = collator(list(data.select_columns(columns).select(range(self.pairs))))
+        self.inputs = [collator([row]) for row in data.select(range(self.pairs))]
         self.file = Path(str(trainer.args.output_dir)) / FILE
         self._start: torch.Tensor | None = None
         self._before: dict[str, Any] | None = None
 
     def measure(self) -> torch.Tensor:
-        """`[pairs, 5]`, float64: log π of chosen and rejected (nats), <g_w, g_l>, |g_w|², |g_l|²."""
+        """`[pairs, 9]`, float64: log π of chosen and rejected (nats), then the fields of `Entanglement`."""
         accelerator = self.trainer.accelerator
-        rows = {key: value.to(accelerator.device) for key, value in self.rows.items()}
-        table = torch.zeros(self.pairs, 5, dtype=torch.float64)
+        table = torch.zeros(self.pairs, 9, dtype=torch.float64)
         with _as_found(self.trainer.model):
             for i in range(accelerator.process_index, self.pairs, accelerator.num_processes):
-                chosen, g_w = self.gradients(rows, i)
-                rejected, g_l = self.gradients(rows, self.pairs + i)
-                found = entangle(g_w, g_l)
-                table[i] = torch.tensor([chosen, rejected, found.inner, found.chosen, found.rejected])
+                inputs = {key: value.to(accelerator.device) for key, value in self.inputs[i].items()}
+                batch, push = self.trainer.push(inputs)
+                frozen = {name: value.cpu() for name, value in batch.columns().items() if name in FROZEN_COLUMNS}
+                self.inputs[i] |= frozen  # they never change: scored once
+                (chosen, g_w), (rejected, g_l) = self.gradients(inputs, 0), self.gradients(inputs, 1)
+                g_c = self.gradients(inputs, 2)[1] if push.size(1) > 2 else None
+                found = entangle(g_w, g_l, push[0].tolist(), g_c)
+                table[i] = torch.tensor([chosen, rejected, *astuple(found)])
         summed: torch.Tensor = accelerator.reduce(table.to(accelerator.device), reduction="sum")
         return summed.cpu()
 
@@ -243,6 +280,10 @@ class GradientProbe(TrainerCallback):
             "norm_rejected": [math.sqrt(pair.rejected) for pair in found],
             "cosine": [pair.cosine for pair in found],
             "ratio": [pair.ratio for pair in found],
+            "weight_chosen": [pair.weight_chosen for pair in found],
+            "weight_rejected": [pair.weight_rejected for pair in found],
+            "change_chosen": [pair.changes[0] for pair in found],
+            "change_rejected": [pair.changes[1] for pair in found],
             "logp_chosen": table[:, 0].tolist(),
             "logp_rejected": table[:, 1].tolist(),
         }
@@ -257,7 +298,8 @@ class GradientProbe(TrainerCallback):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(jsonable(row)) + "\n")
-            tqdm.write(f"  step {state.global_step}, {in_words(row)}")
+            without = ", without the degree loss" if "degree" in self.trainer.objective.needs else ""
+            tqdm.write(f"  step {state.global_step}, {in_words(row)}{without}")
 
 
 def summary(row: dict[str, Any], before: dict[str, Any] | None) -> dict[str, float]:
@@ -265,28 +307,30 @@ def summary(row: dict[str, Any], before: dict[str, Any] | None) -> dict[str, flo
 
     Args:
         row: a line of `entanglement.jsonl`.
-        before: the probe before it, whose verdicts foretell the changes since; None leaves those out.
+        before: the probe before it, whose verdicts are held against all changes since; None leaves those out.
     """
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
-    found = {key: mean(row[key]) for key in ("inner", "norm_chosen", "norm_rejected", "cosine", "ratio")}
+    def sign(value: float) -> int:
+        return (value > 0) - (value < 0)
+
+    found = {key: mean(row[key]) for key in MEANS}
     found |= {word.replace(" ", "_"): float(row["verdict"].count(word)) for word in VERDICTS}
     if before is not None:
         moved = [
             [now - then for now, then in zip(row[key], before[key], strict=True)]
             for key in ("logp_chosen", "logp_rejected")
         ]
-        foretold = [VERDICTS[word] for word in before["verdict"]]
-        held = [up * w > 0 and down * r > 0 for (up, down), w, r in zip(foretold, *moved, strict=True)]
+        held = [VERDICTS[word] == (sign(w), sign(r)) for word, w, r in zip(before["verdict"], *moved, strict=True)]
         found |= {"moved_chosen": mean(moved[0]), "moved_rejected": mean(moved[1]), "foretold": mean(held)}
     return {f"entanglement/{key}": value for key, value in found.items()}
 
 
 def in_words(row: dict[str, Any]) -> str:
     """The verdicts of one probe for a reader."""
-    counts = ", ".join(f"{row['verdict'].count(word)} {word}" for word in VERDICTS)
+    counts = ", ".join(f"{n} {word}" for word in VERDICTS if (n := row["verdict"].count(word)))
     where = {"last_layer": "last layer", "all": "all trained parameters"}[row["parameters"]]
     cosine = sum(row["cosine"]) / len(row["cosine"])
     return f"gradients of {len(row['cosine'])} probe pairs ({where}): {counts}; mean cosine {cosine:.2f}"

@@ -2,9 +2,13 @@
 
 Yuan et al. 2024 (2410.13828) propose the step g_w/|g_w| - g_l/|g_l| against gradient entanglement. To first order it
 never lowers chosen and never raises rejected of its pair: |g_w| - <g_w, g_l>/|g_l| >= 0 by Cauchy-Schwarz. Here it is
-c sqrt(|g_w||g_l|) (g_w/|g_w| - g_l/|g_l|) with the objective's own push c: the factor is our choice, so that learning
-rates keep their meaning (where the norms are equal nothing changes). No promise for the mean over a batch's pairs, nor
-under Adam, which rescales coordinates. Not an objective: the loss and what is logged of it are unchanged.
+c sqrt(|g_w||g_l|) (g_w/|g_w| - g_l/|g_l|) with the objective's own push c = -L'(m): the factor is our choice, so that
+learning rates keep their meaning (where the norms are equal nothing changes).
+
+The promise holds while the loss asks for a larger margin, c > 0. Past the target of ipo, inpo and reward_aware_rpo,
+and where labels are smoothed or soft, c < 0 takes the margin back: then chosen never rises and rejected never falls.
+No promise for the mean over a batch's pairs, nor under Adam, which rescales coordinates. Not an objective: the loss
+and what is logged of it are unchanged.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ passes (`scoring.py`).
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         self._calibrated = "calibration" in objective.needs
         self._branches = 3 if self._calibrated else 2
         self._totals = {"train": Totals(), "eval": Totals()}
-        self._calibration = {"train": Calibration(), "eval": Calibration()}
+        self._calibration = {"train": Calibration(objective), "eval": Calibration(objective)}
         self._layout_settled = self._begun = self._gradient_seen = False
         self._start: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
         data = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
@@ -222,6 +223,26 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             if name in inputs:
                 columns[name] = inputs[name].to(policy.dtype)
         return PairLogps(**columns, **degrees)
+
+    def push(self, inputs: dict[str, torch.Tensor]) -> tuple[PairLogps, torch.Tensor]:
+        """The columns of `pair_logps`, and `[B, branches]`: -dL/dlog π of each response in its own pair's loss.
+
+        These are the weights of the responses' gradients in a step, the rescaling by `normalized_gradient` included.
+
+        Args:
+            inputs: from the collator, `paired`, on the device.
+        """
+        with torch.no_grad(), self.accelerator.autocast():
+            batch = self.pair_logps(self.model, inputs)
+        columns = batch.columns()
+        leaves = {b: columns[b].detach().clone().requires_grad_(True) for b in BRANCHES[: self._branches]}
+        with torch.enable_grad():
+            moving = replace(batch, **leaves)
+            if self._normalize is not None:
+                moving = self._normalize(moving, inputs)
+            total = self.objective.loss(moving).sum()
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return batch, torch.stack([torch.zeros_like(batch.chosen) if g is None else -g for g in found], dim=1)
 
     # --- loss and logging ---------------------------------------------------------------------------------------
 

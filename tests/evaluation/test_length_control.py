@@ -186,6 +186,8 @@ def test_two_systems_at_equal_lengths_through_their_annotations():
     (back,) = compare_systems({"long": systems["long"], "strong": systems["strong"]}, resamples=200)
     assert back["length_controlled_winrate"] == pytest.approx(100 - pair["length_controlled_winrate"], abs=1e-9)
     assert back["length_controlled_interval"] == pytest.approx([100 - high, 100 - low], abs=1e-9)
+    (turned,) = compare_systems({name: rows[::-1] for name, rows in systems.items()}, resamples=200)
+    assert turned["length_controlled_interval"] == pytest.approx([low, high], abs=1e-9)  # whatever the files' order
     few = {name: rows[:9] if name == "strong" else rows for name, rows in systems.items()}
     (pair,) = compare_systems(few, resamples=200)
     assert pair["length_controlled_winrate"] is None and pair["length_controlled_interval"] is None

@@ -14,8 +14,9 @@ import pytest
 
 from alignment.errors import UserError
 from alignment.rewards import get_reward
+from evaluation import curves
 from evaluation.comparison import Side, compare
-from evaluation.report import choose_samples, starting_loss, write_report
+from evaluation.report import VERDICTS, choose_samples, starting_loss, training_brief, write_report
 from evaluation.win_rate import write_comparison
 
 REPOSITORY = Path(__file__).parents[2]
@@ -132,6 +133,43 @@ def test_numbers_are_those_of_the_files(run_dir):
     for curve in (*curves, "Throughput"):
         assert curve in page.text
     assert "KL(reference ‖ policy) only if they are plain samples of the reference" in page.text
+
+
+def test_diagnostics_have_curves_and_words(run_dir):
+    """A probe at steps 0 and 20, held-out calibration at 20: the last ones are said."""
+    assert "Gradient entanglement" not in Page(write_report(run_dir).read_text()).text
+    probes = [
+        {"step": 0, "entanglement/cosine": 0.9, "entanglement/ratio": 1.4, "entanglement/both_fall": 4.0},
+        {"step": 20, "entanglement/cosine": 0.4375, "entanglement/ratio": 0.7, "entanglement/both_fall": 1.0,
+         "entanglement/both_rise": 0.0, "entanglement/parted": 2.0, "entanglement/pulled_back": 1.0,
+         "entanglement/unmoved": 0.0, "entanglement/moved_chosen": -1.5, "entanglement/moved_rejected": -2.5},
+        {"step": 20, "calibration/ece": 0.5, "calibration/noise": 0.4, "calibration/overconfidence": 0.5},
+        {"step": 20, "eval_calibration/ece": 0.125, "eval_calibration/noise": 0.03, "eval_calibration/overconfidence":
+         -0.1},
+    ]  # fmt: skip
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in probes)
+    text = Page(write_report(run_dir).read_text()).text
+    for curve in ("probe pairs", "size"):
+        assert f"Gradient entanglement: {curve}" in text
+    for curve in ("Probe pairs since the last probe", "Calibration error of the implicit reward"):
+        assert curve in text
+    assert "2 parted, 1 both fall, 1 pulled back; mean cosine 0.4375" in text
+    assert "Calibration error on held-out pairs 0.125, where chance alone gives 0.03: under-confident" in text
+    assert "training pairs 0.5" not in text
+    training = dict(training_brief(probes[:3]))
+    assert training["Calibration error on training pairs"].endswith("gives 0.4: no more than chance explains")
+    (sure,) = training_brief([{"step": 1, **{f"calibration/{k}": 0.2 for k in ("ece", "overconfidence")},
+                               "calibration/noise": 0.09}])[1:]  # fmt: skip
+    assert sure[1].endswith("over-confident")
+
+
+def test_verdicts_are_those_of_the_probe():
+    from alignment.trainers import entanglement
+
+    assert set(VERDICTS) == set(entanglement.VERDICTS)
+    shown = {key for curve in curves.CURVES for _, key in curve.lines}
+    assert {f"entanglement/{word.replace(' ', '_')}" for word in VERDICTS} <= shown
 
 
 def test_length_control_and_orders_are_shown_where_they_were_computed(run_dir):

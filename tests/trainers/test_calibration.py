@@ -9,7 +9,7 @@ import torch
 
 from alignment.objectives import get_objective, list_objectives
 from alignment.objectives.batch import PairLogps
-from alignment.trainers.calibration import Calibration
+from alignment.trainers.calibration import Calibration, label_probability
 from tests.trainers.building import config, logged, preferences, trainer_for
 
 CPU = torch.device("cpu")
@@ -19,8 +19,10 @@ def logit(p: list[float]) -> torch.Tensor:
     return torch.tensor(p, dtype=torch.float64).logit()
 
 
-def measured(margins: torch.Tensor, label: list[float] | None = None, parts: int = 1) -> dict[str, float]:
-    calibration = Calibration()
+def measured(
+    margins: torch.Tensor, label: list[float] | None = None, parts: int = 1, objective=None
+) -> dict[str, float]:
+    calibration = Calibration(objective)
     labels = None if label is None else torch.tensor(label)
     for part in range(parts):
         calibration.add(margins[part::parts], None if labels is None else labels[part::parts])
@@ -93,25 +95,53 @@ def test_noise_is_what_a_calibrated_model_shows():
     assert sum(errors) / sum(noises) == pytest.approx(1, abs=0.1)
 
 
-PLAIN = {"cpo": {"nll_weight": 0.0}, "rpo": {"eta": 0.0}, "vpo": {"alpha": 0.0}}
+@pytest.mark.parametrize("name", ["robust", "spo"])
+def test_robust_speaks_of_labels_before_they_were_flipped(name):
+    """Truth .8 and .3 flipped with probability .1: given labels are .9·.8 + .1·.2 = .74 and .34."""
+    settings = {"label_smoothing": 0.1} | ({"base": "robust"} if name == "spo" else {})
+    margins = logit([0.8, 0.3] * 5)
+    found = measured(margins, [0.74, 0.34] * 5, objective=get_objective(name, **settings))
+    assert found["calibration/ece"] == pytest.approx(0, abs=1e-6)
+    # Without the translation: .8 for .74 and .7 for .66.
+    assert measured(margins, [0.74, 0.34] * 5)["calibration/ece"] == pytest.approx(0.05, abs=1e-6)
+    # 0/1 labels, always right: 1 - .74 is still to be learned, and a margin without bound says .9.
+    robust = get_objective(name, **settings)
+    assert measured(logit([0.8] * 4), objective=robust)["calibration/overconfidence"] == pytest.approx(-0.26)
+    assert measured(torch.full((4,), 50.0), objective=robust)["calibration/ece"] == pytest.approx(0.1)
+
+
+def test_smoothed_labels_are_translated_back():
+    """cDPO, e = .2: fitted to .2 + .6 P, so .65 means .75, and everything from .8 on means 1."""
+    objective = get_objective("dpo", label_smoothing=0.2)
+    found = measured(logit([0.65, 0.35] * 4), [0.75, 0.25] * 4, objective=objective)
+    assert found["calibration/ece"] == pytest.approx(0, abs=1e-6)
+    assert measured(logit([0.8, 0.95, 0.1]), [1, 1, 0], objective=objective)["calibration/ece"] == pytest.approx(0)
+    assert measured(logit([0.65]), objective=get_objective("dpo"))["calibration/ece"] == pytest.approx(0.35)
+
+
+SETTINGS = [
+    ("cpo", {"nll_weight": 0.0}), ("dpo", {}), ("dpo", {"label_smoothing": 0.2}), ("f_dpo", {}), ("robust", {}),
+    ("robust", {"label_smoothing": 0.3}), ("rpo", {"eta": 0.0}), ("vpo", {"alpha": 0.0}),
+]  # fmt: skip
 
 
 def test_cards_say_where_sigmoid_of_the_margin_is_fitted_to_labels():
-    """There the expected loss of a soft label is least where sigmoid(margin) is that label (extra terms apart)."""
+    """There the expected loss of a soft label is least where the label is what is said of it (extra terms apart)."""
     flagged = {card.name for card in list_objectives() if card.bradley_terry}
     assert flagged == {"cpo", "dpo", "f_dpo", "orpo", "robust", "rpo", "vpo"}
-    for name in sorted(flagged - {"orpo", "robust"}):  # orpo's likelihood term has weight 1; robust: e = 0 is dpo
-        objective = get_objective(name, **PLAIN.get(name, {}))
+    assert flagged - {name for name, _ in SETTINGS} == {"orpo"}  # its likelihood term has weight 1
+    for name, settings in SETTINGS:
+        objective = get_objective(name, **settings)
         chosen = torch.tensor([-3.0, -5.0], dtype=torch.float64, requires_grad=True)
         columns = {"rejected": torch.tensor([-9.0, -2.0], dtype=torch.float64), "calibration": torch.zeros(2)}
         columns |= {"ref_chosen": columns["rejected"] + 1, "ref_rejected": columns["rejected"] - 1}
         columns["ref_calibration"] = columns["calibration"]
         batch = PairLogps(chosen=chosen, **columns)
         rewards = objective.rewards(batch)
-        label = (rewards[0] - rewards[1]).detach().sigmoid()
+        label = label_probability(objective, (rewards[0] - rewards[1]).detach().sigmoid())
         loss = objective.loss(PairLogps(chosen=chosen, **columns, label=label)).sum()
         (slope,) = torch.autograd.grad(loss, chosen)
-        assert float(slope.abs().max()) < 1e-9, name
+        assert float(slope.abs().max()) < 1e-9, (name, settings)
     spo = get_objective("spo", base="dpo"), get_objective("spo", base="ipo")
     assert [objective.card.bradley_terry for objective in spo] == [True, False]
 

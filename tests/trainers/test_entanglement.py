@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -15,14 +16,24 @@ from alignment.errors import UserError
 from alignment.models import load_model
 from alignment.objectives import get_objective, list_objectives
 from alignment.objectives.margin import is_margin_loss
-from alignment.trainers.entanglement import FILE, Entanglement, GradientProbe, ResponseGradients, entangle, summary
+from alignment.trainers.entanglement import (
+    FILE,
+    MEANS,
+    VERDICTS,
+    Entanglement,
+    GradientProbe,
+    ResponseGradients,
+    entangle,
+    in_words,
+    summary,
+)
 from tests import tiny_lm
 from tests.trainers.building import LORA, config, logged, preferences, trainer_for
 
 
-def of(chosen, rejected) -> Entanglement:
+def of(chosen, rejected, *push) -> Entanglement:
     """As if each gradient had one parameter tensor."""
-    return entangle([torch.tensor(chosen)], [torch.tensor(rejected)])
+    return entangle([torch.tensor(chosen)], [torch.tensor(rejected)], *push)
 
 
 # --- the condition --------------------------------------------------------------------------------------------------
@@ -34,14 +45,60 @@ def of(chosen, rejected) -> Entanglement:
         ((1.0, 0.0), (2.0, 1.0), (-1.0, -3.0), "both fall"),
         ((2.0, 1.0), (1.0, 0.0), (3.0, 1.0), "both rise"),
         ((2.0, 0.0), (0.0, 3.0), (4.0, -9.0), "parted"),
+        ((1.0, 2.0), (1.0, 2.0), (0.0, 0.0), "unmoved"),
     ],
 )
-def test_the_three_cases(chosen, rejected, changes, verdict):
+def test_the_cases_of_a_loss_of_the_margin(chosen, rejected, changes, verdict):
     found = of(chosen, rejected)
     assert found.changes == changes and found.verdict == verdict
-    assert (found.ratio > 1) == (verdict != "parted")
+    assert (found.ratio > 1) == (verdict in ("both fall", "both rise"))
     # The margin grows by |g_w - g_l|^2 whatever the case.
     assert changes[0] - changes[1] == pytest.approx(sum((w - r) ** 2 for w, r in zip(chosen, rejected, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("push", "changes", "verdict"),
+    [
+        ((-1.0, 1.0), (1.0, 3.0), "both rise"),  # past the target of ipo: "both fall" turned round
+        ((2.0, -1.0), (0.0, -1.0), "parted"),  # chosen is held up: 2·1 - 1·2, 2·2 - 1·5
+        ((3.0, -1.0), (1.0, 1.0), "both rise"),
+        ((0.0, 0.0), (0.0, 0.0), "unmoved"),  # hinge, done
+        ((0.0, 0.5), (1.0, 2.5), "both rise"),
+        ((-1.0, -0.25), (-1.5, -3.25), "both fall"),
+    ],
+)
+def test_the_loss_s_own_weights_decide(push, changes, verdict):
+    """g_w = (1, 0), g_l = (2, 1): the changes are <g_w, s> and <g_l, s> of the step s = push_w g_w + push_l g_l."""
+    found = of((1.0, 0.0), (2.0, 1.0), push)
+    assert found.changes == changes and found.verdict == verdict
+    assert of((2.0, 0.0), (0.0, 3.0), (-1.0, 1.0)).verdict == "pulled back"
+    third = of((1.0, 0.0), (2.0, 1.0), (*push, 3.0), [torch.tensor((0.0, 1.0))])
+    assert third.changes == (changes[0], changes[1] + 3)
+
+
+def small_step(logits: torch.Tensor, loss) -> tuple[Entanglement, list[float]]:
+    """A policy of three responses, the first against the second: what is said of it, and changes per learning rate."""
+    logits = logits.double().requires_grad_(True)
+    w, r, _ = logits.log_softmax(0)
+    pushed = torch.autograd.grad(loss(w, r), (w, r), retain_graph=True)
+    gradients = [torch.autograd.grad(x, logits, retain_graph=True) for x in (w, r)]
+    (slope,) = torch.autograd.grad(loss(w, r), logits)
+    moved = ((logits - 1e-7 * slope).log_softmax(0) - logits.log_softmax(0)) / 1e-7
+    return entangle(*gradients, [-float(p) for p in pushed]), moved[:2].tolist()
+
+
+def test_past_its_target_ipo_takes_back_what_it_gave():
+    """Two responses without mass under a third: <g_w, g_l> > 0. Margin 1, target 2 or 1/2; the reference is even."""
+    logits = torch.tensor([1.0, 0.0, 6.0])
+    below, moved_below = small_step(logits, lambda w, r: (w - r - 2) ** 2)
+    past, moved_past = small_step(logits, lambda w, r: (w - r - 0.5) ** 2)
+    for found, moved in ((below, moved_below), (past, moved_past)):
+        assert found.changes == pytest.approx(moved, rel=1e-4)
+    assert (below.weight_chosen, below.weight_rejected) == pytest.approx((2, 2))  # -2 (1 - 2)
+    assert (past.weight_chosen, past.weight_rejected) == pytest.approx((-1, -1))  # -2 (1 - 1/2)
+    assert [below.verdict, past.verdict] == ["parted", "pulled back"]
+    liked, moved = small_step(torch.tensor([-4.0, -1.0, 3.0]), lambda w, r: 5 * (r - w) - 10 * w)
+    assert liked.changes == pytest.approx(moved, rel=1e-4) and liked.weight_chosen == 3 * liked.weight_rejected
 
 
 def test_sums_are_float64_and_absent_gradients_count_nothing():
@@ -84,20 +141,114 @@ def plain_logps(model, rows: list[dict], branch: str) -> torch.Tensor:
     return torch.stack(found)
 
 
-def test_first_order_prediction_is_what_a_small_sgd_step_does(tiny, tmp_path):
-    """Float64; transformers' norms and softmax stay in float32, so that a step of 1e-6 is off by 0.15 %."""
-    trainer = trainer_for(tiny, tmp_path, model=load_model(tiny).double())
-    probe = GradientProbe(trainer, every=1, pairs=1, parameters="all")
-    row = trainer.train_dataset.select(range(1)).to_list()
+def other_reference(tiny):
+    """Sharper than the start, so that margins are not 0."""
+    model = load_model(tiny).double()
+    with torch.no_grad():
+        model.lm_head.weight *= 1.2
+    return model
+
+
+# name: objective, and its loss by hand of log π and log ref of chosen, rejected, a third response, and lengths of two
+LOSSES = {
+    "dpo": (get_objective("dpo"), lambda w, r, c, rw, rr, n: -F.logsigmoid(0.1 * (w - r - rw + rr))),
+    "cdpo, past its label": (
+        get_objective("dpo", beta=2.0, label_smoothing=0.4),
+        lambda w, r, c, rw, rr, n: (
+            -0.6 * F.logsigmoid(2 * (w - r - rw + rr)) - 0.4 * F.logsigmoid(-2 * (w - r - rw + rr))
+        ),
+    ),
+    "ipo, past its target": (get_objective("ipo", tau=10.0), lambda w, r, c, rw, rr, n: (w - r - rw + rr - 0.05) ** 2),
+    "rpo": (
+        get_objective("rpo", beta=0.1, eta=1.0),
+        lambda w, r, c, rw, rr, n: -F.logsigmoid(0.1 * (w - r - rw + rr)) - 0.1 * w,
+    ),
+    "rpo, given": (
+        get_objective("rpo", beta=0.1, eta=1.0, baseline="given"),
+        lambda w, r, c, rw, rr, n: -F.logsigmoid(0.1 * (w - r - rw + rr)) - 0.1 * c,
+    ),
+    "simpo": (
+        get_objective("simpo", beta=2.0, gamma=0.5),
+        lambda w, r, c, rw, rr, n: -F.logsigmoid(2 * (w / n[0] - r / n[1]) - 0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_said_of_a_pair_is_what_a_small_sgd_step_on_its_loss_does(tiny, tmp_path, name):
+    """Float64; transformers' norms and softmax stay in float32, hence 0.2 % of the larger change.
+
+    The pair is the one with the largest margin, which lies past the small targets above.
+    """
+    objective, by_hand = LOSSES[name]
+    data = preferences().add_column("calibration", [" dull ."] * 32)
+    more = {"ref_model": other_reference(tiny)} if "reference" in objective.needs else {}
+    trainer = trainer_for(tiny, tmp_path, objective, model=load_model(tiny).double(), train_dataset=data, **more)
+    rows, model, ref = trainer.train_dataset.to_list(), trainer.model, other_reference(tiny)
+    with torch.no_grad():
+        start = {b: plain_logps(model, rows, b) for b in ("chosen", "rejected")}
+        frozen = {b: plain_logps(ref, rows, b) for b in ("chosen", "rejected")}
+    margins = start["chosen"] - start["rejected"] - frozen["chosen"] + frozen["rejected"]
+    most = int(margins.argmax())
+    assert float(margins[most]) > 0.3  # past ipo's 0.05, and cDPO's logit(0.6)/2 = 0.2
+    probe = GradientProbe(trainer, every=1, pairs=32, parameters="all")
+    probe.pairs, probe.inputs = 1, [probe.inputs[most]]
     found = Entanglement(*probe.measure()[0, 2:].tolist())
-    model = trainer.model
-    before = [plain_logps(model, row, b).detach() for b in ("chosen", "rejected")]
-    loss = -(plain_logps(model, row, "chosen") - plain_logps(model, row, "rejected")).sum()
-    loss.backward()
-    torch.optim.SGD(model.parameters(), lr=1e-5).step()
-    for branch, then, predicted in zip(("chosen", "rejected"), before, found.changes, strict=True):
-        moved = float(plain_logps(model, row, branch).detach() - then)
-        assert moved == pytest.approx(1e-5 * predicted, rel=1e-3)
+    row = [rows[most]]
+    lengths = [len(row[0][f"{b}_ids"]) for b in ("chosen", "rejected")]
+    now = [plain_logps(model, row, b) for b in ("chosen", "rejected")]
+    third = plain_logps(model, row, "calibration") if "calibration_ids" in row[0] else None
+    by_hand(*now, third, frozen["chosen"][most], frozen["rejected"][most], lengths).sum().backward()
+    rate = 1e-3 / max(map(abs, found.changes))
+    torch.optim.SGD(model.parameters(), lr=rate).step()
+    moved = [float(plain_logps(model, row, b).detach() - start[b][most]) for b in ("chosen", "rejected")]
+    assert moved == pytest.approx([rate * change for change in found.changes], rel=0, abs=2e-6)
+    past = "past" in name
+    assert (found.weight_chosen < 0) == (found.weight_rejected < 0) == past
+    assert (moved[0] - moved[1] < 0) == past or name.startswith("rpo")
+
+
+def test_every_offline_objective_can_be_probed(tiny, tmp_path):
+    """With its own columns; a pair has a verdict, and each weight moves what it says."""
+    data = preferences(4)
+    columns = {"calibration": [" dull ."] * 4}
+    for name, values in {"reward": (2.0, 1.0), "preference": (0.9, 0.2), "log_odds": (1.0, -1.0)}.items():
+        columns |= {f"{name}_{b}": [value] * 4 for b, value in zip(("chosen", "rejected"), values, strict=True)}
+    for column, values in columns.items():
+        data = data.add_column(column, values)
+    for card in list_objectives():
+        if card.batch != "pairs":
+            continue
+        trainer = trainer_for(tiny, tmp_path / card.name, card.name, train_dataset=data)
+        probe = GradientProbe(trainer, every=1, pairs=2)
+        first, again = probe.measure(), probe.measure()
+        assert torch.equal(first, again) and first.shape == (2, 9), card.name
+        assert bool((first[:, 5:7].abs().sum(1) > 0).all()), card.name
+
+
+@pytest.mark.parametrize("more", [{}, {"peft_config": LORA}], ids=["full", "lora"])
+def test_last_layer_is_that_slice_of_all(tiny, tmp_path, more):
+    trainer = trainer_for(tiny, tmp_path, **more)
+    if more:
+        for name, parameter in trainer.model.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.1) if "lora_B" in name else None  # at 0 the gradients of A vanish
+    rows = GradientProbe(trainer, every=1, pairs=1).inputs[0]
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    block = [i for i, name in enumerate(names) if ".layers.1." in name]  # the second of two
+    assert 0 < len(block) < len(names) and not any(".layers.2." in name for name in names)
+    found = {which: ResponseGradients(trainer, which, "test") for which in ("last_layer", "all")}
+    slices = []
+    for row in (0, 1):
+        (logp, last), (same, everything) = found["last_layer"](rows, row), found["all"](rows, row)
+        assert logp == same and len(last) == len(block)
+        for mine, i in zip(last, block, strict=True):
+            assert float(mine.abs().max()) > 0
+            torch.testing.assert_close(mine, everything[i])
+        slices.append(torch.cat([everything[i].flatten().double() for i in block]))
+    w, r = slices
+    table = GradientProbe(trainer, every=1, pairs=1, parameters="last_layer").measure()
+    expected = [float(w @ r), float(w @ w), float(r @ r)]
+    assert table[0, 2:5].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def measured(trainer, **more) -> torch.Tensor:
@@ -111,7 +262,7 @@ def test_layouts_and_checkpointing_give_the_same_gradients(tiny, tmp_path):
     torch.testing.assert_close(measured(trainer_for(tiny, tmp_path, layout="paired")), expected, rtol=0, atol=0)
     held_out = preferences(40).select(range(36, 40))
     other = measured(trainer_for(tiny, tmp_path, eval_dataset=held_out), pairs=9)
-    assert other.shape == (4, 5) and not torch.equal(other, expected)  # the held-out pairs, of which there are 4
+    assert other.shape == (4, 9) and not torch.equal(other, expected)  # the held-out pairs, of which there are 4
 
 
 def test_with_lora_gradients_are_of_the_adapters(tiny, tmp_path):
@@ -119,7 +270,7 @@ def test_with_lora_gradients_are_of_the_adapters(tiny, tmp_path):
     everything = ResponseGradients(trainer, "all", "test").trained()
     last = ResponseGradients(trainer, "last_layer", "test").trained()
     assert len(everything) == 2 * len(last) == 8  # two layers, q and v, A and B
-    assert measured(trainer)[:, 3:].min() > 0
+    assert measured(trainer)[:, 3:5].min() > 0
     first = LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0], task_type="CAUSAL_LM")
     with pytest.raises(UserError, match="last layer has no trained parameter; take `parameters: all`"):
         GradientProbe(trainer_for(tiny, tmp_path, peft_config=first), every=1)
@@ -189,7 +340,12 @@ def test_lines_have_counts_changes_and_survive_resuming(tiny, tmp_path):
 
     rows, lines = run("run")
     assert [row["step"] for row in rows] == [row["step"] for row in lines] == [0, 2, 4]
-    assert all(sum(line[f"entanglement/{v}"] for v in ("both_fall", "both_rise", "parted")) == 3 for line in lines)
+    words = [word.replace(" ", "_") for word in VERDICTS]
+    assert all(sum(line[f"entanglement/{word}"] for word in words) == 3 for line in lines)
+    # At the start dpo pushes with beta/2 = 0.05 whatever the pair.
+    assert rows[0]["weight_chosen"] == rows[0]["weight_rejected"] == pytest.approx([0.05] * 3)
+    found = Entanglement(rows[0]["inner"][1], rows[0]["norm_chosen"][1] ** 2, rows[0]["norm_rejected"][1] ** 2)
+    assert rows[0]["change_chosen"][1] == pytest.approx(0.05 * found.changes[0], rel=1e-3)
     assert "entanglement/moved_chosen" not in lines[0]
     moved = sum(now - then for now, then in zip(rows[1]["logp_chosen"], rows[0]["logp_chosen"], strict=True)) / 3
     assert lines[1]["entanglement/moved_chosen"] == pytest.approx(moved)
@@ -200,7 +356,7 @@ def test_lines_have_counts_changes_and_survive_resuming(tiny, tmp_path):
 
 def test_foretold_is_the_share_of_pairs_that_moved_as_the_verdict_said():
     def row(verdicts, chosen, rejected):
-        flat = {key: [0.0] * 3 for key in ("inner", "norm_chosen", "norm_rejected", "cosine", "ratio")}
+        flat = {key: [0.0] * len(verdicts) for key in MEANS}
         return flat | {"verdict": verdicts, "logp_chosen": chosen, "logp_rejected": rejected}
 
     before = row(["both fall", "parted", "both rise"], [-5.0, -5.0, -5.0], [-9.0, -9.0, -9.0])
@@ -208,6 +364,12 @@ def test_foretold_is_the_share_of_pairs_that_moved_as_the_verdict_said():
     assert found["entanglement/foretold"] == pytest.approx(2 / 3)  # the second pair's rejected rose
     assert found["entanglement/moved_chosen"] == pytest.approx(1 / 3)
     assert found["entanglement/parted"] == 3
+    before = row(["pulled back", "unmoved", "unmoved"], [-5.0] * 3, [-9.0] * 3)
+    found = summary(row(["unmoved"] * 3, [-6.0, -5.0, -5.0], [-8.0, -9.0, -8.0]), before)
+    assert found["entanglement/foretold"] == pytest.approx(2 / 3)  # the third pair's rejected rose
+    assert found["entanglement/unmoved"] == 3 and found["entanglement/pulled_back"] == 0
+    said = in_words(row(["parted", "pulled back", "parted"], [0.0] * 3, [0.0] * 3) | {"parameters": "all"})
+    assert said == "gradients of 3 probe pairs (all trained parameters): 2 parted, 1 pulled back; mean cosine 0.00"
 
 
 def test_a_run_stopped_by_the_step_zero_check_leaves_no_line(tiny, tmp_path):
@@ -254,6 +416,32 @@ def test_normalised_gradient_is_that_of_the_formula(tiny, tmp_path, layout):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("tau", "sign"), [(10.0, -1), (0.01, 1)])
+def test_the_normalised_step_keeps_its_promise_only_while_a_larger_margin_is_asked_for(tiny, tmp_path, tau, sign):
+    """Reference and start differ, margins of 0.3 to 5: past ipo's target 0.05 chosen falls and rejected rises; below
+    its target 50 it is the other way round. Foretold to first order, the rescaling included."""
+    objective = get_objective("ipo", tau=tau)
+    more = {"ref_model": other_reference(tiny).float(), "normalized_gradient": True}
+    trainer = trainer_for(tiny, tmp_path, objective, **more)
+    with torch.no_grad():
+        batch = trainer.pair_logps(trainer.model, trainer.collator(list(trainer.train_dataset)))
+    most = int(batch.margin.argmax())
+    assert 0.3 < float(batch.margin[most]) < 5
+    probe = GradientProbe(trainer, every=1, pairs=32, parameters="all")
+    probe.pairs, probe.inputs = 1, [probe.inputs[most]]
+    (row,) = probe.measure().tolist()
+    found = Entanglement(*row[2:])
+    assert found.weight_chosen * found.chosen**0.5 == pytest.approx(found.weight_rejected * found.rejected**0.5)
+    assert found.verdict == ("parted" if sign > 0 else "pulled back")
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, trainer.collator([trainer.train_dataset[most]])).backward()
+    rate = 1e-2 / max(map(abs, found.changes))
+    torch.optim.SGD(trainer.model.parameters(), lr=rate).step()
+    moved = [after - before for after, before in zip(probe.measure()[0, :2].tolist(), row[:2], strict=True)]
+    assert sign * moved[0] > 0 > sign * moved[1]
+    assert moved == pytest.approx([rate * change for change in found.changes], abs=5e-4)
+
+
 def test_objectives_that_push_unequally_are_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="training.normalized_gradient: objective 'rpo' is no function of the margin"):
         trainer_for(tiny, tmp_path, "rpo", normalized_gradient=True)
@@ -271,6 +459,23 @@ def near_identical(seed: int, count: int = 32) -> Dataset:
         texts = {"chosen": [first, *rest], "rejected": [other, *rest]}
         rows.append({"prompt": opening} | {k: f" {' and '.join(words)} ." for k, words in texts.items()})
     return Dataset.from_list(rows)
+
+
+def test_gradients_of_near_identical_pairs_are_alike_and_most_are_parted_all_the_same(tiny, tmp_path):
+    """All 32 pairs of each data at the start; docs/diagnostics.md has the numbers that this prints."""
+
+    def probed(data: Dataset, which: str) -> list[Entanglement]:
+        trainer = trainer_for(tiny, tmp_path, train_dataset=data)
+        return [Entanglement(*row[2:]) for row in GradientProbe(trainer, 1, 32, which).measure().tolist()]
+
+    sources = {"different words": preferences(), "one word of four": near_identical(0)}
+    for which in ("all", "last_layer"):
+        found = {name: probed(data, which) for name, data in sources.items()}
+        cosines = {name: sum(pair.cosine for pair in pairs) / 32 for name, pairs in found.items()}
+        parted = {name: sum(pair.verdict == "parted" for pair in pairs) for name, pairs in found.items()}
+        print(which, {name: (round(cosines[name], 2), parted[name]) for name in sources})
+        assert cosines["different words"] < 0.2 and cosines["one word of four"] > 0.7
+        assert parted["different words"] == 32 and 16 < parted["one word of four"] < 32
 
 
 REMEDIES = {
