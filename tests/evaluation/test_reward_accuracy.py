@@ -259,8 +259,8 @@ def test_rows_of_training_are_scored_as_training_reads_them(tmp_path):
     row = {"prompt": messages[0], "chosen": messages[1], "rejected": [{"role": "assistant", "content": "s"}]}
     items, _ = read_items(write(tmp_path / "chat.jsonl", [row]))
     assert (items[0].prompt, items[0].chosen, items[0].paired) == (messages[0], ["long"], True)
-    turns = [*messages[1], {"role": "user", "content": "and?"}, {"role": "assistant", "content": "so"}]
-    items, left_out = read_items(write(tmp_path / "turns.jsonl", [row, row | {"chosen": turns}]))
+    twice = row | {"chosen": messages[1] * 2}
+    items, left_out = read_items(write(tmp_path / "turns.jsonl", [row, twice]))
     assert len(items) == 1 and left_out == {"several_messages_in_a_response": 1}
 
 
