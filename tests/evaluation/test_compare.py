@@ -1,6 +1,6 @@
 """`alignment compare`, end to end on the tiny model, reduced: runs, tuning, report; then half of it is deleted.
 
-The whole of it at full size is recipes/compare/tiny.yaml. What needs no training: `test_compare_rules`, `test_compare_results`.
+The whole of it at full size is recipes/compare/tiny.yaml. Without training: `test_compare_rules` and `…_results`.
 """
 
 from __future__ import annotations
