@@ -1,7 +1,7 @@
 """The picture of an experiment in games: duality gap against iterations (above) and gradient evaluations (below).
 
-One column per setting, one colour per method; the thick line is the median over games (and seeds), the band reaches to
-the worst of them. A straight line is linear convergence. matplotlib only, no pyplot.
+One column per setting, one colour per method; the thick line is the median over games (and seeds), the thin one the
+worst of them. A straight line is linear convergence. matplotlib only, no pyplot.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def write(panels: Sequence[Panel], stem: Path) -> list[Path]:
                     axes.set_title(f"β {panel.setting.beta:g}, {panel.step.replace('eta', 'η')}", fontsize=10)
             grid[row][0].set_ylabel("duality gap")
         runs = next(iter(panels[0].curves.values())).gaps.shape[1]
-        note = f"thick line: median of {runs} runs; thin line: the worst of them" if runs > 1 else ""
+        note = (
+            f"thick line: median of {runs} runs; thin line of the same colour: the worst of them at that point"
+            if runs > 1
+            else ""
+        )
         figure.supxlabel(note, fontsize=8, color="#555555")
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False)
@@ -54,12 +58,9 @@ def _draw(axes: Any, panel: Panel, *, per_gradient: bool) -> None:
     for number, (name, curve) in enumerate(panel.curves.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         x, middle, worst = _line(curve, per_gradient)
-        axes.plot(
-            x, middle, color=colour, linewidth=1.8, linestyle=_DASHES[number % len(_DASHES)], label=name,
-            zorder=20 if number == 0 else 10 + number,
-        )  # fmt: skip
-        axes.fill_between(x, middle, worst, color=colour, alpha=0.12, linewidth=0, zorder=2)
-        axes.plot(x, worst, color=colour, linewidth=0.5, alpha=0.6, zorder=2)
+        style = {"color": colour, "linestyle": _DASHES[number % len(_DASHES)]}
+        axes.plot(x, middle, **style, linewidth=1.8, label=name, zorder=20 if number == 0 else 10 + number)
+        axes.plot(x, worst, **style, linewidth=0.9, alpha=0.8, zorder=2)
     axes.set_xlim(0, end)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)

@@ -51,6 +51,9 @@ _RESPONSES = {"pairs": ("chosen", "rejected"), "samples": ("first", "second")}
 _OF_A_PAIR = {"pairs": "label", "samples": "preference"}  # P(first beats second)
 
 
+THIRD = {"preference", "reward", "log_odds"}  # needs that are of a response against the third one, the opponent's
+
+
 class NotEnumerable(ValueError):
     """An objective reads something that the arms of a game do not have."""
 
@@ -216,6 +219,8 @@ def minimiser(objective: Objective, logits: Tensor, situation: Situation, steps:
         slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
         rows = [torch.autograd.grad(slope[:, i].sum(), leaf, retain_graph=True)[0] for i in range(theta.shape[1])]
         curvature = torch.stack(rows, 1)
+        if not bool(curvature.isfinite().all()):
+            break
         move = (torch.linalg.pinv(curvature, hermitian=True) @ slope.detach()[..., None]).squeeze(-1)
         theta = theta - move
         if bool(move.abs().amax() <= 1e-12 * (1 + theta.abs().amax())) and bool(slope.abs().amax() <= 1e-9):

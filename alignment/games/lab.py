@@ -22,7 +22,7 @@ from alignment.games import preferences, rates
 from alignment.games.gradients import Labels
 from alignment.games.methods import Learner, Method, Sampling
 from alignment.games.policies import POLICIES, Parameters
-from alignment.games.solution import duality_gap, nash_policy
+from alignment.games.solution import NotFound, duality_gap, nash_policy
 
 CHECKPOINTS = 200  # of a curve, evenly spaced, besides the start
 
@@ -130,6 +130,7 @@ def run(experiment: Experiment) -> list[Panel]:
 
     Raises:
         ValueError: settings that an objective refuses, or that are no game.
+        NotFound: an exact iteration has no minimiser (`probe` finds those of the first iteration before).
         NotEnumerable: an objective that reads what games do not have.
     """
     matrices, reference = experiment.games.make()
@@ -144,7 +145,8 @@ def run(experiment: Experiment) -> list[Panel]:
             curves = {}
             for method in methods:
                 bar.set_description(f"beta {setting.beta:g}, {method.name}")
-                curves[method.name] = _learn(experiment, setting, method, matrices, reference, number, bar)
+                start = _start(experiment, setting, method, matrices, reference, number)
+                curves[method.name] = _learn(start, setting, bar)
             mirror, extra = (
                 rates.contraction(nash, matrices, **sizes, look_ahead=ahead).repeat_interleave(experiment.seeds)
                 for ahead in (False, True)
@@ -154,15 +156,46 @@ def run(experiment: Experiment) -> list[Panel]:
     return panels
 
 
-def _learn(
-    experiment: Experiment,
-    setting: Setting,
-    method: Method,
-    matrices: Tensor,
-    reference: Tensor,
-    number: int,
-    bar: tqdm,
-) -> Curve:
+@dataclass(frozen=True)
+class _Start:
+    """A method under a setting before its first iteration, in all games and seeds."""
+
+    learner: Learner
+    parameters: Parameters
+    reference: Tensor
+
+    def gaps(self, parameters: Parameters) -> Tensor:
+        """Duality gaps `[B]`."""
+        learner = self.learner
+        return duality_gap(learner.policy.logits(parameters), self.reference, learner.preference, learner.beta)
+
+
+def probe(experiment: Experiment) -> Iterator[tuple[int, str]]:
+    """One iteration of every method under every setting: what goes wrong, as the method's place and a message.
+
+    Cheap against a run; a method is named once, with the first setting in which it fails.
+    """
+    matrices, reference = experiment.games.make()
+    with _one_thread():
+        for place, method in enumerate(experiment.methods):
+            for number, setting in enumerate(experiment.settings):
+                where = f"under beta {setting.beta:g}, lr {setting.learning_rate:g}"
+                try:
+                    start = _start(experiment, setting, method.resolved(), matrices, reference, number)
+                    gaps = start.gaps(start.learner.iterate(start.parameters))
+                except NotFound as error:
+                    yield place, f"{error}, {where}; write `exact: false` for steps of its gradient"
+                    break
+                if not bool(gaps.isfinite().all()):
+                    lost = f"{int((~gaps.isfinite()).sum())} of {len(gaps)} runs"
+                    yield place, f"its policy is not finite after one iteration in {lost}, {where}; lower the rate"
+                    break
+
+
+def _start(
+    experiment: Experiment, setting: Setting, method: Method, matrices: Tensor, reference: Tensor, number: int
+) -> _Start:
+    """`number` is the setting's place: equal settings have random numbers of their own."""
     matrices = matrices.repeat_interleave(experiment.seeds, 0)
     reference = reference.repeat_interleave(experiment.seeds, 0)
     generator = torch.Generator().manual_seed(1_000_003 * experiment.seed + number)
@@ -176,16 +209,22 @@ def _learn(
         method, reference, matrices,
         beta=setting.beta, learning_rate=setting.learning_rate, policy=policy, sampling=sampling,
     )  # fmt: skip
+    return _Start(learner, parameters, reference)
+
+
+def _learn(start: _Start, setting: Setting, bar: tqdm) -> Curve:
+    learner, parameters = start.learner, start.parameters
+    evaluations = learner.method.evaluations
     wanted = sorted({round(setting.iterations * k / CHECKPOINTS) for k in range(CHECKPOINTS + 1)})
     gaps, done = [], 0
     for until in wanted:
         with torch.inference_mode(learner.fast is not None):
             for _ in range(until - done):
                 parameters = learner.iterate(parameters)
-        bar.update((until - done) * method.evaluations)
+        bar.update((until - done) * evaluations)
         done = until
-        gaps.append(duality_gap(policy.logits(parameters), reference, matrices, setting.beta))
-    return Curve(method, method.evaluations, torch.tensor(wanted), torch.stack(gaps))
+        gaps.append(start.gaps(parameters))
+    return Curve(learner.method, evaluations, torch.tensor(wanted), torch.stack(gaps))
 
 
 @contextlib.contextmanager

@@ -37,6 +37,9 @@ _USUAL: dict[str, tuple[Source, Opponent]] = {
 }
 
 
+MIRROR = ("egpo", "online_ipo1", "nash_md")  # whose loss, with pairs drawn uniformly, is mirror descent's step
+
+
 @dataclass(frozen=True)
 class Method:
     """An objective with its place in the game; None is how the method is usually run.
@@ -83,6 +86,11 @@ class Method:
     def evaluations(self) -> int:
         """Gradients per iteration; an exact iteration counts as one."""
         return 2 if self.look_ahead else 1
+
+    @property
+    def mirror(self) -> bool:
+        """Whether a gradient step of a table is mirror descent's, with step eta (its opponent's choice apart)."""
+        return self.objective in MIRROR and self.resolved().sampler == "uniform" and not self.exact
 
     def build(self, beta: float, eta: float) -> Objective:
         """The objective for a game with this beta and mirror-descent step.
@@ -139,7 +147,7 @@ class Learner:
         self.reference = ref_logits.log_softmax(-1)
         uniform = torch.full_like(ref_logits, 1 / ref_logits.shape[-1])
         self.fixed_samplers = {"uniform": uniform, "reference": self.reference.exp()}
-        self.rate = learning_rate * self.method.rate_scale
+        self.beta, self.rate = beta, learning_rate * self.method.rate_scale
         self.eta = 4 * learning_rate / (ref_logits.shape[-1] * beta)
         self.mixture = self.eta * beta if self.method.mixture is None else self.method.mixture
         self.objective = self.method.build(beta, self.eta)

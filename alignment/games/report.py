@@ -17,6 +17,8 @@ NOTHING = 1e-13  # gaps below it are rounding
 CONVERGED = 1e-6  # where the EGPO authors cut their plots
 ENOUGH = 15.0  # nats that the linearised gap must fall in a run for its rate to be judged
 AS_FAST = 0.9  # share of the linearised rate's exponent that counts as that rate
+Verdict = tuple[bool | None, str]
+_WORDS = {True: "holds", False: "FAILS", None: "not judged"}
 
 
 def number(value: float) -> str:
@@ -52,25 +54,28 @@ def _after(curve: Curve, what: str, count: int) -> Tensor:
     return curve.at(count if what == "iterations" else count // curve.evaluations)
 
 
-MIRROR = ("egpo", "online_ipo1", "nash_md")  # whose loss, with pairs drawn uniformly, is mirror descent's step
+def verdicts(experiment: Experiment, panels: Sequence[Panel]) -> list[Verdict]:
+    """What must hold, and whether it does here: (holds, sentence); None where no run could have shown it.
 
-
-def verdicts(experiment: Experiment, panels: Sequence[Panel]) -> list[tuple[bool, str]]:
-    """What theory says of exact tabular runs, and whether it holds here: (holds, sentence). Empty for other runs.
+    Of every run: its gaps are finite; said only where they are not. Of exact tabular runs, what theory says of them.
 
     Extragradient: in every run the gap falls at the linearised rate or faster, or is 0; not judged where that rate has
     too few iterations to show. Mirror descent: it converges in no run whose Nash policy repels it, but for those that
     start there.
     """
+    found: list[Verdict] = [
+        _diverged(panel, name, curve)
+        for panel in panels
+        for name, curve in panel.curves.items()
+        if not bool(curve.gaps.isfinite().all())
+    ]
     if experiment.policy != "tabular" or experiment.samples is not None:
-        return []
-    found = []
+        return found
     for panel in panels:
         for name, curve in panel.curves.items():
             method = curve.method
             plain = method.rate_scale == 1 and not method.hyperparameters
-            drawn = method.sampler == "uniform" and method.opponent == "policy"
-            mirror = plain and drawn and method.objective in MIRROR
+            mirror = plain and method.mirror and method.opponent == "policy"
             if mirror and method.look_ahead:
                 if bool((-2 * panel.extra.log() * panel.setting.iterations >= ENOUGH).all()):
                     found.append(_linear(panel, name, curve))
@@ -79,7 +84,17 @@ def verdicts(experiment: Experiment, panels: Sequence[Panel]) -> list[tuple[bool
     return found
 
 
-def _linear(panel: Panel, name: str, curve: Curve) -> tuple[bool, str]:
+def _diverged(panel: Panel, name: str, curve: Curve) -> Verdict:
+    lost = ~curve.gaps.isfinite()
+    first = int(curve.iterations[lost.any(1)][0])
+    text = (
+        f"beta {panel.setting.beta:g}: {name}'s policy is not finite in {_of(lost.any(0))}, first seen after {first} "
+        f"iterations (shown as –); a lower learning rate may help"
+    )
+    return False, text
+
+
+def _linear(panel: Panel, name: str, curve: Curve) -> Verdict:
     fall, theory = rates.measured(curve.iterations, curve.gaps, NOTHING), panel.extra**2
     holds = (fall.log() <= AS_FAST * theory.log()) | (fall.isnan() & (curve.gaps[-1] < NOTHING))
     text = (
@@ -89,14 +104,20 @@ def _linear(panel: Panel, name: str, curve: Curve) -> tuple[bool, str]:
     return bool(holds.all()), text
 
 
-def _repelled(panel: Panel, name: str, curve: Curve) -> tuple[bool, str]:
+def _repelled(panel: Panel, name: str, curve: Curve) -> Verdict:
+    """Judged in the runs that the Nash policy repels; None where there are none."""
     repelled = (panel.mirror > 1) & (curve.gaps[0] > NOTHING)
-    far = curve.gaps[-1] > CONVERGED
-    among = f"among them {int((repelled & far).sum())} of the {int(repelled.sum())} whose Nash policy repels it"
+    far = ~(curve.gaps[-1] <= CONVERGED)
+    count, rate = int(repelled.sum()), f"linearised rate {_range(panel.mirror, 6)}"
+    end = f"ends with a gap above {number(CONVERGED)} in"
+    if not count:
+        return None, (
+            f"beta {panel.setting.beta:g}: whether {name} converges where the Nash policy repels it: it repels in no "
+            f"run; {end} {_of(far)}; {rate}"
+        )
     text = (
-        f"beta {panel.setting.beta:g}: {name} has not converged (gap above {number(CONVERGED)}) in {_of(far)}, "
-        f"{among if bool(repelled.any()) else 'and no Nash policy repels it'}; linearised rate "
-        f"{_range(panel.mirror, 6)}"
+        f"beta {panel.setting.beta:g}: {name} {end} {int((repelled & far).sum())} of the {count} runs whose Nash "
+        f"policy repels it, and in {_of(far)} altogether; {rate}"
     )
     return bool((far | ~repelled).all()), text
 
@@ -114,7 +135,7 @@ def _range(values: Tensor, digits: int = 2) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def describe(claim: str, experiment: Experiment, panels: Sequence[Panel], checks: Iterable[tuple[bool, str]]) -> str:
+def describe(claim: str, experiment: Experiment, panels: Sequence[Panel], checks: Iterable[Verdict]) -> str:
     """table.md: the claim, the tables, the verdicts."""
     games = experiment.games
     which = "given" if games.matrix is not None else games.kind.replace("_", " ")
@@ -125,11 +146,11 @@ def describe(claim: str, experiment: Experiment, panels: Sequence[Panel], checks
         f"{claim}\n\nDuality gap, median / largest over {games.count} game{'s' if games.count > 1 else ''} ({which}, "
         f"{arms} arms){seeds}; {experiment.policy} policies, {gradients}. 0: below {NOTHING:g}."
     )
-    lines = [f"* {'holds' if holds else 'FAILS'}: {text}" for holds, text in checks]
+    lines = [f"* {_WORDS[holds]}: {text}" for holds, text in checks]
     return "\n\n".join([head, tables(panels), *(["\n".join(lines)] if lines else [])]) + "\n"
 
 
-def as_json(claim: str, experiment: Experiment, panels: Sequence[Panel], checks: Iterable[tuple[bool, str]]) -> Any:
+def as_json(claim: str, experiment: Experiment, panels: Sequence[Panel], checks: Iterable[Verdict]) -> Any:
     """table.json: the same with whole curves (median, smallest, largest) and every game's last gap."""
     return {
         "claim": claim,

@@ -11,7 +11,7 @@ from alignment.locks import make_folder
 
 
 def run_and_write(claim: str, experiment: lab.Experiment, folder: Path) -> tuple[str, bool]:
-    """Returns the text of table.md, and whether all verdicts hold. Files of the same names are replaced.
+    """Returns the text of table.md, and whether no verdict fails. Files of the same names are replaced.
 
     Raises:
         UserError: the folder cannot be made, or an objective cannot be played in a game.
@@ -26,4 +26,4 @@ def run_and_write(claim: str, experiment: lab.Experiment, folder: Path) -> tuple
     write_json(folder / "table.json", report.as_json(claim, experiment, panels, checks))
     write_text(folder / "table.md", text)
     figure.write(panels, folder / "figure")
-    return text, all(holds for holds, _ in checks)
+    return text, all(holds is not False for holds, _ in checks)

@@ -4,12 +4,16 @@
 
 Its symmetric Nash policy pi* is unique for beta > 0: log pi* = log ref + P pi*/beta + const (the game of Munos et al.
 2023, arXiv:2312.00886, and of Zhou, Fazel and Du 2025, arXiv:2503.08942). Policies come in as logits of any offset,
-`[..., n]`; leading dimensions are games, seeds or whatever broadcasts. All is computed in float64.
+`[..., n]`; leading dimensions are games, seeds or whatever broadcasts. A logit of -inf is an arm that is never played.
+All is computed in float64; `duality_gap` and `nash_policy` answer in the widest floating type of what they are given,
+and in float64 where that is integers.
 """
 
 from __future__ import annotations
 
 import math
+from functools import reduce
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -25,17 +29,22 @@ class NotFound(ValueError):
     """A policy that was to be computed was not found to the precision that is promised."""
 
 
-def check_beta(beta: float) -> float:
-    """beta as a float; ValueError unless it is a finite number above 0."""
-    number = isinstance(beta, int | float) and not isinstance(beta, bool)
-    if not number or not math.isfinite(beta) or beta <= 0:
+def check_beta(beta: SupportsFloat) -> float:
+    """beta as a float; ValueError unless it is a finite number above 0, of Python, numpy or a tensor without axes."""
+    scalar: Any = beta
+    number = scalar.item() if getattr(scalar, "ndim", None) == 0 else scalar
+    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < math.inf:
         raise ValueError(f"beta must be a finite number > 0, got {beta!r}")
-    return float(beta)
+    return float(number)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats, `[...]`, of log-probabilities `[..., n]`; 0 at least, whatever rounding says."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+    """KL(p || q) in nats, `[...]`, of log-probabilities `[..., n]`; 0 at least, whatever rounding says.
+
+    Arms that p never plays count nothing; one that p plays and q does not makes it infinite.
+    """
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1).clamp_min(0)
 
 
 def win_rate(preference: Tensor, probabilities: Tensor) -> Tensor:
@@ -56,25 +65,27 @@ def best_response(logits: Tensor, ref_logits: Tensor, preference: Tensor, beta: 
     return (_log_probs(ref_logits) + won / beta).log_softmax(-1)
 
 
-def duality_gap(logits: Tensor, ref_logits: Tensor, preference: Tensor, beta: float) -> Tensor:
+def duality_gap(logits: Tensor, ref_logits: Tensor, preference: Tensor, beta: SupportsFloat) -> Tensor:
     """max_p V(p, pi) - min_p V(pi, p), which is 2 beta KL(pi || best response to pi): 0 iff pi is the Nash policy.
 
     Args:
-        logits: the policy's, `[..., n]`, of any offset.
+        logits: the policy's, `[..., n]`, of any offset; a pure policy has -inf for the other arms.
         ref_logits: the reference's, `[..., n]`.
         preference: P `[..., n, n]` with P + P' = 1.
-        beta: weight of the KL terms, > 0.
+        beta: weight of the KL terms, > 0; a number of Python or numpy, or a tensor without axes.
 
     Returns:
-        `[...]` in units of probability of winning, 0 at least, in the dtype of `logits`.
+        `[...]` in units of probability of winning, 0 at least; infinite where the policy plays an arm that the
+        reference never does. In the widest dtype of the three tensors; float64 where one of them holds integers.
 
     Raises:
         ValueError: beta, a shape, or a pair of entries of P that does not sum to 1.
     """
-    beta, preference = check_beta(beta), check(preference)
+    dtype = _widest(logits, ref_logits, preference)
+    weight, preference = check_beta(beta), check(preference)
     _same_arms(preference, logits=logits, ref_logits=ref_logits)
-    gap = 2 * beta * kl(_log_probs(logits), best_response(logits, ref_logits, preference, beta))
-    return gap.to(logits.dtype)
+    gap = 2 * weight * kl(_log_probs(logits), best_response(logits, ref_logits, preference, weight))
+    return gap.to(dtype)
 
 
 def exploitability(logits: Tensor, preference: Tensor) -> Tensor:
@@ -88,8 +99,11 @@ def fixed_point_residual(logits: Tensor, ref_logits: Tensor, preference: Tensor,
     return _centred(beta * (_log_probs(logits) - _log_probs(ref_logits)) - won).abs().amax(-1)
 
 
-def nash_policy(preference: Tensor, ref_logits: Tensor, beta: float) -> Tensor:
-    """Log-probabilities `[..., n]` of the Nash policy, in the dtype of `ref_logits`.
+def nash_policy(preference: Tensor, ref_logits: Tensor, beta: SupportsFloat) -> Tensor:
+    """Log-probabilities `[..., n]` of the Nash policy, in the wider dtype of the two tensors.
+
+    It is solved to `TOLERANCE` in float64, and answered so where either tensor is float64 or holds integers; of two
+    float32 tensors the answer is rounded to float32.
 
     Newton's method on F(theta) = theta - theta_ref - P pi/beta, from a large beta (where the reference is nearly the
     solution) down to the one asked for, halving steps that do not lower |F|. Its Jacobian is I - P D/beta with
@@ -98,30 +112,33 @@ def nash_policy(preference: Tensor, ref_logits: Tensor, beta: float) -> Tensor:
 
     Args:
         preference: P `[..., n, n]` with P + P' = 1.
-        ref_logits: the reference's, `[..., n]`.
-        beta: weight of the KL terms, > 0.
+        ref_logits: the reference's, `[..., n]`, all finite.
+        beta: weight of the KL terms, > 0; a number of Python or numpy, or a tensor without axes.
 
     Raises:
-        ValueError: as `duality_gap`.
+        ValueError: as `duality_gap`; an arm that the reference never plays.
         NotFound: no convergence to `TOLERANCE`, or to what float64 allows: times beta above 1, and EPS/beta where that
             is more (below beta = 2e-4). Not seen.
     """
-    beta, preference = check_beta(beta), check(preference)
+    dtype = _widest(preference, ref_logits)
+    weight, preference = check_beta(beta), check(preference)
     _same_arms(preference, ref_logits=ref_logits)
+    if not bool(ref_logits.isfinite().all()):
+        raise ValueError("ref_logits must be finite; leave out arms that the reference never plays")
     shape = torch.broadcast_shapes(preference.shape[:-1], ref_logits.shape)
     matrices = preference.expand(*shape, shape[-1]).reshape(-1, shape[-1], shape[-1])
     ref = _log_probs(ref_logits).expand(shape).reshape(-1, shape[-1])
-    theta, stage = ref, max(1.0, beta)
+    theta, stage = ref, max(1.0, weight)
     while True:
-        stage = max(beta, stage)
+        stage = max(weight, stage)
         theta = _newton(theta, ref, matrices, stage)
-        if stage == beta:
+        if stage == weight:
             break
         stage /= 2
-    residual = fixed_point_residual(theta, ref, matrices, beta)
-    if not bool((residual <= max(TOLERANCE, TOLERANCE * beta, EPS / beta)).all()):
-        raise NotFound(f"no Nash policy to {TOLERANCE:g}: residual {residual.max().item():.1e} at beta {beta:g}")
-    return theta.log_softmax(-1).reshape(shape).to(ref_logits.dtype)
+    residual = fixed_point_residual(theta, ref, matrices, weight)
+    if not bool((residual <= max(TOLERANCE, TOLERANCE * weight, EPS / weight)).all()):
+        raise NotFound(f"no Nash policy to {TOLERANCE:g}: residual {residual.max().item():.1e} at beta {weight:g}")
+    return theta.log_softmax(-1).reshape(shape).to(dtype)
 
 
 def _newton(theta: Tensor, ref: Tensor, preference: Tensor, beta: float) -> Tensor:
@@ -155,6 +172,12 @@ def _newton(theta: Tensor, ref: Tensor, preference: Tensor, beta: float) -> Tens
 
 def _log_probs(logits: Tensor) -> Tensor:
     return logits.to(torch.float64).log_softmax(-1)
+
+
+def _widest(*given: Tensor) -> torch.dtype:
+    """The floating type that loses nothing of what was given; integers count as float64."""
+    floating = [each.dtype if each.dtype.is_floating_point else torch.float64 for each in given]
+    return reduce(torch.promote_types, floating)
 
 
 def _centred(values: Tensor) -> Tensor:

@@ -143,13 +143,17 @@ def test_minimisers_of_offline_objectives():
     torch.testing.assert_close(centred(found), centred(at.reference + won / 0.5), rtol=0, atol=1e-11)
     with pytest.raises(NotFound, match="hinge: no minimum"):
         minimiser(get_objective("hinge"), at.policy, at, steps=3)
+    certain = type(at)(at.policy, at.reference, at.previous, at.sampler, at.opponent, (odds > 0).double())
+    with pytest.raises(NotFound, match="gpo: no minimum"):  # infinite log-odds
+        minimiser(get_objective("gpo"), at.policy, certain)
 
 
 @pytest.mark.parametrize("labels", ["probability", "drawn"])
-@pytest.mark.parametrize("name", ["egpo", "online_ipo2", "nash_md_pg", "inpo", "dpo", "p3o"])
+@pytest.mark.parametrize("name", ["egpo", "online_ipo2", "nash_md_pg", "inpo", "dpo", "p3o", "vpo"])
 def test_sampled_gradients_are_right_on_average(name, labels):
     """Mean of 40,000 gradients of 10 draws within five standard errors of the exact one, in every entry."""
-    objective = get_objective(name, **({"beta": 0.5} if name not in ("inpo",) else {"eta": 0.5, "tau": 0.2}))
+    own = {"inpo": {"eta": 0.5, "tau": 0.2}, "vpo": {"beta": 0.5, "alpha": 2.0, "mode": "online"}}
+    objective = get_objective(name, **own.get(name, {"beta": 0.5}))
     one = situation(4, 1, seed=110)
     if name == "p3o":  # its ratios are unbiased where the policy has not moved
         one = type(one)(one.policy, one.reference, one.policy, one.sampler, one.opponent, one.preference)

@@ -1,6 +1,7 @@
 """Algorithms of the game: their steps, their fixed points, and how fast they get there."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -40,6 +41,38 @@ def test_steps_are_those_of_the_papers(autograd):
         }
         for name, value in expected.items():
             torch.testing.assert_close(centred(found[name][g]), centred(value), rtol=0, atol=1e-13)
+
+
+def test_learning_rate_scale_is_a_longer_step_and_the_mixture_follows_the_look_ahead():
+    """T with three times eta. EGPO against the mixture c = 0.3: first of the policy, then of the half step."""
+    matrices, ref = games(6, 3, seed=20)
+    theta = draw(3, 6, seed=21)
+    scaled = learner("", matrices, ref, method=Method("online_ipo1", rate_scale=3.0)).iterate([theta])[0]
+    mixed = learner("", matrices, ref, method=Method("egpo", opponent="mixture", mixture=0.3)).iterate([theta])[0]
+    for g in range(3):
+        expected = mirror_step(theta[g], theta[g].softmax(0), ref[g], matrices[g], BETA, 3 * ETA)
+        torch.testing.assert_close(centred(scaled[g]), centred(expected), rtol=0, atol=1e-13)
+        args = (ref[g], matrices[g], BETA, ETA)
+        half = mirror_step(theta[g], (0.7 * theta[g] + 0.3 * ref[g]).softmax(0), *args)
+        expected = mirror_step(theta[g], (0.7 * half + 0.3 * ref[g]).softmax(0), *args)
+        torch.testing.assert_close(centred(mixed[g]), centred(expected), rtol=0, atol=1e-13)
+
+
+def test_usual_samplers_and_opponents_are_those_of_the_page(root):
+    """The table of docs/games.md, read."""
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \| (.+?) \| .+ \|$", (root / "docs" / "games.md").read_text(), re.M)
+    samplers = {"all arms alike": "uniform", "the policy": "policy", "the reference": "reference"}
+    found = {}
+    for names, drawn, third in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            method = Method(name).resolved()
+            assert method.sampler == samplers[drawn], name
+            if not third.startswith("none"):
+                assert method.opponent == ("mixture" if "mixture" in third or "ref^c" in third else "policy"), name
+            found[name] = (method.look_ahead, method.exact)
+    assert {"egpo", "nash_md", "nash_md_pg", "p3o", "inpo", "sppo", "gpo", "dpo", "vpo"} <= set(found)
+    assert {name for name, (ahead, _) in found.items() if ahead} == {"egpo"}
+    assert {name for name, (_, exact) in found.items() if exact} == {"inpo"}
 
 
 def test_an_exact_iteration_of_inpo_is_one_of_online_ipo_1():

@@ -1,11 +1,13 @@
 """Values, best responses, duality gaps and Nash policies against maximisation, iteration and closed forms."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 
-from alignment.games import best_response, duality_gap, exploitability, nash_policy, preferences, value
+from alignment.games import best_response, duality_gap, exploitability, nash_policy, preferences, solution, value
 from tests.games.playing import DOUBLE, centred, draw, games, mirror_step, value_of
 
 ROCK_PAPER_SCISSORS = torch.tensor([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]], dtype=DOUBLE)
@@ -59,8 +61,63 @@ def test_the_gap_by_hand():
     reply = [w / sum(weights) for w in weights]
     expected = 2 * sum(p * math.log(p / r) for p, r in zip((0.5, 0.25, 0.25), reply, strict=True))
     found = duality_gap(logits, torch.zeros(3), ROCK_PAPER_SCISSORS, 1.0)
-    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected, rel=1e-6)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    for logit in (logits, logits.double()):  # two of certain arms: KL to the best reply is -log of what that plays
+        pure = torch.where(torch.arange(3) == 0, logit, -math.inf)
+        replies = [math.exp(x) for x in (0.5, 0.0, 1.0)]  # P pi against rock alone
+        found = duality_gap(pure, torch.zeros(3), ROCK_PAPER_SCISSORS, 1.0)
+        assert found.item() == pytest.approx(-2 * math.log(replies[0] / sum(replies)), rel=1e-12)
     assert exploitability(logits, ROCK_PAPER_SCISSORS).item() == pytest.approx(0.125)
+
+
+def test_an_arm_that_the_reference_never_plays():
+    """Costs nothing where the policy does not play it either, and the gap of the game without it; else infinitely."""
+    never = torch.tensor([0.3, -math.inf, 0.0], dtype=DOUBLE)
+    two = ROCK_PAPER_SCISSORS[[0, 2]][:, [0, 2]]
+    policy = torch.tensor([1.0, -math.inf, 0.0], dtype=DOUBLE)
+    found = duality_gap(policy, never, ROCK_PAPER_SCISSORS, 0.3)
+    assert found.item() == pytest.approx(duality_gap(policy[[0, 2]], never[[0, 2]], two, 0.3).item(), abs=1e-14)
+    assert duality_gap(torch.zeros(3), never, ROCK_PAPER_SCISSORS, 0.3).item() == math.inf
+    with pytest.raises(ValueError, match="ref_logits must be finite"):
+        nash_policy(ROCK_PAPER_SCISSORS, never, 0.3)
+
+
+def test_types_of_what_is_given():
+    """The widest of them is the answer's; integers are as good as float64; where float64 is in, 1e-12 is kept."""
+    whole, single = torch.tensor([3, 0, 0]), ROCK_PAPER_SCISSORS.float()
+    for ref in (torch.zeros(3), torch.zeros(3, dtype=torch.int64)):
+        gap = duality_gap(whole, ref, ROCK_PAPER_SCISSORS, 0.1)
+        assert gap.dtype == DOUBLE and gap.item() == pytest.approx(0.7935, abs=1e-4)
+        assert duality_gap(whole, ref, single, 0.1).dtype == DOUBLE
+    assert duality_gap(torch.zeros(3), torch.zeros(3), single, 0.1).dtype == torch.float32
+    for ref in (whole, whole.float()):
+        pi = nash_policy(ROCK_PAPER_SCISSORS, ref, 1.0)
+        residual = centred(pi - ref - ROCK_PAPER_SCISSORS @ pi.exp())
+        assert pi.dtype == DOUBLE and residual.abs().max() <= 1e-12
+    assert nash_policy(single, whole, 1.0).dtype == DOUBLE
+    assert nash_policy(single, whole.float(), 1.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("beta", [torch.tensor(0.25), np.float32(0.25), np.float64(0.25), np.array(0.25)])
+def test_betas_of_numpy_and_torch(beta):
+    ref = torch.tensor([0.5, 0.0, 0.0], dtype=DOUBLE)
+    assert torch.equal(nash_policy(ROCK_PAPER_SCISSORS, ref, beta), nash_policy(ROCK_PAPER_SCISSORS, ref, 0.25))
+    assert torch.equal(
+        duality_gap(ref, ref, ROCK_PAPER_SCISSORS, beta), duality_gap(ref, ref, ROCK_PAPER_SCISSORS, 0.25)
+    )
+
+
+def test_what_is_not_solved_to_1e_12_is_an_error(monkeypatch):
+    """Three Newton steps a stage leave 2e-8 in these games; with four they are solved."""
+    matrices, ref = games(7, 20, seed=16)
+    monkeypatch.setattr(solution, "NEWTON_STEPS", 3)
+    with pytest.raises(
+        solution.NotFound, match=r"no Nash policy to 1e-12: residual \d\.\de-\d\d at beta 0.1"
+    ) as caught:
+        nash_policy(matrices, ref, 0.1)
+    assert 1e-12 < float(re.findall(r"residual (\S+)", str(caught.value))[0]) < 1e-7
+    monkeypatch.setattr(solution, "NEWTON_STEPS", 5)
+    nash_policy(matrices, ref, 0.1)
 
 
 def test_leading_dimensions_broadcast_and_offsets_are_nothing():
@@ -139,7 +196,7 @@ def test_two_arms_in_closed_form():
     assert (pi[0] - pi[1]).item() == pytest.approx(0.3 + (a - 0.5) / beta, abs=1e-11)
 
 
-@pytest.mark.parametrize("beta", [0.0, -1.0, math.nan, math.inf, True, "0.1"])
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.nan, math.inf, True, "0.1", torch.tensor([0.1]), np.True_])
 def test_a_beta_that_is_none_is_refused(beta):
     for call in (
         lambda: duality_gap(torch.zeros(3), torch.zeros(3), ROCK_PAPER_SCISSORS, beta),
