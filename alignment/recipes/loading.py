@@ -225,6 +225,18 @@ _PROGRAMS = {
     "iterate": ("is iterative training", "scripts/iterate.py"),
     "objective": ("is preference training", "scripts/train.py"),
 }
+# Kinds whose keys others know, told by the first of their top-level keys that is there: what it is, what reads it.
+_ELSEWHERE: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "compare": (("compare",), "is a comparison", "alignment compare {path}"),
+    "games": (("games", "methods", "settings"), "is of the tabular lab", "alignment games run {path}"),
+    "replication": (("arms",), "is a replication", "python evaluation/replication.py {path}"),
+    "overoptimization": (("pool", "gold"), "is an experiment", "python evaluation/overoptimization.py {path}"),
+    "launch": (
+        ("compute_environment", "distributed_type"),
+        "is accelerate's launch file",
+        "alignment train RECIPE --accelerate-config {path}",
+    ),
+}
 _KINDS: dict[str, type[EveryRecipe]] = {
     "sft": SftRecipe,
     "reward_model": RewardModelRecipe,
@@ -263,7 +275,7 @@ def _of_kind(kind: type[Kind], path: str | Path, overrides: Sequence[str]) -> Ki
 
 
 def load_any(path: str | Path, overrides: Sequence[str] = ()) -> EveryRecipe:
-    """Read and check a recipe; a section `sft`, `reward_model` or `iterate` says that it is of that kind.
+    """Read and check a recipe of a run; a section `sft`, `reward_model` or `iterate` says that it is of that kind.
 
     Args:
         path: the YAML file; its `extends` is followed.
@@ -271,13 +283,29 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> EveryRecipe:
             file says in that section.
 
     Raises:
-        RecipeError: anything is wrong; its text is the first problem with its place, `problems` has all.
+        RecipeError: anything is wrong; its text is the first problem with its place, `problems` has all. Of a file of
+            another kind it is the command that reads it.
         UserError: an override is not of that form.
     """
     return checked(_kind, path, overrides, _fill_in)
 
 
+def _elsewhere(document: Document) -> tuple[str | None, str]:
+    """The kind, and the top-level key that tells it."""
+    if not any(isinstance(document.values.get(key), dict) for key in ("objective", *_KINDS)):
+        for kind, (keys, _, _) in _ELSEWHERE.items():
+            for key in keys:
+                if key in document.values:
+                    return kind, key
+    return None, ""
+
+
 def _kind(document: Document) -> type[EveryRecipe]:
+    kind, key = _elsewhere(document)
+    if kind is not None:
+        _, what, command = _ELSEWHERE[kind]
+        message = f"{what}, not a recipe of a run: {command.format(path=document.source)} reads it"
+        raise RecipeError([Problem(document.origin((key,)), (key,), message)])
     return next((found for section, found in _KINDS.items() if section in document.values), Recipe)
 
 

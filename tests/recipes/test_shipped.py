@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from alignment.objectives import list_objectives
-from alignment.recipes import Recipe, load_any, load_recipe, load_reward_model_recipe
+from alignment.recipes import Recipe, RecipeError, load_any, load_recipe, load_reward_model_recipe
 from alignment.recipes.inspection import check
 from tests.pages import commands, read, shell_lines
 from tests.recipes.conftest import ROOT
@@ -178,3 +178,31 @@ def test_orpos_chat_template_is_the_form_of_its_family():
     assert prompt == "<|user|>\nHi?</s>\n<|assistant|>\n"
     whole = template.render(messages=chat, eos_token="</s>", add_generation_prompt=False)
     assert whole == prompt + "Ho.</s>"  # nothing after the end token
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (
+            "compare/tiny.yaml",
+            r"compare: is a comparison, not a recipe of a run: alignment compare \S+tiny.yaml reads it",
+        ),
+        ("games/egpo.yaml", r"games: is of the tabular lab, .*: alignment games run \S+egpo.yaml reads it"),
+        (
+            "replications/p3o.yaml",
+            r"arms: is a replication, .*: python evaluation/replication.py \S+p3o.yaml reads it",
+        ),
+        (
+            "overoptimization/smollm2.yaml",
+            r"pool: is an experiment, .*: python evaluation/overoptimization.py \S+ reads it",
+        ),
+        (
+            "accelerate/ddp.yaml",
+            r"compute_environment: is accelerate's launch file, .* --accelerate-config \S+ reads it",
+        ),
+    ],
+)
+def test_files_of_other_kinds_are_sent_to_what_reads_them(file, said):
+    with pytest.raises(RecipeError, match=rf"{file}:\d+: {said}$") as failed:
+        load_any(ROOT / "recipes" / file)
+    assert len(failed.value.problems) == 1
