@@ -125,6 +125,11 @@ def _switched(value: Any, where: str) -> bool | None:
     raise UserError(f"{where}: {SWITCHED} must be true (output_2 was shown first), false or null, not {value!r:.40}")
 
 
+def shares(rows: Sequence[Annotation]) -> Array:
+    """[n] what the system got of each pair, in [0, 1]; NaN for what AlpacaEval drops."""
+    return np.array([row.share for row in rows])
+
+
 def one_pair(rows: Sequence[Annotation], path: Path) -> tuple[str, str]:
     """(baseline, system) of a file that compares two.
 

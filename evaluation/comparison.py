@@ -28,6 +28,7 @@ from evaluation.statistics import (
 )
 
 LEVEL = 0.95
+NO_DIFFERENCE = "no significant difference"
 FEW_PROMPTS = 30  # under this many, and where the bootstrap has width 0, Wilson's interval is shown beside it
 
 
@@ -248,9 +249,19 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def too_narrow(prompts: int, interval: Sequence[float]) -> bool:
+    """Whether a bootstrap interval misleads, so that Wilson's is to be read: few prompts, or all came out alike."""
+    return prompts < FEW_PROMPTS or interval[0] == interval[1]
+
+
+def verdict(low: float, high: float, middle: float) -> str:
+    """What an interval lets one say of a rate: `better`, `worse`, or `no significant difference`."""
+    return "better" if low > middle else "worse" if high < middle else NO_DIFFERENCE
+
+
 def needs_wilson(result: dict[str, Any]) -> bool:
     """Whether the bootstrap interval alone would mislead: few prompts, or all of them came out alike."""
-    return result["prompts"] < FEW_PROMPTS or result["interval"][0] == result["interval"][1]
+    return too_narrow(result["prompts"], result["interval"])
 
 
 def judge_sentence(result: dict[str, Any]) -> str:

@@ -21,9 +21,10 @@ from alignment.errors import UserError
 from alignment.files import write_json, write_text
 from evaluation import annotations as alpaca
 from evaluation.annotations import Annotation
-from evaluation.comparison import FEW_PROMPTS, LEVEL, markdown_table
-from evaluation.length_control import Gamed, LengthControl, between_systems, identical, length_controlled, standardise
+from evaluation.comparison import LEVEL, NO_DIFFERENCE, markdown_table, too_narrow
+from evaluation.equal_lengths import Difficulty, Fits, described, fit_annotations
 from evaluation.statistics import (
+    Interval,
     cluster_bootstrap,
     cluster_sums,
     clustered_standard_error,
@@ -38,19 +39,12 @@ from evaluation.win_rate_page import Entry, around, write_page
 
 Array = NDArray[np.float64]
 
-EXTREME_POINTS, EXTREME_SHARE = 10, 1 / 4  # AlpacaEval warns of a change beyond both (glm_winrate.py)
-
-
-def shares(rows: Sequence[Annotation]) -> Array:
-    """[n] what the system got of each pair, in [0, 1]; NaN for what AlpacaEval drops."""
-    return np.array([row.share for row in rows])
-
 
 def summarise(
     rows: Sequence[Annotation],
     *,
     gamed: Sequence[Sequence[Annotation]] = (),
-    difficulty: Mapping[str | int, float] | None = None,
+    difficulty: Difficulty | None = None,
     resamples: int = 10_000,
     seed: int = 1,
 ) -> dict[str, Any]:
@@ -76,7 +70,7 @@ def summarise(
         raise UserError(
             f"{rows[0].where.rpartition(':')[0]}: no preference between 1 and 2 in {len(rows)} rows"
         ) from None
-    share = shares(rows)
+    share = alpaca.shares(rows)
     known = ~np.isnan(share)
     x, prompts = share[known], [row.instruction for row, here in zip(rows, known, strict=True) if here]
     rng = np.random.default_rng(seed)
@@ -100,7 +94,7 @@ def summarise(
         "p_value": sign_flip_p_value(sums[:, 0], resamples, rng),
         "minimal_detectable_difference": detectable_points(error),
         "avg_length_base": alpaca.average_length([row.output_1 for row in rows]),
-        **_length_fields(rows, gamed, difficulty, found["win_rate"], seed),
+        **_controlled_fields(rows, gamed, difficulty, found["win_rate"], seed),
         "orders": orders(rows),
         "bootstrap": {"resamples": resamples, "seed": seed, "unit": "instruction"},
     }
@@ -111,9 +105,12 @@ def detectable_points(standard_error: float) -> float | None:
     return 100 * minimal_detectable_difference(standard_error) if standard_error > 0 else None
 
 
-def _limits(estimate: float, draws: Array) -> list[float]:
-    interval = percentile_interval(float(estimate), draws, LEVEL)
-    return [100 * interval.low, 100 * interval.high]
+def _in_percent(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [100 * interval.low, 100 * interval.high]
+
+
+def _limits(estimate: float, draws: Array) -> list[float] | None:
+    return _in_percent(percentile_interval(float(estimate), draws, LEVEL))
 
 
 def _without_ties(columns: Array, draws: Array) -> dict[str, Any]:
@@ -129,85 +126,24 @@ def _without_ties(columns: Array, draws: Array) -> dict[str, Any]:
     }
 
 
-def control_length(
-    rows: Sequence[Annotation],
-    gamed: Sequence[Sequence[Annotation]] = (),
-    difficulty: Mapping[str | int, float] | None = None,
-    *,
-    seed: int = 1,
-) -> LengthControl:
-    """The length-controlled win rate of annotations (`length_control`), 1/2 for a system against itself.
-
-    Raises:
-        ValueError: too few rows.
-        UserError: a row has no difficulty.
-    """
-    if rows[0].generator_1 == rows[0].generator_2:
-        return identical(len(rows))
-
-    def features(of: Sequence[Annotation]) -> tuple[Array, Array | None]:
-        length = standardise([len(row.output_1) for row in of], [len(row.output_2) for row in of])
-        return length, None if difficulty is None else alpaca.difficulty_of(of, difficulty)
-
-    length, gamma = features(rows)
-    others = [Gamed(*features(of), shares(of)) for of in gamed]
-    prompts = [row.instruction for row in rows]
-    return length_controlled(length, shares(rows), difficulty=gamma, gamed=others, clusters=prompts, seed=seed)
-
-
-def _length_fields(
+def _controlled_fields(
     rows: Sequence[Annotation],
     gamed: Sequence[Sequence[Annotation]],
-    difficulty: Mapping[str | int, float] | None,
+    difficulty: Difficulty | None,
     raw: float,
     seed: int,
 ) -> dict[str, Any]:
     try:
-        found = control_length(rows, gamed, difficulty, seed=seed)
+        found = fit_annotations(rows, gamed, difficulty, seed=seed)
     except ValueError as error:
         missing = dict.fromkeys(("length_controlled_winrate", "lc_standard_error", "length_controlled_interval"))
-        return {**missing, "length_control": {"variant": None, "note": str(error)}}
-    controlled, limits = 100 * found.rate, found.interval
+        return {**missing, "length_control": described(None, raw, str(error))}
     return {
-        "length_controlled_winrate": controlled,
+        "length_controlled_winrate": 100 * found.rate,
         "lc_standard_error": 100 * found.standard_error,
-        "length_controlled_interval": None if limits is None else [100 * limits.low, 100 * limits.high],
-        "length_control": {
-            "variant": found.variant,
-            "coefficients": found.coefficients,
-            "C": found.c,
-            "resamples": 0 if found.refits is None else len(found.refits.times),
-            "note": caution(raw, found),
-        },
+        "length_controlled_interval": _in_percent(found.interval),
+        "length_control": described(found, raw),
     }
-
-
-def caution(raw: float, found: LengthControl) -> str | None:
-    """What makes a length-controlled rate doubtful: no coefficient is left, or AlpacaEval's warning of a big change.
-
-    The latter stands where it changes the rate by over 10 points and over a quarter of the way.
-
-    Args:
-        raw: the plain win rate in percent.
-        found: the fit.
-    """
-    if found.says_nothing:
-        return (
-            f"says nothing: cross-validation chose the strongest penalty (C = {found.c:.2g}), which leaves no "
-            "coefficient; too few rows, or preferences that neither length nor system explains"
-        )
-    if (collapsed := found.collapsed) > 0.05:
-        return (
-            f"the penalty left no coefficient in {100 * collapsed:.0f} % of the resamples: as many of the values "
-            "behind the interval are 50, whatever the data"
-        )
-    controlled = 100 * found.rate
-    room = raw if controlled < raw else 100 - raw
-    if abs(controlled - raw) <= max(EXTREME_POINTS, EXTREME_SHARE * room):
-        return None
-    return (
-        f"length control changes {raw:.1f} % into {controlled:.1f} %: the model may have failed; look at the lengths"
-    )
 
 
 def orders(rows: Sequence[Annotation]) -> dict[str, Any] | None:
@@ -239,7 +175,7 @@ def compare_systems(
     systems: Mapping[str, Sequence[Annotation]],
     *,
     gamed: Sequence[Sequence[Annotation]] = (),
-    difficulty: Mapping[str | int, float] | None = None,
+    difficulty: Difficulty | None = None,
     resamples: int = 10_000,
     seed: int = 1,
 ) -> list[dict[str, Any]]:
@@ -258,6 +194,7 @@ def compare_systems(
         UserError: two systems share no judged instruction.
     """
     means = {name: _by_instruction(rows) for name, rows in systems.items()}
+    fits = Fits(systems, gamed, difficulty, seed)
     found: list[dict[str, Any]] = []
     for a, b in itertools.combinations(systems, 2):
         common = [prompt for prompt in means[a] if prompt in means[b]]
@@ -265,57 +202,24 @@ def compare_systems(
             raise UserError(f"{a} and {b}: no instruction that both answered and were judged on")
         x, y = ([means[name][prompt] for prompt in common] for name in (a, b))
         paired = compare_paired(x, y, resamples=resamples, seed=seed)
+        controlled = fits.between(a, b, frozenset(common))
         found.append(
             {
                 "first": a,
                 "second": b,
                 "difference": 100 * paired.difference.estimate,
-                "interval": [100 * paired.difference.low, 100 * paired.difference.high],
+                "interval": _in_percent(paired.difference),
                 "standard_error": 100 * paired.standard_error,
                 "minimal_detectable_difference": detectable_points(paired.standard_error),
                 "p_value": paired.p_value,
                 "instructions": paired.rows,
-                **_controlled_between(systems[a], systems[b], set(common), gamed, difficulty, seed),
+                "length_controlled_winrate": None if controlled is None else 100 * controlled.estimate,
+                "length_controlled_interval": _in_percent(controlled),
             }
         )
     for row, adjusted in zip(found, holm([row["p_value"] for row in found]), strict=True):
         row["p_holm"] = float(adjusted)
     return found
-
-
-def _controlled_between(
-    first: Sequence[Annotation],
-    second: Sequence[Annotation],
-    common: set[str],
-    gamed: Sequence[Sequence[Annotation]],
-    difficulty: Mapping[str | int, float] | None,
-    seed: int,
-) -> dict[str, Any]:
-    """First over second at equal lengths; both are fitted on the instructions that both have.
-
-    These stand in the order of their texts, so that the folds, and with them the fits, are the same whichever of the
-    two is asked about first: the two rates add up to 100.
-    """
-    sides = [
-        sorted((row for row in rows if row.instruction in common), key=lambda row: row.instruction)
-        for rows in (first, second)
-    ]
-    missing = {"length_controlled_winrate": None, "length_controlled_interval": None}
-    try:
-        one, other = (control_length(rows, gamed, difficulty, seed=seed) for rows in sides)
-        gamma = None
-        if difficulty is not None:
-            one_each = {row.instruction: row for row in sides[0]}
-            gamma = alpaca.difficulty_of(list(one_each.values()), difficulty)
-        found = between_systems(one, other, gamma)
-    except ValueError:  # too few rows
-        return missing
-    if one.says_nothing or other.says_nothing:
-        return missing
-    return {
-        "length_controlled_winrate": 100 * found.estimate,
-        "length_controlled_interval": [100 * found.low, 100 * found.high],
-    }
 
 
 def _by_instruction(rows: Sequence[Annotation]) -> dict[str, float]:
@@ -365,7 +269,7 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("win rate, ties one half", f"{result['win_rate']:.2f} % (95 % interval {low:.2f} to {high:.2f})"),
         ("without ties", "every pair is a tie" if decided is None else _rate(decided, loose)),
     ]
-    if result["n_instructions"] < FEW_PROMPTS or low == high:
+    if too_narrow(result["n_instructions"], result["interval"]):
         wilson = "{:.2f} to {:.2f}".format(*result["wilson_interval"])
         found.append(("Wilson's interval", f"{wilson}: read this one, the bootstrap's is too narrow here"))
     found += [
@@ -440,7 +344,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
             "{:+.2f} to {:+.2f}".format(*row["interval"]),
             f"{row['p_holm']:.2g}",
             _over(row["length_controlled_winrate"], row["length_controlled_interval"]),
-            "different" if row["p_holm"] <= 1 - LEVEL else "no significant difference",
+            "different" if row["p_holm"] <= 1 - LEVEL else NO_DIFFERENCE,
         ]
         for row in rows
     ]
@@ -500,13 +404,14 @@ def write_annotation_result(
     alpaca.write_leaderboard(files[0], found)
     write_text(files[1], text + "\n")
     entries = [_entry(name, one, systems[name]) for name, one in found.items()]
-    write_page(files[2], entries, result.get("comparisons", ()), comparison_table)
+    compared = result.get("comparisons", [])
+    write_page(files[2], entries, compared, *comparison_table(compared))
     write_json(files[3], result)
     return files
 
 
 def _entry(name: str, result: Mapping[str, Any], rows: Sequence[Annotation]) -> Entry:
-    narrow = result["n_instructions"] < FEW_PROMPTS or result["interval"][0] == result["interval"][1]
+    narrow = too_narrow(result["n_instructions"], result["interval"])
     limits = result["wilson_interval"] if narrow else result["interval"]
     return Entry(
         name,

@@ -14,7 +14,7 @@ from alignment.files import write_json, write_json_lines, write_text
 from evaluation import annotations as alpaca
 from evaluation.annotations import Annotation
 from evaluation.comparison import Comparison, facts, headline, markdown_table, needs_wilson
-from evaluation.head_to_head import caution, control_length
+from evaluation.equal_lengths import described, fit_annotations
 from evaluation.win_rate_page import Entry, around, write_page
 
 
@@ -30,22 +30,18 @@ def with_length_control(
     """
     result = comparison.result
     seed = result["bootstrap"]["seed"]
-    fields: dict[str, Any]
+    raw = 100 * result["win_rate"]
     try:
-        found = control_length(alpaca.parse_annotations(comparison.annotations), gamed, difficulty, seed=seed)
+        found = fit_annotations(alpaca.parse_annotations(comparison.annotations), gamed, difficulty, seed=seed)
     except ValueError as error:
-        fields = {"win_rate": None, "interval": None, "variant": None, "note": str(error)}
+        fields = {"win_rate": None, "interval": None, **described(None, raw, str(error))}
     else:
         limits = found.interval
         fields = {
             "win_rate": found.rate,
             "interval": None if limits is None else [limits.low, limits.high],
             "standard_error": found.standard_error,
-            "variant": found.variant,
-            "coefficients": found.coefficients,
-            "C": found.c,
-            "resamples": 0 if found.refits is None else len(found.refits.times),
-            "note": caution(100 * result["win_rate"], found),
+            **described(found, raw),
         }
     return replace(comparison, result={**result, "length_controlled": fields})
 

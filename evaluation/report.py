@@ -108,11 +108,12 @@ def describe_result(result: dict[str, Any]) -> dict[str, Any]:
 def verdict(result: Mapping[str, Any]) -> str:
     """What the interval lets one say, in words."""
     limits = result["wilson_interval"] if comparison.needs_wilson(dict(result)) else result["interval"]
-    if limits[0] > 0.5:
-        return "better than the baseline by this judge: the interval lies above one half"
-    if limits[1] < 0.5:
-        return "worse than the baseline by this judge: the interval lies below one half"
-    return "no significant difference from the baseline: the interval contains one half"
+    low, high = limits
+    said = comparison.verdict(low, high, 0.5)
+    return {
+        "better": "better than the baseline by this judge: the interval lies above one half",
+        "worse": "worse than the baseline by this judge: the interval lies below one half",
+    }.get(said, f"{said} from the baseline: the interval contains one half")
 
 
 def _last(metrics: curves.Rows, key: str) -> float | None:

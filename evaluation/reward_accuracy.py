@@ -17,6 +17,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: this folder must not shadow the standard library's `statistics`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -164,12 +165,13 @@ def read_items(
     from alignment.recipes.rows import SourceSection
 
     section = SourceSection(name=source, split=split, limit=limit)
-    first = next((row for _, row in raw_rows(section, "eval")), None)
+    rows = raw_rows(section, "eval")
+    first = next(rows, None)
     if first is None:
         raise UserError(f"{source}: holds no rows")
-    if not _is_rewardbench(first):
+    if not _is_rewardbench(first[1]):
         return _pairs(section, chat)
-    items = [_item(f"{place.file or source}: row {place.row}", row) for place, row in raw_rows(section, "eval")]
+    items = [_item(f"{place.file or source}: row {place.row}", row) for place, row in itertools.chain([first], rows)]
     for item in items:
         if item.paired != items[0].paired:
             raise UserError(f"{item.where}: chosen is {'a text' if item.paired else 'a list'} here and not in row 1")
@@ -201,17 +203,7 @@ def _pairs(section: Any, chat: bool) -> tuple[list[Item], dict[str, int]]:
         if any(len(row[key]) > 1 for key in ("chosen", "rejected") if not isinstance(row[key], str)):
             reasons["several_messages_in_a_response"] += 1
             continue
-        items.append(
-            Item(
-                f"{section.name}: row {place.row}",
-                row["prompt"],
-                sides[:1],
-                sides[1:],
-                str(row.get("subset") or ""),
-                "",
-                True,
-            )
-        )
+        items.append(Item(f"{section.name}: row {place.row}", row["prompt"], sides[:1], sides[1:], "", "", True))
     if not items:
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         raise UserError(f"{section.name}: no row can be used ({why})")

@@ -6,13 +6,14 @@ Written by `win_rate.py --output`, for sampled models and for annotations alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignment.files import write_text
 from evaluation.annotations import Annotation
+from evaluation.comparison import verdict
 from evaluation.drawing import COLOURS, FAINT, controlled, legend_above, mark, plain, segment, svg_of
 from evaluation.pages import Table, render
 
@@ -49,7 +50,8 @@ def write_page(
     path: Path,
     entries: Sequence[Entry],
     differences: Differences = (),
-    table_of: Callable[[Differences], tuple[list[str], list[list[str]]]] | None = None,
+    head: Sequence[str] = (),
+    rows: Sequence[Sequence[str]] = (),
 ) -> None:
     """Write the page.
 
@@ -57,11 +59,11 @@ def write_page(
         path: of the page.
         entries: the systems, all of one baseline.
         differences: paired comparisons of them, in percentage points.
-        table_of: what makes a table of these.
+        head, rows: a table of these.
     """
     tables: list[Table] = [(f"{e.name} against {e.baseline}", ["", ""], e.facts) for e in entries]
-    if differences and table_of is not None:
-        tables.append(("The systems against each other, paired", *table_of(differences)))
+    if differences:
+        tables.append(("The systems against each other, paired", head, rows))
     reading = (
         "Lines are 95 % intervals over prompts. Where the diamond (at equal lengths) lies far from the point, length "
         "decides. Compare two systems by their paired difference, not by how their intervals overlap."
@@ -80,8 +82,8 @@ def write_page(
 def claim(entry: Entry) -> str:
     """What the interval lets one say, in words."""
     low, rate, high = entry.rate
-    verdict = "no significant difference" if low <= 50 <= high else "better" if low > 50 else "worse"
-    return f"{entry.name}: {rate:.1f} % ({low:.1f} to {high:.1f} %) over {entry.baseline}: {verdict} by this judge"
+    said = f"{rate:.1f} % ({low:.1f} to {high:.1f} %) over {entry.baseline}"
+    return f"{entry.name}: {said}: {verdict(low, high, 50)} by this judge"
 
 
 def draw(figure: Any, entries: Sequence[Entry], differences: Differences = ()) -> None:

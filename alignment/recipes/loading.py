@@ -225,18 +225,18 @@ _PROGRAMS = {
     "iterate": ("is iterative training", "scripts/iterate.py"),
     "objective": ("is preference training", "scripts/train.py"),
 }
-# Kinds whose keys others know, told by the first of their top-level keys that is there: what it is, what reads it.
-_ELSEWHERE: dict[str, tuple[tuple[str, ...], str, str]] = {
-    "compare": (("compare",), "is a comparison", "alignment compare {path}"),
-    "games": (("games", "methods", "settings"), "is of the tabular lab", "alignment games run {path}"),
-    "replication": (("arms",), "is a replication", "python evaluation/replication.py {path}"),
-    "overoptimization": (("pool", "gold"), "is an experiment", "python evaluation/overoptimization.py {path}"),
-    "launch": (
+# Files of other kinds: top-level keys that tell one, what it is, what reads it.
+_ELSEWHERE: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("compare",), "is a comparison", "alignment compare {path}"),
+    (("games", "methods", "settings"), "is of the tabular lab", "alignment games run {path}"),
+    (("arms",), "is a replication", "python evaluation/replication.py {path}"),
+    (("pool", "gold"), "is an experiment", "python evaluation/overoptimization.py {path}"),
+    (
         ("compute_environment", "distributed_type"),
         "is accelerate's launch file",
         "alignment train RECIPE --accelerate-config {path}",
     ),
-}
+)
 _KINDS: dict[str, type[EveryRecipe]] = {
     "sft": SftRecipe,
     "reward_model": RewardModelRecipe,
@@ -290,22 +290,19 @@ def load_any(path: str | Path, overrides: Sequence[str] = ()) -> EveryRecipe:
     return checked(_kind, path, overrides, _fill_in)
 
 
-def _elsewhere(document: Document) -> tuple[str | None, str]:
-    """The kind, and the top-level key that tells it."""
-    if not any(isinstance(document.values.get(key), dict) for key in ("objective", *_KINDS)):
-        for kind, (keys, _, _) in _ELSEWHERE.items():
-            for key in keys:
-                if key in document.values:
-                    return kind, key
-    return None, ""
+def _refuse_other_kinds(document: Document) -> None:
+    """RecipeError naming the command, where the file is no recipe of a run."""
+    if any(isinstance(document.values.get(key), dict) for key in ("objective", *_KINDS)):
+        return
+    for keys, what, command in _ELSEWHERE:
+        key = next((key for key in keys if key in document.values), None)
+        if key is not None:
+            message = f"{what}, not a recipe of a run: {command.format(path=document.source)} reads it"
+            raise RecipeError([Problem(document.origin((key,)), (key,), message)])
 
 
 def _kind(document: Document) -> type[EveryRecipe]:
-    kind, key = _elsewhere(document)
-    if kind is not None:
-        _, what, command = _ELSEWHERE[kind]
-        message = f"{what}, not a recipe of a run: {command.format(path=document.source)} reads it"
-        raise RecipeError([Problem(document.origin((key,)), (key,), message)])
+    _refuse_other_kinds(document)
     return next((found for section, found in _KINDS.items() if section in document.values), Recipe)
 
 

@@ -54,6 +54,13 @@ def write_given(recipe: CompareRecipe, arms: Sequence[Arm], prompts: Prompts) ->
     for line in prepared.summary():
         print(f"  {line}", flush=True)
     write_rejected(recipe.folder, prepared)
+    scored = "reward_chosen" in prepared.dataset.column_names
+    reading = [arm.label for arm in arms if "reward" in arm.objective(arm.points[0]).needs and not scored]
+    if reading:
+        raise UserError(
+            f"data.train: {reading[0]} reads reward_chosen and reward_rejected, which the rows do not have: add them, "
+            "or leave it out of compare.objectives"
+        )
     rows = [{key: value for key, value in row.items() if value is not None} for row in prepared.dataset]
     new = file.with_suffix(".new")
     write_json_lines(new, rows)

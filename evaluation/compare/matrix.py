@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.comparison import NO_DIFFERENCE
 from evaluation.experiments import over_seeds
 from evaluation.statistics import compare_paired, holm, minimal_detectable_difference
 
 Array = NDArray[np.float64]
 
 LEVEL = 0.05
-NO_DIFFERENCE = "no significant difference"
 IN_THIS_RUN = " in this run"  # of a difference that one seed shows
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.compare.figures import draw_all, ordered_matrix, ranked
-from evaluation.compare.matrix import IN_THIS_RUN, NO_DIFFERENCE
+from evaluation.compare.matrix import IN_THIS_RUN
+from evaluation.comparison import NO_DIFFERENCE, markdown_table
 from evaluation.pages import render
 
 Row = Mapping[str, Any]
@@ -185,12 +186,8 @@ def as_markdown(result: Row) -> str:
     lines += [f"{note}\n" for note in notes(result)]
     for title, table in TABLES:
         head, rows = table(result)
-        lines += [f"## {title}", "", _line(head), "|---" * len(head) + "|", *map(_line, rows), ""]
+        lines += [f"## {title}", "", markdown_table(head, rows), ""]
     return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def as_csv(result: Row) -> str:

@@ -108,7 +108,7 @@ def arms_of(recipe: CompareRecipe) -> list[Arm]:
     section = recipe.compare
     given: list[tuple[int | None, str, str | None, dict[str, Any], str | None, str | None]]
     given = [(i, e.name, e.file, e.hyperparameters, e.label, e.over) for i, e in enumerate(section.objectives)]
-    given = given or [(None, name, None, keys, None, None) for name, keys in all_that_fit(recipe)]
+    given = given or [(None, name, None, keys, None, None) for name, keys in all_that_fit(recipe)[0]]
     found: list[Arm] = []
     for where, name, file, keys, label, over in given:
         if name == "vpo" and keys.get("mode", "offline") == "offline":
@@ -122,8 +122,6 @@ def arms_of(recipe: CompareRecipe) -> list[Arm]:
                 raise RecipeError([dataclasses.replace(unfair, message=f"{label} samples again: {unfair.message}")])
             if label in [arm.label for arm in found[:-1]]:
                 raise ValueError(f"{label!r} is there twice; give one of them a label of its own")
-        except RecipeError:
-            raise
         except ValueError as failed:
             raise _refused(recipe, where, str(failed)) from None
     if section.baseline not in [arm.label for arm in found]:
@@ -142,28 +140,38 @@ def _constructed(arm: Arm, value: float | None) -> None:
         raise ValueError(f"{arm.label} at the tuning point {point_name(arm, value)}: {failed}") from None
 
 
-def all_that_fit(recipe: CompareRecipe) -> list[tuple[str, dict[str, Any]]]:
-    """(name, hyper-parameters) of every objective that trains on pairs, whose needs the judge can meet, and which can
-    be given the same budget: see `against_iterations`. Given pairs have no samples of the start for vpo."""
+def all_that_fit(recipe: CompareRecipe) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """What `objectives: all` is: (name, hyper-parameters) of every objective that trains on pairs under this judge.
+
+    The second list names those left out since they would not have the same data or budget: methods that sample again,
+    where `against_iterations` says so; and on given pairs those that read samples of the start or the judge's scores.
+    """
     found: list[tuple[str, dict[str, Any]]] = []
-    fixed = against_iterations(recipe) is not None
+    left_out: list[str] = []
+    given, fixed = recipe.data.sample is None, against_iterations(recipe) is not None
     for card in own_cards():
         needs = set(card.needs)
         unmet = ("reward" in needs and recipe.reward is None) or (
             bool(needs & {"preference", "log_odds"}) and recipe.oracle is None
         )
-        unfair = (fixed and bool(RESAMPLING & needs)) or (card.name == "vpo" and recipe.data.sample is None)
-        if card.batch == "pairs" and not unmet and not unfair:
-            variants = DIVERGENCES if card.name == "f_dpo" else ({},)
-            found += [(card.name, dict(keys)) for keys in variants]
-    return found
+        if card.batch != "pairs" or unmet:
+            continue
+        if (fixed and RESAMPLING & needs) or (given and ("reward" in needs or card.name == "vpo")):
+            left_out.append(card.name)
+            continue
+        variants = DIVERGENCES if card.name == "f_dpo" else ({},)
+        found += [(card.name, dict(keys)) for keys in variants]
+    return found, left_out
 
 
 def against_iterations(recipe: CompareRecipe) -> Problem | None:
     """Why a method that samples again between its iterations would not have the others' data or budget here."""
     sample, training = recipe.data.sample, recipe.training
     if sample is None:
-        key, why = "data.train", "given pairs are not its policy's: compare it under data.sample"
+        key, why = (
+            "data.train",
+            "given pairs are not its policy's, nor scored, nor beside samples of the start: use data.sample",
+        )
     elif sample.pairs_per_prompt > 1:
         key, why = "data.sample.pairs_per_prompt", "it trains on one pair of a prompt in an iteration: set this to 1"
     elif training.lr_scheduler_type != "constant" or training.warmup_steps:
@@ -177,12 +185,13 @@ def against_iterations(recipe: CompareRecipe) -> Problem | None:
 
 def left_out_of_all(recipe: CompareRecipe) -> str | None:
     """A line on what `objectives: all` leaves out for its data or schedule; None where that is nothing."""
+    names = [] if recipe.compare.objectives else all_that_fit(recipe)[1]
     unfair = against_iterations(recipe)
-    if recipe.compare.objectives or unfair is None:
-        return None
-    names = [card.name for card in own_cards() if card.batch == "pairs" and RESAMPLING & set(card.needs)]
-    names += ["vpo"] if recipe.data.sample is None else []
-    return f"left out of all: {', '.join(names)} ({'.'.join(unfair.path)}: {unfair.message})"
+    return (
+        f"left out of all: {', '.join(names)} ({'.'.join(unfair.path)}: {unfair.message})"
+        if names and unfair
+        else None
+    )
 
 
 def _arm(

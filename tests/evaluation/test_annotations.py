@@ -29,9 +29,9 @@ from evaluation.annotations import (
     write_leaderboard,
 )
 from evaluation.comparison import Side, compare, describe
+from evaluation.equal_lengths import caution
 from evaluation.head_to_head import (
     annotation_result,
-    caution,
     compare_systems,
     orders,
     summarise,

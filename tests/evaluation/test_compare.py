@@ -226,6 +226,9 @@ def test_given_pairs_are_prepared_once_and_every_run_trains_on_them(tiny, tmp_pa
         "evaluation.bootstrap=200", "generation.max_new_tokens=4", "training.num_train_epochs=1",
         "training.global_batch_size=4",
     ]  # fmt: skip
+    scored = [one.replace("[dpo, ipo]", "[dpo, reward_aware_rpo]") for one in overrides]
+    with pytest.raises(UserError, match="data.train: reward_aware_rpo reads reward_chosen and reward_rejected"):
+        compare(TINY, [*scored, "data.overlap=drop"])
     with pytest.raises(UserError, match="1 of 14 prompts of data.train are also judged on.*evaluation.prompts"):
         compare(TINY, overrides)
     assert not (folder / "runs").exists()

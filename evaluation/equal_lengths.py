@@ -1,0 +1,140 @@
+"""Length control of annotations: `length_control`'s fit on judged pairs, what to be told of it, and two systems' fits.
+
+Rates are in the caller's unit; `head_to_head` has percent, `outputs` shares. No text is printed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.annotations import Annotation, difficulty_of, shares
+from evaluation.length_control import Gamed, LengthControl, between_systems, identical, length_controlled, standardise
+from evaluation.statistics import Interval
+
+Array = NDArray[np.float64]
+Difficulty = Mapping[str | int, float]
+
+EXTREME_POINTS, EXTREME_SHARE = 10, 1 / 4  # AlpacaEval warns of a change beyond both (glm_winrate.py)
+
+
+def fit_annotations(
+    rows: Sequence[Annotation],
+    gamed: Sequence[Sequence[Annotation]] = (),
+    difficulty: Difficulty | None = None,
+    *,
+    seed: int = 1,
+) -> LengthControl:
+    """The length-controlled win rate of annotations (`length_control`), 1/2 for a system against itself.
+
+    Raises:
+        ValueError: too few rows.
+        UserError: a row has no difficulty.
+    """
+    if rows[0].generator_1 == rows[0].generator_2:
+        return identical(len(rows))
+
+    def features(of: Sequence[Annotation]) -> tuple[Array, Array | None]:
+        length = standardise([len(row.output_1) for row in of], [len(row.output_2) for row in of])
+        return length, None if difficulty is None else difficulty_of(of, difficulty)
+
+    length, gamma = features(rows)
+    others = [Gamed(*features(of), shares(of)) for of in gamed]
+    prompts = [row.instruction for row in rows]
+    return length_controlled(length, shares(rows), difficulty=gamma, gamed=others, clusters=prompts, seed=seed)
+
+
+def described(found: LengthControl | None, raw: float, note: str | None = None) -> dict[str, Any]:
+    """What stands beside a length-controlled rate.
+
+    Args:
+        found: the fit; None where there is none, for the reason in `note`.
+        raw: the plain win rate in percent.
+        note: the reason.
+    """
+    if found is None:
+        return {"variant": None, "note": note}
+    return {
+        "variant": found.variant,
+        "coefficients": found.coefficients,
+        "C": found.c,
+        "resamples": 0 if found.refits is None else len(found.refits.times),
+        "note": caution(raw, found),
+    }
+
+
+def caution(raw: float, found: LengthControl) -> str | None:
+    """What makes a length-controlled rate doubtful: no coefficient is left, or AlpacaEval's warning of a big change.
+
+    The latter stands where it changes the rate by over 10 points and over a quarter of the way.
+
+    Args:
+        raw: the plain win rate in percent.
+        found: the fit.
+    """
+    if found.says_nothing:
+        return (
+            f"says nothing: cross-validation chose the strongest penalty (C = {found.c:.2g}), which leaves no "
+            "coefficient; too few rows, or preferences that neither length nor system explains"
+        )
+    if (collapsed := found.collapsed) > 0.05:
+        return (
+            f"the penalty left no coefficient in {100 * collapsed:.0f} % of the resamples: as many of the values "
+            "behind the interval are 50, whatever the data"
+        )
+    controlled = 100 * found.rate
+    room = raw if controlled < raw else 100 - raw
+    if abs(controlled - raw) <= max(EXTREME_POINTS, EXTREME_SHARE * room):
+        return None
+    return (
+        f"length control changes {raw:.1f} % into {controlled:.1f} %: the model may have failed; look at the lengths"
+    )
+
+
+class Fits:
+    """Fits of systems against one baseline on the instructions that two of them share, each made once.
+
+    Rows stand in the order of their instructions' texts, so that the folds, and with them the fits, are the same
+    whichever of two systems is asked about first: the two rates add up to 1.
+
+    Args:
+        systems: name → its annotations.
+        gamed, difficulty, seed: as of `fit_annotations`.
+    """
+
+    def __init__(
+        self,
+        systems: Mapping[str, Sequence[Annotation]],
+        gamed: Sequence[Sequence[Annotation]],
+        difficulty: Difficulty | None,
+        seed: int,
+    ) -> None:
+        self.systems, self.gamed, self.difficulty, self.seed = systems, gamed, difficulty, seed
+        self._fits: dict[tuple[str, frozenset[str]], LengthControl | None] = {}
+
+    def between(self, first: str, second: str, common: frozenset[str]) -> Interval | None:
+        """First over second at equal lengths, in [0, 1]; None where one of the fits says nothing or cannot be made."""
+        one, other = self._fit(first, common), self._fit(second, common)
+        if one is None or other is None or one.says_nothing or other.says_nothing:
+            return None
+        if self.difficulty is None:
+            return between_systems(one, other)
+        one_each = {row.instruction: row for row in self._rows(first, common)}
+        return between_systems(one, other, difficulty_of(list(one_each.values()), self.difficulty))
+
+    def _rows(self, name: str, common: frozenset[str]) -> list[Annotation]:
+        rows = (row for row in self.systems[name] if row.instruction in common)
+        return sorted(rows, key=lambda row: row.instruction)
+
+    def _fit(self, name: str, common: frozenset[str]) -> LengthControl | None:
+        key = name, common
+        if key not in self._fits:
+            try:
+                rows = self._rows(name, common)
+                self._fits[key] = fit_annotations(rows, self.gamed, self.difficulty, seed=self.seed)
+            except ValueError:  # too few rows
+                self._fits[key] = None
+        return self._fits[key]
