@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from alignment.errors import UserError
 from alignment.files import write_json, write_text
@@ -196,7 +197,8 @@ def compare_systems(
     means = {name: _by_instruction(rows) for name, rows in systems.items()}
     fits = Fits(systems, gamed, difficulty, seed)
     found: list[dict[str, Any]] = []
-    for a, b in itertools.combinations(systems, 2):
+    pairs = list(itertools.combinations(systems, 2))
+    for a, b in tqdm(pairs, desc="comparing", unit=" pairs of systems", disable=None, delay=2):
         common = [prompt for prompt in means[a] if prompt in means[b]]
         if not common:
             raise UserError(f"{a} and {b}: no instruction that both answered and were judged on")
@@ -385,7 +387,7 @@ def annotation_result(
             )
     found = {
         name: summarise(rows, gamed=others, difficulty=table, resamples=resamples, seed=seed)
-        for name, rows in systems.items()
+        for name, rows in tqdm(systems.items(), desc="summarising", unit=" systems", disable=None, delay=2)
     }
     if len(found) == 1:
         (only,) = found.values()
