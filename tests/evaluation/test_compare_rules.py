@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import write_json, write_json_lines
 from alignment.objectives import get_objective, list_objectives
+from alignment.objectives.batch import PairLogps
 from alignment.recipes import IterateRecipe, Recipe, RecipeError
+from evaluation.compare import runs
 from evaluation.compare.equivalence import RULES, describe_equal, loss_of
 from evaluation.compare.plan import arms_of, grid, left_out_of_all, read_all_prompts, run_of, tuning_runs, updates
 from evaluation.compare.recipe import load_compare_recipe
@@ -187,11 +191,49 @@ def test_equivalence_map():
     assert loss_of("dpo", {"label_smoothing": 0.1}) != loss_of("robust", {"label_smoothing": 0.0})
 
 
+def test_inpo_with_tau_at_eta_is_ipo_in_every_iteration():
+    """The previous iterate has weight 1 - tau/eta: two of them give ipo's loss, and with a smaller tau they do not."""
+    given = [torch.tensor([value, -value]) for value in (1.0, 2.0, 0.5, 0.25)]
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    columns = dict(zip(names, given, strict=True))
+
+    def inpo(tau, previous):
+        more = {"prev_chosen": torch.full((2,), previous), "prev_rejected": torch.zeros(2)}
+        return get_objective("inpo", eta=0.1, tau=tau).loss(PairLogps(**columns, **more))
+
+    ipo = get_objective("ipo", tau=0.1).loss(PairLogps(**columns))
+    for previous in (-3.0, 7.0):
+        torch.testing.assert_close(inpo(0.1, previous), ipo)
+        assert not torch.allclose(inpo(0.05, previous), ipo)
+    assert describe_equal("inpo", {"eta": 0.1, "tau": 0.1}) == "every iteration = ipo (tau=0.1)"
+    assert describe_equal("inpo", {"eta": 0.1, "tau": 0.05}) == "first iteration = ipo (tau=0.1)"
+
+
+def test_a_run_that_is_gone_on_with_has_no_cost(files, monkeypatch):
+    """Its earlier time is not known. (That going on gives the same run is test_compare's and the trainers' matter.)"""
+    recipe = loaded(files)
+    first, second = (run_of(recipe, arm, 0.1, 0, 4) for arm in arms_of(recipe)[:2])
+    write_json(second.folder / "checkpoint-2" / "files.json", {})
+    asked: list[list[str]] = []
+
+    class Done:
+        exitcode = 0
+
+        def __init__(self, target: object, args: tuple[list[str]]) -> None:
+            asked.append(args[0][1:])
+
+        def start(self) -> None: ...
+
+        def join(self) -> None: ...
+
+    context = SimpleNamespace(set_forkserver_preload=lambda names: None, Process=Done)
+    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: context)
+    runs.carry_out([first, second], recipe.folder, "training")
+    assert asked == [[], ["--resume"]]
+    assert (first.folder / "cost.json").is_file() and not (second.folder / "cost.json").exists()
+
+
 def test_every_rule_holds_for_the_losses_up_to_a_constant():
-    import torch
-
-    from alignment.objectives.batch import PairLogps
-
     generator = torch.Generator().manual_seed(0)
     columns = {
         name: -10 * torch.rand(16, generator=generator, dtype=torch.float64)

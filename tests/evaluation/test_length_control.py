@@ -188,6 +188,14 @@ def test_two_systems_at_equal_lengths_through_their_annotations():
     assert back["length_controlled_interval"] == pytest.approx([100 - high, 100 - low], abs=1e-9)
     (turned,) = compare_systems({name: rows[::-1] for name, rows in systems.items()}, resamples=200)
     assert turned["length_controlled_interval"] == pytest.approx([low, high], abs=1e-9)  # whatever the files' order
+    alone = pair
+    third = systems["long"][:300]  # shares fewer instructions with each of the two: other fits, and not these
+    among = compare_systems({**systems, "third": third}, resamples=200)
+    assert {key: among[0][key] for key in alone if key != "p_holm"} == {
+        k: v for k, v in alone.items() if k != "p_holm"
+    }
+    (apart,) = compare_systems({"strong": systems["strong"], "third": third}, resamples=200)
+    assert among[1]["length_controlled_interval"] == apart["length_controlled_interval"] != [low, high]
     few = {name: rows[:9] if name == "strong" else rows for name, rows in systems.items()}
     (pair,) = compare_systems(few, resamples=200)
     assert pair["length_controlled_winrate"] is None and pair["length_controlled_interval"] is None
