@@ -305,10 +305,7 @@ def test_a_mistake_in_the_file_has_its_line(tmp_path):
         load_compare_recipe(file)
 
 
-def test_an_objective_of_ones_own_lies_beside_the_recipe(files, tmp_path, monkeypatch):
-    from alignment.objectives import registry
-
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+def test_an_objective_of_ones_own_lies_beside_the_recipe(files, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from alignment.objectives import Card, Objective, hyper, register\n"
         "@register\nclass Mine(Objective):\n"

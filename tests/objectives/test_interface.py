@@ -257,11 +257,8 @@ class Steep(Kinds):
 
 
 @pytest.fixture
-def plugin(tmp_path, monkeypatch):
-    """The plug-in's file, with the registry restored afterwards."""
-    from alignment.objectives import registry
-
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+def plugin(tmp_path):
+    """The plug-in's file."""
     path = tmp_path / "squared_hinge.py"
     path.write_text(PLUGIN)
     return path

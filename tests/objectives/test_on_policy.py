@@ -14,7 +14,6 @@ from alignment.objectives import (
     load_plugin,
 )
 from alignment.objectives.conformance import run_checks
-from alignment.objectives.registry import _REGISTRY
 from alignment.objectives.samples import NEEDS_OF
 
 CARDS = {card.name: card for card in list_objectives() if card.batch != "pairs"}
@@ -152,23 +151,18 @@ def test_swapping_twice_is_the_same_batch() -> None:
 
 
 def test_a_user_s_on_policy_objective_joins(tmp_path) -> None:
-    before = dict(_REGISTRY)
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN)
-    try:
-        assert load_plugin(file) == ["plain_pg"]
-        objective = get_objective("plain_pg", scale=2)
-        assert (objective.card.batch, objective.judge, objective.needs) == ("samples", "reward", ("reward",))
-        assert objective.loss(full_pairs()).tolist() == [0, 0, 0]
-        assert objective.statistics(full_pairs()) == {}
-        assert [result for result in run_checks(["plain_pg"]) if not result.ok] == []
-        file.write_text(PLUGIN.replace("batch.reward_second", "batch.behaviour_second"))
+    assert load_plugin(file) == ["plain_pg"]
+    objective = get_objective("plain_pg", scale=2)
+    assert (objective.card.batch, objective.judge, objective.needs) == ("samples", "reward", ("reward",))
+    assert objective.loss(full_pairs()).tolist() == [0, 0, 0]
+    assert objective.statistics(full_pairs()) == {}
+    assert [result for result in run_checks(["plain_pg"]) if not result.ok] == []
+    file.write_text(PLUGIN.replace("batch.reward_second", "batch.behaviour_second"))
+    load_plugin(file)
+    failed = {result.check: result.detail for result in run_checks(["plain_pg"]) if not result.ok}
+    assert set(failed) == {"columns"}
+    file.write_text(PLUGIN.replace('needs=("reward",)', 'needs=("calibration",)'))
+    with pytest.raises(ValueError, match="needs: unknown .'calibration'.; valid: behaviour, reference"):
         load_plugin(file)
-        failed = {result.check: result.detail for result in run_checks(["plain_pg"]) if not result.ok}
-        assert set(failed) == {"columns"}
-        file.write_text(PLUGIN.replace('needs=("reward",)', 'needs=("calibration",)'))
-        with pytest.raises(ValueError, match="needs: unknown .'calibration'.; valid: behaviour, reference"):
-            load_plugin(file)
-    finally:
-        _REGISTRY.clear()
-        _REGISTRY.update(before)

@@ -157,15 +157,7 @@ class Straight(Objective):
 """
 
 
-@pytest.fixture
-def registry_restored(monkeypatch):
-    """What a plug-in registers here must not reach other tests."""
-    from alignment.objectives import registry
-
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-
-
-def test_an_objective_from_a_file_beside_the_recipe(small, registry_restored):
+def test_an_objective_from_a_file_beside_the_recipe(small):
     small("name: dpo\n  beta: 0.2", "name: straight\n  file: mine.py\n  beta: 3", name="sub.yaml")
     Path("deep").mkdir()
     Path("deep/r.yaml").write_text(Path("sub.yaml").read_text())
