@@ -7,6 +7,7 @@ the value and the remedy. Everything else is a bug of ours and keeps its traceba
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 from collections.abc import Callable, Iterable
 
@@ -23,7 +24,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def run_or_exit(main: Callable[[], None]) -> None:
-    """Run `main`; a `UserError` becomes one line on standard error and exit code 2."""
+    """Run `main`; a `UserError` becomes one line on standard error and exit code 2.
+
+    What the terminal's encoding lacks is printed as its escape.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -136,11 +136,14 @@ def jsonable(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that appears complete or not at all (temporary file beside it, then an atomic rename)."""
+    """Write a file that appears complete or not at all (temporary file beside it, then an atomic rename).
+
+    Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes its escape.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -93,23 +93,31 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     return str(row[key])
 
 
+def _name(value: Any) -> str:
+    """A system's name on one line, half a surrogate pair as its escape: it stands in tables and figures."""
+    return " ".join(str(value).split()).encode(errors="backslashreplace").decode()
+
+
 def _annotation(where: str, number: int, row: dict[str, Any]) -> Annotation:
     texts = {key: _text(row, key, where) for key in ("instruction", "output_1", "output_2")}
-    names = [str(row.get(key) or key) for key in ("generator_1", "generator_2")]
+    names = [_name(row.get(key) or key) for key in ("generator_1", "generator_2")]
     index = row.get("index")
     return Annotation(
         where,
         **texts,
         generator_1=names[0],
         generator_2=names[1],
-        preference=_preference(row.get("preference", ""), where),
+        preference=_preference(row, where),
         index=index if isinstance(index, int) and not isinstance(index, bool) else number,
         switched=_switched(row.get(SWITCHED), where),
         row=row,
     )
 
 
-def _preference(value: Any, where: str) -> float:
+def _preference(row: Mapping[str, Any], where: str) -> float:
+    if "preference" not in row:
+        raise UserError(f"{where}: no preference in this row (it has {', '.join(map(str, row))})")
+    value = row["preference"]
     number = math.nan if value is None else None if isinstance(value, str) else _number(value)
     if number is None:
         raise UserError(f"{where}: preference must be a number from 1 to 2, 0 or null, not {value!r:.40}")
@@ -213,9 +221,13 @@ def annotation_rows(
         matrices: per prompt, [I, J] P(model's sample > baseline's), NaN where it could not be judged.
         model, baseline: name, and per prompt the samples' texts.
         annotator: what judged.
+
+    Returns:
+        The rows; `index` is the prompt's number, by which AlpacaEval's difficulties are known.
     """
     return [
         {
+            "index": number,
             "instruction": prompt,
             "output_1": theirs,
             "generator_1": baseline[0],
@@ -224,7 +236,9 @@ def annotation_rows(
             "annotator": annotator,
             "preference": 1 + float(matrix[i, j]),
         }
-        for prompt, matrix, group, other in zip(prompts, matrices, model[1], baseline[1], strict=True)
+        for number, (prompt, matrix, group, other) in enumerate(
+            zip(prompts, matrices, model[1], baseline[1], strict=True)
+        )
         for i, ours in enumerate(group)
         for j, theirs in enumerate(other)
     ]
@@ -263,14 +277,43 @@ def difficulty_of(rows: Sequence[Annotation], table: Mapping[str | int, float]) 
     Raises:
         UserError: a row's instruction has none.
     """
-    found = [table.get(row.instruction, table.get(row.index)) for row in rows]
-    for row, value in zip(rows, found, strict=True):
-        if value is None:
+    return np.array([difficulty_at(row.instruction, row.index, row.where, table) for row in rows])
+
+
+def difficulty_at(instruction: str, index: int, where: str, table: Mapping[str | int, float]) -> float:
+    """The difficulty of the instruction at `where`, by its text, else by `index`.
+
+    Raises:
+        UserError: it has none.
+    """
+    value = table.get(instruction, table.get(index))
+    if value is None:
+        raise UserError(
+            f"{where}: no difficulty for instruction {shorten(instruction)} or index {index} in the file of "
+            "--difficulty; it needs every instruction, by its text or its index"
+        )
+    return value
+
+
+def refuse_two_difficulties(
+    rows: Sequence[Annotation], others: Sequence[Annotation], table: Mapping[str | int, float]
+) -> None:
+    """UserError where an instruction of two files has another difficulty in each.
+
+    Row numbers mean the same instruction only where both files have the same rows: one that lacks a row shifts all
+    that follow.
+    """
+    known, found = (
+        {row.instruction: (value, row.where) for row, value in zip(of, difficulty_of(of, table), strict=True)}
+        for of in (rows, others)
+    )
+    for instruction, (value, where) in found.items():
+        other, there = known.get(instruction, (value, where))
+        if other != value:
             raise UserError(
-                f"{row.where}: no difficulty for instruction {shorten(row.instruction)} or index {row.index} in the "
-                "file of --difficulty; it needs every instruction, by its text or its index"
+                f"{where}: instruction {shorten(instruction)} is of difficulty {value:g} by its row number, and of "
+                f"{other:g} in {there}: the files do not have the same rows; give --difficulty as JSON, by text"
             )
-    return np.array(found, dtype=np.float64)
 
 
 def read_difficulty(path: Path) -> dict[str | int, float]:

@@ -28,7 +28,7 @@ from scipy.special import gammaln
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import jsonable
-from evaluation.options import BatchSize, Chat, Dtype, Limit, MaxNewTokens, Seed, Temperature, TopK, TopP
+from evaluation.options import BatchSize, Chat, Dtype, Limit, MaxNewTokens, Seed, Temperature, TopK, TopP, parse_keys
 from evaluation.statistics import bootstrap_means, percentile_interval
 
 Array = NDArray[np.float64]
@@ -373,7 +373,6 @@ def curves_command(
     from alignment.rewards import get_reward
     from evaluation.best_of_n_page import describe, write_result
     from evaluation.plans import say
-    from evaluation.win_rate import parse_keys
 
     if normalise not in ("member", "none"):
         raise UserError(f"--normalise {normalise!r}: member or none")
@@ -381,7 +380,7 @@ def curves_command(
     wanted = None if ns is None else parse_ns(ns)
     result = evaluate(pool, reward, proxy, ns=wanted, lam=lam, normalise=normalise, resamples=bootstrap, seed=seed)
     written = write_result(output or pool / "curves", result)
-    print(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) if as_json else describe(result))
+    print(json.dumps(jsonable(result), allow_nan=False) if as_json else describe(result))
     say("written: " + ", ".join(map(str, written)))
 
 

@@ -244,9 +244,10 @@ def percent_interval(interval: Sequence[float]) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; a bar inside a cell does not end it."""
+    """A table in Markdown; neither a bar nor a new line inside a cell ends it."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    cells = ([" ".join(cell.split("\n")).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def too_narrow(prompts: int, interval: Sequence[float]) -> bool:
@@ -383,8 +384,6 @@ def _controlled_phrase(result: dict[str, Any]) -> str | None:
     if control is None:
         return None
     if control["win_rate"] is None:
-        return f"not computed: {control['note']}"
-    if control["interval"] is None and control["note"]:
         return f"not known: {control['note']}"
     note = f"; {control['note']}" if control["note"] else ""
     interval = "" if control["interval"] is None else f" ({percent_interval(control['interval'])})"

@@ -61,6 +61,11 @@ def controlled(axes: Any, low: float, value: float, high: float, y: float, label
     axes.plot([value], [y - 0.25], "D", mfc="white", mec=COLOURS[1], markersize=5, label=label)
 
 
+def explain_verdicts(axes: Any) -> None:
+    """What the colours of differences say, above the axes, from their right end on."""
+    axes.set_title("green: different; grey: no significant difference", fontsize=9.5, color=INK, loc="right")
+
+
 def legend_above(axes: Any) -> None:
     """One row of names above the axes, on the left."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)

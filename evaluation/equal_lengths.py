@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.annotations import Annotation, difficulty_of, shares
+from evaluation.annotations import Annotation, difficulty_of, refuse_two_difficulties, shares
 from evaluation.length_control import Gamed, LengthControl, between_systems, identical, length_controlled, standardise
 from evaluation.statistics import Interval
 
@@ -32,7 +32,7 @@ def fit_annotations(
 
     Raises:
         ValueError: too few rows.
-        UserError: a row has no difficulty.
+        UserError: a row has no difficulty, or an instruction another one in a gamed file.
     """
     if rows[0].generator_1 == rows[0].generator_2:
         return identical(len(rows))
@@ -42,6 +42,9 @@ def fit_annotations(
         return length, None if difficulty is None else difficulty_of(of, difficulty)
 
     length, gamma = features(rows)
+    if difficulty is not None:
+        for of in gamed:
+            refuse_two_difficulties(rows, of, difficulty)
     others = [Gamed(*features(of), shares(of)) for of in gamed]
     prompts = [row.instruction for row in rows]
     return length_controlled(length, shares(rows), difficulty=gamma, gamed=others, clusters=prompts, seed=seed)
@@ -116,12 +119,17 @@ class Fits:
         self._fits: dict[tuple[str, frozenset[str]], LengthControl | None] = {}
 
     def between(self, first: str, second: str, common: frozenset[str]) -> Interval | None:
-        """First over second at equal lengths, in [0, 1]; None where one of the fits says nothing or cannot be made."""
+        """First over second at equal lengths, in [0, 1]; None where one of the fits says nothing or cannot be made.
+
+        Raises:
+            UserError: an instruction has another difficulty in each of the two.
+        """
         one, other = self._fit(first, common), self._fit(second, common)
         if one is None or other is None or one.says_nothing or other.says_nothing:
             return None
         if self.difficulty is None:
             return between_systems(one, other)
+        refuse_two_difficulties(self._rows(first, common), self._rows(second, common), self.difficulty)
         one_each = {row.instruction: row for row in self._rows(first, common)}
         return between_systems(one, other, difficulty_of(list(one_each.values()), self.difficulty))
 

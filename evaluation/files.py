@@ -30,7 +30,7 @@ def deliver(result: Mapping[str, Any], text: str, name: str, output: Path | None
     if output is not None:
         write_text(output / f"{name}.md", text + "\n")
         write_json(output / f"{name}.json", result)
-    print(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) if as_json else text)
+    print(json.dumps(jsonable(result), allow_nan=False) if as_json else text)
 
 
 def shorten(text: str, width: int = 60) -> str:

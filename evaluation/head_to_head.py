@@ -35,6 +35,7 @@ from evaluation.statistics import (
     percentile_interval,
     sign_flip_p_value,
     wilson_interval,
+    without_ties,
 )
 from evaluation.win_rate_page import Entry, around, write_page
 
@@ -80,10 +81,12 @@ def summarise(
     sums = cluster_sums((x - 0.5)[:, None], prompts)
     error = clustered_standard_error(x, prompts)
     wilson = wilson_interval(float(x.mean()), len(sums), LEVEL)
+    won, lost = columns[:, 1:].sum(axis=0)
+    loose = without_ties(won, lost, draws[:, 1], draws[:, 2], LEVEL)
     return {
         **found,
         "avg_length": alpaca.average_length([row.output_2 for row in rows]),
-        "interval": _limits(x.mean(), draws[:, 0]),
+        "interval": _in_percent(percentile_interval(float(x.mean()), draws[:, 0], LEVEL)),
         "level": LEVEL,
         "generator_1": rows[0].generator_1,
         "generator_2": rows[0].generator_2,
@@ -91,7 +94,8 @@ def summarise(
         "n_instructions": len(sums),
         "clustered_standard_error": 100 * error,
         "wilson_interval": [100 * wilson.low, 100 * wilson.high],
-        **_without_ties(columns, draws),
+        "win_rate_ties_dropped": None if loose is None else 100 * loose.estimate,
+        "interval_ties_dropped": _in_percent(loose),
         "p_value": sign_flip_p_value(sums[:, 0], resamples, rng),
         "minimal_detectable_difference": detectable_points(error),
         "avg_length_base": alpaca.average_length([row.output_1 for row in rows]),
@@ -110,21 +114,7 @@ def _in_percent(interval: Interval | None) -> list[float] | None:
     return None if interval is None else [100 * interval.low, 100 * interval.high]
 
 
-def _limits(estimate: float, draws: Array) -> list[float] | None:
-    return _in_percent(percentile_interval(float(estimate), draws, LEVEL))
-
-
-def _without_ties(columns: Array, draws: Array) -> dict[str, Any]:
-    won, lost = columns[:, 1].sum(), columns[:, 2].sum()
-    if won + lost == 0:
-        return {"win_rate_ties_dropped": None, "interval_ties_dropped": None}
-    decided = draws[:, 1] + draws[:, 2]
-    kept = decided > 0
-    estimate = won / (won + lost)
-    return {
-        "win_rate_ties_dropped": 100 * float(estimate),
-        "interval_ties_dropped": _limits(estimate, draws[kept, 1] / decided[kept]),
-    }
+_CONTROLLED = ("length_controlled_winrate", "lc_standard_error", "length_controlled_interval")
 
 
 def _controlled_fields(
@@ -137,8 +127,9 @@ def _controlled_fields(
     try:
         found = fit_annotations(rows, gamed, difficulty, seed=seed)
     except ValueError as error:
-        missing = dict.fromkeys(("length_controlled_winrate", "lc_standard_error", "length_controlled_interval"))
-        return {**missing, "length_control": described(None, raw, str(error))}
+        return {**dict.fromkeys(_CONTROLLED), "length_control": described(None, raw, str(error))}
+    if found.says_nothing:
+        return {**dict.fromkeys(_CONTROLLED), "length_control": described(found, raw)}
     return {
         "length_controlled_winrate": 100 * found.rate,
         "lc_standard_error": 100 * found.standard_error,
@@ -153,15 +144,16 @@ def orders(rows: Sequence[Annotation]) -> dict[str, Any] | None:
     Returns:
         `first_preference`: mean share of the text shown first. `pairs_in_both_orders`, and of these `consistency`, the
         share in which both orders prefer the same text or none, and `win_rate_disagreement_tied` (MT-Bench's rule: a
-        pair on which the orders disagree is a tie). All in percent.
+        pair on which the orders disagree is a tie). All in percent; repeated judgements of an order are averaged.
     """
     shown = [row for row in rows if row.switched is not None and not math.isnan(row.share)]
     if not shown:
         return None
-    both: dict[tuple[str, str, str], dict[bool, float]] = {}
+    both: dict[tuple[str, str, str], dict[bool, list[float]]] = {}
     for row in shown:
-        both.setdefault((row.instruction, row.output_1, row.output_2), {})[bool(row.switched)] = row.share
-    pairs = [tuple(found.values()) for found in both.values() if len(found) == 2]
+        places = both.setdefault((row.instruction, row.output_1, row.output_2), {})
+        places.setdefault(bool(row.switched), []).append(row.share)
+    pairs = [tuple(map(np.mean, found.values())) for found in both.values() if len(found) == 2]
     agree = [np.sign(p - 0.5) == np.sign(q - 0.5) for p, q in pairs]
     strict = [(1 + np.sign(p - 0.5)) / 2 if same else 0.5 for (p, q), same in zip(pairs, agree, strict=True)]
     return {
@@ -233,23 +225,40 @@ def _by_instruction(rows: Sequence[Annotation]) -> dict[str, float]:
     return {prompt: float(np.mean(values)) for prompt, values in groups.items()}
 
 
-def read_gamed(path: Path) -> list[Annotation]:
-    """Annotations of one gamed system.
+def read_gamed(
+    paths: Sequence[Path], baseline: str | None = None, compared: Path | None = None
+) -> list[list[Annotation]]:
+    """Annotations of gamed systems.
+
+    Args:
+        paths: a file each.
+        baseline: whom they must have been judged against; None: not known.
+        compared: the file that says so, for messages.
 
     Raises:
-        UserError: as of `read_annotations`, or the file compares several pairs.
+        UserError: as of `read_annotations`; a file compares several pairs, or is against another baseline.
     """
-    rows = alpaca.read_annotations(path)
-    alpaca.one_pair(rows, path)
-    return rows
+    found = []
+    for path in paths:
+        rows = alpaca.read_annotations(path)
+        theirs, _ = alpaca.one_pair(rows, path)
+        if baseline not in (None, theirs):
+            raise UserError(
+                f"--gamed {path}: is against {theirs}, and {compared} against {baseline}: the gamed answers are of "
+                "that baseline, judged against it"
+            )
+        found.append(rows)
+    return found
 
 
 def read_systems(files: Sequence[Path]) -> dict[str, list[Annotation]]:
     """Annotations by system, one file each, against one baseline.
 
     Raises:
-        UserError: as of `read_annotations`; a file compares several pairs, or the baselines differ.
+        UserError: as of `read_annotations`; a file is given twice or compares several pairs, or the baselines differ.
     """
+    if twice := [path for path in files if files.count(path) > 1]:
+        raise UserError(f"--annotations {twice[0]}: given twice; a system is compared with others")
     systems: dict[str, list[Annotation]] = {}
     baselines: dict[str, Path] = {}
     for path in files:
@@ -329,11 +338,9 @@ def _outcomes(result: Mapping[str, Any]) -> str:
 def _controlled(result: Mapping[str, Any]) -> str:
     control = result["length_control"]
     if result["length_controlled_winrate"] is None:
-        return f"not computed: {control['note']}"
+        return f"not known: {control['note']}"
     rate, interval = result["length_controlled_winrate"], result["length_controlled_interval"]
     text = f"{rate:.2f} %" if interval is None else _rate(rate, interval)
-    if interval is None and control["note"]:
-        return f"not known: {control['note']}"
     return f"{text}, {control['variant']}{'; ' + control['note'] if control['note'] else ''}"
 
 
@@ -377,14 +384,7 @@ def annotation_result(
     """
     systems = read_systems(files)
     table = None if difficulty is None else alpaca.read_difficulty(difficulty)
-    others = [read_gamed(path) for path in gamed]
-    baseline = next(iter(systems.values()))[0].generator_1
-    for path, rows in zip(gamed, others, strict=True):
-        if rows[0].generator_1 != baseline:
-            raise UserError(
-                f"--gamed {path}: is against {rows[0].generator_1}, and {files[0]} against {baseline}: the gamed "
-                "answers are of that baseline, judged against it"
-            )
+    others = read_gamed(gamed, next(iter(systems.values()))[0].generator_1, files[0])
     found = {
         name: summarise(rows, gamed=others, difficulty=table, resamples=resamples, seed=seed)
         for name, rows in tqdm(systems.items(), desc="summarising", unit=" systems", disable=None, delay=2)

@@ -8,7 +8,8 @@ What of AlpacaEval (cd543a149, metrics/glm_winrate.py) is reproduced: features, 
 weighted log loss, no intercept), the ten C from 1e-4 to 1e4, five folds by example scored by the mean weighted log
 loss, the refit at the best C, and gamed systems' rows at weight λ / their number, with c = 0. What is not: liblinear
 stops at a tolerance of 1e-4, this at the optimum; examples are dealt to folds in turn, which is
-scikit-learn's rule for groups of one size up to how numpy's sort orders equals. Pure functions on arrays; no files.
+scikit-learn's rule for groups of one size up to how numpy's sort orders equals; and where a prompt has several rows
+they are one example here (AlpacaEval has one row for each). Pure functions on arrays; no files.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ FOLDS = 5
 LAMBDA = 0.2  # weight of all gamed rows together, per row of theirs: `regularize_to_baseline_lambda`
 FEW_ROWS = 10  # under this many there is nothing to fit
 FEATURES = ("length", "difficulty", "system")
+IDENTICAL = "identical"  # the variant of a system against itself
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,14 @@ def _l1_step(w: Array, gradient: Array, hessian: Array) -> Array:
     return best  # rounding hid the minimum from the conditions above
 
 
-def choose_c(features: Array, share: Array, weight: Array) -> float:
-    """The C of `CS` with the least log loss on left-out examples, averaged over `FOLDS` folds; the first of equals."""
-    n = len(share)
-    fold = np.arange(n) % FOLDS
+def choose_c(features: Array, share: Array, weight: Array, groups: NDArray[np.intp]) -> float:
+    """The C of `CS` with the least log loss on left-out groups, averaged over `FOLDS` folds; the first of equals.
+
+    Args:
+        features, share, weight: as of `fit_l1`.
+        groups: [n] number of each row's group, which no fold splits: rows of one prompt know each other's outcome.
+    """
+    fold = groups % FOLDS
     losses = np.zeros(len(CS))
     for held_out in (fold == number for number in range(FOLDS)):
         kept = ~held_out
@@ -219,14 +225,16 @@ def length_controlled(
     extra, extra_share, extra_weight = _gamed_rows(gamed or [], difficulty is not None)
     x, y = np.concatenate([extra, rows[known]]), np.concatenate([extra_share, share[known]])
     weight = np.concatenate([extra_weight, np.ones(int(known.sum()))])
-    c = choose_c(x, y, weight)
+    prompts = list(range(len(known)) if clusters is None else clusters)
+    groups, _ = cluster_codes([prompt for prompt, ok in zip(prompts, known, strict=True) if ok])
+    c = choose_c(x, y, weight, np.concatenate([np.arange(len(extra)), len(extra) + groups]))
     w = fit_l1(x, y, weight, c)
     level_rows = rows.copy()
     level_rows[:, 0] = 0
     predictions = expit(level_rows @ w)
     interval, refits = None, None
     if resamples:
-        codes, count = cluster_codes(range(len(known)) if clusters is None else clusters)
+        codes, count = cluster_codes(prompts)
         refits = _refitted(x, y, weight, codes[known], count, c, resamples, seed)
         if w.any():
             pairs = zip(refits.coefficients, refits.times, strict=True)
@@ -248,7 +256,7 @@ def length_controlled(
 def identical(n: int) -> LengthControl:
     """A system against itself: one half by definition, as AlpacaEval has it."""
     half = np.full(n, 0.5)
-    return LengthControl(0.5, 0.0, Interval(0.5, 0.5, 0.5), dict.fromkeys(FEATURES, 0.0), None, "identical", half)
+    return LengthControl(0.5, 0.0, Interval(0.5, 0.5, 0.5), dict.fromkeys(FEATURES, 0.0), None, IDENTICAL, half)
 
 
 def _gamed_rows(gamed: list[Gamed], with_difficulty: bool) -> tuple[Array, Array, Array]:
@@ -299,6 +307,8 @@ def between_systems(
     Raises:
         ValueError: the two were resampled differently, or not at all.
     """
+    if system.variant == other.variant == IDENTICAL:
+        return Interval(0.5, 0.5, 0.5)  # the baseline against itself
     taken = [one.refits.times for one in (system, other) if one.refits is not None]
     if not taken or not np.array_equal(taken[0], taken[-1]):
         raise ValueError("length control between systems needs the same resamples of the same prompts")

@@ -36,11 +36,11 @@ def with_length_control(
     except ValueError as error:
         fields = {"win_rate": None, "interval": None, **described(None, raw, str(error))}
     else:
-        limits = found.interval
+        limits, known = found.interval, not found.says_nothing
         fields = {
-            "win_rate": found.rate,
+            "win_rate": found.rate if known else None,
             "interval": None if limits is None else [limits.low, limits.high],
-            "standard_error": found.standard_error,
+            "standard_error": found.standard_error if known else None,
             **described(found, raw),
         }
     return replace(comparison, result={**result, "length_controlled": fields})

@@ -21,7 +21,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -34,6 +34,7 @@ from alignment.rewards import RewardFunction, get_reward
 from alignment.rewards.base import Prompt
 from evaluation.comparison import FEW_PROMPTS, describe_judge
 from evaluation.files import deliver
+from evaluation.options import parse_keys
 from evaluation.statistics import bootstrap_means, cluster_bootstrap, percentile_interval, wilson_interval
 
 Array = NDArray[np.float64]
@@ -314,10 +315,17 @@ def summarise(items: Sequence[Item], scores: Sequence[Sequence[float]], *, seed:
         least = min(len(draws[n]) for n in weights)
         section_draws.append(np.average([draws[n][:least] for n in weights], axis=0, weights=list(weights.values())))
         if items[0].paired and section:
-            result["sections"][section] = _limits(estimates[-1], section_draws[-1])
+            result["sections"][section] = _limits(estimates[-1], section_draws[-1]) | _alone(subsets, weights)
     least = min(map(len, section_draws))
     result["overall"] = _limits(np.mean(estimates), np.mean([d[:least] for d in section_draws], axis=0))
+    result["overall"] |= _alone(subsets, [name for weights in parts.values() for name in weights])
     return result
+
+
+def _alone(subsets: Mapping[str, dict[str, Any]], names: Collection[str]) -> dict[str, Any]:
+    """Counts and Wilson's interval of the only subset of a mean; nothing where there are several."""
+    one = subsets[next(iter(names))] if len(names) == 1 else {}
+    return {key: one[key] for key in ("items", "tied_at_the_top", "wilson_interval") if key in one}
 
 
 def _limits(estimate: Any, draws: Array) -> dict[str, Any]:
@@ -364,8 +372,9 @@ def describe(result: Mapping[str, Any]) -> str:
         low, high = one["interval"]
         if "wilson_interval" in one and (one["items"] < FEW_PROMPTS or low == high):
             low, high = one["wilson_interval"]
+        limits = f"{100 * low:.1f} to {100 * high:.1f}" if low < high else "not known: all came out alike"
         counts = [str(one[key]) if key in one else "" for key in ("items", "tied_at_the_top")]
-        row = f"| {name} | {100 * one['accuracy']:.1f} % | {100 * low:.1f} to {100 * high:.1f} |"
+        row = f"| {name} | {100 * one['accuracy']:.1f} % | {limits} |"
         lines.append(f"{row} {counts[0]} | {counts[1]} |")
     tie = "a tie is wrong" if result["form"] == "pairs" else "a tie at the top counts 1 / number of maxima"
     lines.append(
@@ -400,8 +409,6 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print reward_accuracy.json's content.")] = False,
 ) -> None:
     """How often a reward prefers the better response, with 95 % intervals: RewardBench 1, 2, or rows of their form."""
-    from evaluation.win_rate import parse_keys
-
     judge = get_reward(reward, **parse_keys("reward", reward, reward_key or []))
     items, left_out = read_items(source, split, limit, chat=chat)
     result = {"reward": describe_judge(judge), "source": source, "split": split, "chat": chat}

@@ -207,12 +207,6 @@ def win_rate_of_preferences(
     n, mean = len(rows), float(score.mean())
     rng = np.random.default_rng(seed)
     draws = bootstrap_means(rows, resamples, rng)
-    dropped = None
-    if won.sum() + lost.sum() > 0:
-        drawn_decided = draws[:, 1] + draws[:, 3]
-        kept = drawn_decided > 0  # a resample of tied prompts alone says nothing about decided pairs
-        ratio = draws[kept, 1] / drawn_decided[kept]
-        dropped = percentile_interval(won.sum() / (won.sum() + lost.sum()), ratio, level)
     pairs = np.concatenate(used)
     return WinRate(
         prompts=n,
@@ -220,7 +214,7 @@ def win_rate_of_preferences(
         pairs=len(pairs),
         pairs_excluded=sum(np.asarray(m).size for m in matrices) - len(pairs),
         rate=percentile_interval(mean, draws[:, 0], level),
-        rate_ties_dropped=dropped,
+        rate_ties_dropped=without_ties(float(won.sum()), float(lost.sum()), draws[:, 1], draws[:, 3], level),
         standard_error=float(score.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
         wilson=wilson_interval(mean, n, level),
         p_value=sign_flip_p_value(score - 0.5, resamples, rng),
@@ -230,6 +224,21 @@ def win_rate_of_preferences(
         resamples=resamples,
         seed=seed,
     )
+
+
+def without_ties(won: float, lost: float, drawn_won: Array, drawn_lost: Array, level: float) -> Interval | None:
+    """won / (won + lost) with its interval; None where every pair is a tie.
+
+    Args:
+        won, lost: sums over the sample.
+        drawn_won, drawn_lost: [R] of resamples; one of tied prompts alone says nothing and is left out.
+        level: of the interval.
+    """
+    if won + lost == 0:
+        return None
+    decided = drawn_won + drawn_lost
+    kept = decided > 0
+    return percentile_interval(won / (won + lost), drawn_won[kept] / decided[kept], level)
 
 
 def _outcomes(values: Array) -> tuple[int, int, int]:

@@ -29,13 +29,13 @@ import typer
 from alignment.errors import UserError, run_or_exit
 from alignment.files import jsonable, refuse_file
 from alignment.models.sampling import Generation
-from alignment.recipes.document import RecipeError, parse_value
 from alignment.rewards import PreferenceOracle, RewardFunction, get_oracle, get_reward
-from alignment.rewards.registry import Kind, judge_fields
-from evaluation.annotations import read_difficulty, read_model_outputs
+from evaluation.annotations import Annotation, difficulty_at, read_difficulty, read_model_outputs
 from evaluation.comparison import Comparison, Side, compare, describe
+from evaluation.equal_lengths import Difficulty
 from evaluation.files import locate_prompts, read_outputs, read_pool, shorten
 from evaluation.head_to_head import annotation_result, read_gamed, write_annotation_result
+from evaluation.options import parse_keys
 from evaluation.outputs import with_length_control, write_comparison, write_into_run, write_output
 from evaluation.plans import (
     BASELINE_SEED_OFFSET,
@@ -68,15 +68,17 @@ def win_rate_of_files(
     oracle: PreferenceOracle | None = None,
     resamples: int = RESAMPLES,
     seed: int = 1,
+    difficulty: Difficulty | None = None,
 ) -> Comparison:
     """Compare two files of outputs or pools of samples, joined by prompt.
 
     Args:
         a, b: a .jsonl file with `prompt` and `response` in every row; AlpacaEval's model_outputs.json, whose generator
             names the side; or the folder of a pool, which also knows which samples are finished.
+        difficulty: of length control; checked before anything is judged.
 
     Raises:
-        UserError: a row is unusable, a pool incomplete, or a prompt stands on one side only.
+        UserError: a row is unusable, a pool incomplete, a prompt stands on one side only or has no difficulty.
     """
     read = [_read_side(side) for side in (a, b)]
     (_, outputs_a, _), (_, outputs_b, _) = read
@@ -87,6 +89,7 @@ def win_rate_of_files(
                 f"{here[alone[0]][0]}: prompt {shorten(alone[0])} is not in {other}; {len(alone)} such "
                 f"prompt{'' if len(alone) == 1 else 's'}; both sides must answer the same prompts"
             )
+    _refuse_unknown_difficulty(((prompt, outputs_a[prompt][0]) for prompt in outputs_a), difficulty)
     model, baseline = (
         Side(name, [out[p][1] for p in outputs_a], None if ended is None else [ended[p] for p in outputs_a])
         for name, out, ended in read
@@ -94,20 +97,21 @@ def win_rate_of_files(
     return compare(list(outputs_a), model, baseline, judge, oracle=oracle, resamples=resamples, seed=seed)
 
 
-def parse_keys(kind: Kind, name: str, pairs: list[str]) -> dict[str, Any]:
-    """`["pattern=a+b"]` as a dictionary: values of keys that hold text as they are, the others read as YAML."""
-    known, keys = judge_fields(kind, name), {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise UserError(f"--{kind}-key {pair!r}: write KEY=VALUE, such as pattern='(?i)good'")
-        if key in known and known[key].type == "str":  # annotations are texts there
-            keys[key] = value
-            continue
-        keys[key], found = parse_value(value, (key,), f"--{kind}-key")
-        if found.problems:
-            raise RecipeError(found.problems)
-    return keys
+def _refuse_unknown_difficulty(prompts: Iterable[tuple[str, str]], difficulty: Difficulty | None) -> None:
+    """UserError where a prompt (its text, where it stands) has no difficulty: said before samples and judges cost."""
+    for number, (prompt, where) in enumerate(prompts if difficulty is not None else ()):
+        difficulty_at(prompt, number, where, difficulty or {})
+
+
+def _gamed_of(form: str, given: dict[str, Any]) -> list[list[Annotation]]:
+    """The rows of every --gamed file; against whom they were judged is said where the baseline has no such name."""
+    paths = given.get("gamed", [])
+    if paths and form == "files" and given["b"].name.endswith((".json", ".json.gz")):
+        return read_gamed(paths, read_model_outputs(given["b"])[0], given["b"])
+    found = read_gamed(paths)
+    for path, rows in zip(paths, found, strict=True):
+        say(f"--gamed {path}: its answers were judged against {rows[0].generator_1}; that must be this baseline")
+    return found
 
 
 def _given_judge(given: dict[str, Any]) -> dict[str, Any]:
@@ -167,19 +171,26 @@ def choose_form(given: set[str]) -> str:
     return chosen[0]
 
 
-def compare_as_asked(form: str, given: dict[str, Any]) -> Comparison:
-    """Carry out one form with the options that were given."""
+def compare_as_asked(form: str, given: dict[str, Any], difficulty: Difficulty | None = None) -> Comparison:
+    """Carry out one form with the options that were given; a prompt without difficulty is refused before it begins."""
     judge = _given_judge(given)
     renamed = {"bootstrap": "resamples", "seed": "seed", "samples": "samples_per_prompt"}
     settings = {renamed[key]: given[key] for key in renamed if key in given}
     if form == "run":
         file: dict[str, Any] = {key: given[key] for key in ("prompts", "limit", "chat", "vllm") if key in given}
         file["samples"] = given.get("samples_dir", given["RUN_DIR"] / SAMPLES)
-        return run_plan(plan_of_run(given["RUN_DIR"], generation=_generation(given), **judge, **file, **settings))
-    if form == "files":
-        return win_rate_of_files(given["a"], given["b"], **judge, **settings)
+        plan = plan_of_run(given["RUN_DIR"], generation=_generation(given), **judge, **file, **settings)
+    elif form == "files":
+        return win_rate_of_files(given["a"], given["b"], **judge, **settings, difficulty=difficulty)
+    else:
+        plan = _plan_of_models(given, judge, settings)
+    _refuse_unknown_difficulty(((prompt.text, prompt.where) for prompt in plan.prompts), difficulty)
+    return run_plan(plan)
+
+
+def _plan_of_models(given: dict[str, Any], judge: dict[str, Any], settings: dict[str, Any]) -> Plan:
     dtype = given.get("dtype", "float32")
-    plan = Plan(
+    return Plan(
         model=ModelSource(given["model"], {"name_or_path": given["model"], "dtype": dtype}),
         baseline=ModelSource(
             given["baseline"], {"name_or_path": given["baseline"], "dtype": dtype}, BASELINE_SEED_OFFSET
@@ -194,7 +205,6 @@ def compare_as_asked(form: str, given: dict[str, Any]) -> Comparison:
         vllm=given.get("vllm", False),
         **settings,
     )
-    return run_plan(plan)
 
 
 def _generation(given: dict[str, Any]) -> dict[str, Any]:
@@ -213,15 +223,15 @@ def run_program(given: dict[str, Any]) -> None:
         if "output" in given:
             written = write_annotation_result(given["output"], result, text, systems)
     else:
-        gamed = [read_gamed(path) for path in given.get("gamed", ())]
+        gamed = _gamed_of(form, given)
         difficulty = read_difficulty(given["difficulty"]) if "difficulty" in given else None
-        comparison = with_length_control(compare_as_asked(form, given), gamed, difficulty)
+        comparison = with_length_control(compare_as_asked(form, given, difficulty), gamed, difficulty)
         result, text = comparison.result, describe(comparison.result)
         if "output" in given:
             written = write_output(given["output"], comparison)
         elif form == "run":
             written = write_into_run(given["RUN_DIR"], comparison)
-    print(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) if "json" in given else text)
+    print(json.dumps(jsonable(result), allow_nan=False) if "json" in given else text)
     if written:
         say("written: " + ", ".join(map(str, written)))
 

@@ -14,7 +14,7 @@ from typing import Any
 from alignment.files import write_text
 from evaluation.annotations import Annotation
 from evaluation.comparison import verdict
-from evaluation.drawing import COLOURS, FAINT, controlled, legend_above, mark, plain, segment, svg_of
+from evaluation.drawing import COLOURS, FAINT, controlled, explain_verdicts, legend_above, mark, plain, segment, svg_of
 from evaluation.pages import Table, render
 
 Limits = tuple[float, float, float]  # lower limit, estimate, upper limit, in percent
@@ -87,36 +87,38 @@ def claim(entry: Entry) -> str:
 
 
 def draw(figure: Any, entries: Sequence[Entry], differences: Differences = ()) -> None:
-    """Win rates with length control; beside them the paired differences, where there are some."""
-    figure.set_size_inches(9.2, 1.5 + 0.36 * max(len(entries), len(differences)))
-    left, right = figure.subplots(1, 2) if differences else (figure.subplots(), None)
+    """Win rates with length control; below them, as names may be long, the paired differences."""
+    heights = [1.5 + 0.36 * len(rows) for rows in (entries, differences) if rows]
+    figure.set_size_inches(9.2, sum(heights))
+    upper, *others = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for y, entry in enumerate(reversed(entries)):
         low, rate, high = entry.rate
-        segment(left, low, rate, high, y, COLOURS[0], "win rate" if y == 0 else None)
+        segment(upper, low, rate, high, y, COLOURS[0], "win rate" if y == 0 else None)
     shown = [(y, entry.controlled) for y, entry in enumerate(reversed(entries)) if entry.controlled is not None]
     for place, (y, limits) in enumerate(shown):
-        controlled(left, *limits, y, "length-controlled" if place == 0 else None)
-    left.set_yticks(range(len(entries)), [_short(entry.name) for entry in reversed(entries)])
-    left.set_ylim(-0.7, len(entries) - 0.4)
-    left.set_xlabel(f"win rate over {_short(entries[0].baseline)}, percent")
-    mark(left, 50)
-    legend_above(left)
-    plain(left)
-    if right is None:
+        controlled(upper, *limits, y, "length-controlled" if place == 0 else None)
+    upper.set_yticks(range(len(entries)), [_short(entry.name) for entry in reversed(entries)])
+    upper.set_ylim(-0.7, len(entries) - 0.4)
+    upper.set_xlabel(f"win rate over {_short(entries[0].baseline)}, percent")
+    mark(upper, 50)
+    legend_above(upper)
+    plain(upper)
+    if not others:
         return
+    (lower,) = others
     for y, row in enumerate(reversed(differences)):
         low, high = row["interval"]
-        segment(right, low, row["difference"], high, y, COLOURS[2] if row["p_holm"] <= 0.05 else FAINT)
+        segment(lower, low, row["difference"], high, y, COLOURS[2] if row["p_holm"] <= 0.05 else FAINT)
     names = [f"{_short(row['first'], 18)} - {_short(row['second'], 18)}" for row in reversed(differences)]
-    right.set_yticks(range(len(names)), names)
-    right.set_ylim(-0.7, len(names) - 0.4)
-    right.set_xlabel("paired difference, points")
-    right.set_title("green: different; grey: no significant difference", fontsize=9.5, loc="left")
-    mark(right, 0)
-    plain(right)
+    lower.set_yticks(range(len(names)), names)
+    lower.set_ylim(-0.7, len(names) - 0.4)
+    lower.set_xlabel("paired difference, points")
+    explain_verdicts(lower)
+    mark(lower, 0)
+    plain(lower)
 
 
-def _short(name: str, most: int = 40) -> str:
+def _short(name: str, most: int = 30) -> str:
     """The end of a long name: paths differ there."""
     text = name if len(name) <= most else "…" + name[1 - most :]
     return text.replace("$", r"\$")  # else matplotlib reads mathematics

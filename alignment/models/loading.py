@@ -204,7 +204,9 @@ def _quantization(kind: str | None, dtype: str) -> Any:
     if kind != "nf4":
         raise UserError(f"model.quantization: {kind!r} is not nf4")
     if find_spec("bitsandbytes") is None:
-        raise UserError("model.quantization: needs the Python package bitsandbytes: pip install 'alignment[qlora]'")
+        raise UserError(
+            "model.quantization: needs the Python package bitsandbytes: in the checkout, pip install -e '.[qlora]'"
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

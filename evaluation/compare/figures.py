@@ -13,6 +13,7 @@ from evaluation.drawing import (
     INK,
     MARKERS,
     controlled,
+    explain_verdicts,
     legend_above,
     mark,
     plain,
@@ -66,7 +67,7 @@ def win_rates(figure: Any, result: Row) -> None:
         axes.set_xlabel(f"win rate over {against}, percent", color=INK)
         plain(axes)
     legend_above(left)
-    right.set_title("green: different; grey: no significant difference", fontsize=9.5, color=INK, loc="left")
+    explain_verdicts(right)
 
 
 def _limits(one: Row) -> tuple[float, float, float]:

@@ -141,7 +141,7 @@ def test_one_row_has_no_standard_error_and_none_is_an_error(small):
         ([row(1), row(10**400)], "row 2: preference must be a number from 1 to 2, 0 or null, not 1000000000"),
         ([row(1), row(1, is_switched_outputs="yes")], "row 2: is_switched_outputs must be true (output_2 was shown"),
         ([row(1, is_switched_outputs=2)], "false or null, not 2"),
-        ([{k: v for k, v in row(1).items() if k != "preference"}], "row 1: preference must be"),
+        ([{k: v for k, v in row(1).items() if k != "preference"}], "row 1: no preference in this row (it has instr"),
         ([row(None), row(NAN)], "no preference between 1 and 2 in 2 rows"),
         ([row(1), row(2, generator_2="other")], "compares 2 pairs of systems (b and m; b and other)"),
     ],
@@ -198,6 +198,15 @@ def test_swapping_the_systems_mirrors_everything():
         assert one[key] + two[key] == pytest.approx(100, abs=1e-3)
     assert one["interval"] == pytest.approx([100 - two["interval"][1], 100 - two["interval"][0]])
     assert one["n_wins"] == two["n_wins_base"]
+
+
+def test_repeated_judgements_of_an_order_are_averaged():
+    """Output_2 gets .9 shown first; shown second 1 and .2, by mean .6: the orders agree, whichever comes last."""
+    one, two, three = row(1.9, is_switched_outputs=True), row(2, is_switched_outputs=False), row(1.2)
+    three["is_switched_outputs"] = False
+    for rows in itertools.permutations((one, two, three)):
+        got = orders(parse_annotations(list(rows)))
+        assert got is not None and (got["consistency"], got["win_rate_disagreement_tied"]) == (100, 100)
 
 
 def test_position_bias_by_hand():
@@ -268,9 +277,10 @@ def test_a_comparison_is_written_in_alpaca_eval_s_format(tmp_path):
     found = with_length_control(compare(["p", "q"], model, baseline, get_reward("length"), resamples=100, seed=0))
     write_output(tmp_path, found)
     rows = json.loads((tmp_path / "annotations.json").read_text())
+    assert [r["index"] for r in rows] == [0, 0, 1]  # AlpacaEval's row number is the prompt's
     assert rows[0] == {
-        "instruction": "p", "output_1": "xxx", "generator_1": "old", "output_2": "xxxx", "generator_2": "new",
-        "annotator": "length", "preference": 2.0,
+        "index": 0, "instruction": "p", "output_1": "xxx", "generator_1": "old", "output_2": "xxxx",
+        "generator_2": "new", "annotator": "length", "preference": 2.0,
     }  # fmt: skip
     assert [r["preference"] for r in rows] == [2, 1, 1.5]
     assert summarise(read_annotations(tmp_path / "annotations.json"), resamples=100)["win_rate"] == pytest.approx(50)
@@ -338,6 +348,61 @@ def test_an_unusable_difficulty_is_one_line(tmp_path, name, text, message):
     with pytest.raises(UserError) as caught:
         read_difficulty(tmp_path / name)
     assert str(caught.value).startswith(f"{tmp_path / name}: {message}") and "\n" not in str(caught.value)
+
+
+def test_row_numbers_that_mean_other_instructions_are_refused(tmp_path):
+    """The second file lacks i0: its row 0 is i1, and so is every number shifted. By text nothing is."""
+    files = []
+    for name, start in (("m", 0), ("n", 1)):
+        rows = [row(1 + (k % 3 > 0), f"i{k}", "x" * k, "x" * 9) | {"generator_2": name} for k in range(start, 40)]
+        files.append(write(tmp_path / f"{name}.json", rows))
+    table = tmp_path / "d.csv"
+    table.write_text("".join(f"{k},{k / 40}\n" for k in range(40)))
+    said = r"n.json: row 1: instruction 'i1' is of difficulty 0 by its row number, and of 0.025 in .*m.json: row 2"
+    with pytest.raises(UserError, match=said):
+        annotation_result(files, difficulty=table, resamples=100)
+    with pytest.raises(UserError, match=r"n.json: row 1: instruction 'i1'"):
+        annotation_result(files[:1], gamed=files[1:], difficulty=table, resamples=100)
+    table = write(tmp_path / "d.json", {f"i{k}": k / 40 for k in range(40)})
+    (pair,) = annotation_result(files, difficulty=table, resamples=100)[0]["comparisons"]
+    (back,) = annotation_result(files[::-1], difficulty=table, resamples=100)[0]["comparisons"]
+    assert pair["length_controlled_winrate"] == pytest.approx(100 - back["length_controlled_winrate"], abs=1e-9)
+
+
+class _Counting:
+    """A judge that counts what it is asked."""
+
+    name, asked = "counting", 0
+
+    def score(self, prompts, responses):
+        self.asked += len(prompts)
+        return [float(len(response)) for response in responses]
+
+    def describe(self):
+        return "counts"
+
+
+def test_difficulties_of_samples_are_their_prompts(tmp_path):
+    """Two samples a side, four rows a prompt: by row number of the prompt and by text are the same table."""
+    rng, names = np.random.default_rng(3), ("a", "b")
+    for name in names:
+        lines = [{"prompt": f"p{k}", "response": "x" * int(rng.integers(5, 50))} for k in range(30) for _ in "ab"]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sides = [tmp_path / f"{name}.jsonl" for name in names]
+    values = [float(v) for v in rng.normal(size=30)]
+    by_row, by_text = dict(enumerate(values)), {f"p{k}": v for k, v in enumerate(values)}
+    found = [
+        with_length_control(
+            win_rate_of_files(*sides, get_reward("regex", pattern="x{20}"), resamples=100, difficulty=table), (), table
+        ).result["length_controlled"]
+        for table in (by_row, by_text)
+    ]
+    assert found[0] == found[1] and found[0]["coefficients"]["difficulty"] != 0
+    judge = _Counting()
+    del by_row[29]
+    with pytest.raises(UserError, match=r"a.jsonl:59: no difficulty for instruction 'p29' or index 29"):
+        win_rate_of_files(*sides, judge, difficulty=by_row)
+    assert judge.asked == 0
 
 
 def test_difficulty_is_found_by_text_and_else_by_the_row_s_own_index():
@@ -426,13 +491,54 @@ def test_paired_systems_are_aligned_by_instruction_and_judged_after_holm(tmp_pat
     assert line.endswith("no significant difference |")
 
 
-def test_gamed_annotations_are_of_the_same_baseline(small, tmp_path):
+def test_gamed_annotations_are_of_the_same_baseline(small, tmp_path, capsys):
     other = write(tmp_path / "gamed.json", [row(1.5) | {"generator_1": "OTHER"}])
     with pytest.raises(UserError, match=r"--gamed .*gamed.json: is against OTHER, and .*annotations.json against b"):
         annotation_result([small], gamed=[other], resamples=100)
+    sides = [
+        write(tmp_path / f"{n}.json", [{"instruction": "i", "output": n, "generator": n}]) for n in ("ours", "theirs")
+    ]
+    options = {"a": sides[0], "b": sides[1], "reward": "length", "bootstrap": 100, "gamed": [other]}
+    with pytest.raises(UserError, match=r"gamed.json: is against OTHER, and .*theirs.json against theirs"):
+        run_program(options)
+    lines = [tmp_path / f"{n}.jsonl" for n in ("ours", "theirs")]
+    for line in lines:
+        line.write_text('{"prompt": "i", "response": "x"}\n')
+    run_program(options | {"a": lines[0], "b": lines[1]})
+    assert "gamed.json: its answers were judged against OTHER; that must be this baseline" in capsys.readouterr().err
     two = write(tmp_path / "two.json", [row(1.5), row(1.5) | {"generator_2": "n"}])
     with pytest.raises(UserError, match="two.json: compares 2 pairs of systems"):
         annotation_result([small], gamed=[two], resamples=100)
+
+
+def test_names_that_no_terminal_or_table_takes(tmp_path):
+    """Half a surrogate pair, a new line, what ASCII lacks: nothing of it ends a program or a line."""
+    odd = "\ud800模\n型|"
+    rows = [row(2, f"i{k}", "\ud800") | {"generator_2": odd} for k in range(3)]
+    path = write(tmp_path / "odd.json", rows)
+    given = {"PYTHONIOENCODING": "ascii"}
+    for options in (["--json"], ["--output", tmp_path / "out"]):
+        done = run("--annotations", path, *options, env=given)
+        assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "win_rate.json").read_text())
+    assert found["generator_2"] == r"\ud800模 型|" and found["n_wins"] == 3
+    text = (tmp_path / "out" / "win_rate.md").read_text()
+    assert text.splitlines()[0] == r"# \ud800模 型| against b"
+    other = write(tmp_path / "other.json", [row(2), row(1) | {"generator_2": "a\nb"}])
+    done = run("--annotations", other)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_file_given_twice_is_one_system(small):
+    with pytest.raises(UserError, match=r"--annotations .*annotations.json: given twice"):
+        annotation_result([small, small])
+
+
+def test_the_baseline_under_two_names_is_even_with_itself(tmp_path):
+    rows = [row(1.5, f"i{k}") | {"generator_2": "b"} for k in range(12)]
+    files = [write(tmp_path / name, rows) for name in ("one.json", "two.json")]
+    (pair,) = annotation_result(files, resamples=100)[0]["comparisons"]
+    assert (pair["length_controlled_winrate"], pair["length_controlled_interval"]) == (50, [50, 50])
 
 
 def test_an_output_that_is_a_file_is_refused_before_any_work(small, tmp_path):
@@ -447,10 +553,17 @@ def test_a_fit_without_coefficients_has_no_interval(tmp_path):
     """Nothing but draws: of both coefficients the penalty leaves none, and 50 % is no estimate of anything."""
     rows = parse_annotations([row(1.5, f"i{k}", "x" * (k % 5), "y") for k in range(20)])
     found = summarise(rows, resamples=100)
-    assert (found["length_controlled_winrate"], found["length_controlled_interval"]) == (50, None)
+    assert (found["length_controlled_winrate"], found["length_controlled_interval"]) == (None, None)
     assert found["length_control"]["note"].startswith("says nothing")
     write_annotation_result(tmp_path, found, "", {"m": rows})
-    assert "says nothing" in (tmp_path / "win_rate.html").read_text()
+    assert "not known: says nothing" in (tmp_path / "win_rate.html").read_text()
+    (line,) = csv.DictReader((tmp_path / "leaderboard.csv").open())
+    assert (line["win_rate"], line["length_controlled_winrate"], line["lc_standard_error"]) == ("50.0", "", "")
+    sides = Side("n", [["x" * (k % 5)] for k in range(20)]), Side("o", [["y"]] * 20)
+    judge = get_reward("regex", pattern="nothing")
+    alike = with_length_control(compare([f"i{k}" for k in range(20)], *sides, judge, resamples=100, seed=0))
+    assert alike.result["length_controlled"]["win_rate"] is None
+    assert "not known: says nothing" in " ".join(describe(alike.result).split())
 
 
 class _TwoOrders:

@@ -74,27 +74,52 @@ def test_the_fit_is_a_minimum_in_every_direction():
     assert np.count_nonzero(fit_l1(x, p, weight, 0.01)) < 3  # the L1 norm sets some to exactly 0
 
 
+def least_left_out(x, share, folds):
+    """The C of the ten with the least loss of rows that the fit has not seen, a mean of means over five folds."""
+    totals = []
+    for c in CS:
+        total = 0.0
+        for fold in range(5):
+            kept, out = ([i for i, f in enumerate(folds) if (f == fold) == left] for left in (False, True))
+            p = expit(x[out] @ fit_l1(x[kept], share[kept], np.ones(len(kept)), c))
+            total += np.mean([-np.log(q if y else 1 - q) for q, y in zip(p, share[out], strict=True)])
+        totals.append(total)
+    return CS[int(np.argmin(totals))]
+
+
+def test_no_fold_splits_a_prompt():
+    """Four rows a prompt, all won or all lost: rows left out of their prompt would look predictable.
+
+    A row without a verdict moves no prompt to another fold but where its prompt has no other row.
+    """
+    apart = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        length = np.repeat(np.tanh(rng.normal(size=30)), 4)
+        share = np.repeat((rng.random(30) < 0.6).astype(float), 4)
+        share[[0, 8, 9, 10, 11, 50]] = np.nan  # all of prompt 2
+        known = ~np.isnan(share)
+        x = np.column_stack([length, np.ones(120)])[known]
+        folds = [(k // 4 - (k // 4 > 2)) % 5 for k in np.flatnonzero(known)]
+        prompts = [f"p{k // 4}" for k in range(120)]
+        found = length_controlled(length, share, clusters=prompts, resamples=0)
+        assert found.c == least_left_out(x, share[known], folds)
+        apart.append(found.c != length_controlled(length, share, resamples=0).c)
+    assert any(apart)
+
+
 def test_c_has_the_least_left_out_loss_of_the_ten():
     """By loops over the folds of scikit-learn's GroupKFold for groups of one size: every fifth example is left out."""
     rng = np.random.default_rng(1)
     length, gamma, share = simulate(rng, 42)
     x, weight = np.column_stack([length, gamma, np.ones(42)]), np.ones(42)
-    folds = [[i for i in range(42) if i % 5 == fold] for fold in range(5)]
-    totals = []
-    for c in CS:
-        total = 0.0
-        for fold in folds:
-            kept = [i for i in range(42) if i not in fold]
-            p = expit(x[fold] @ fit_l1(x[kept], share[kept], weight[kept], c))
-            total += np.mean([-np.log(q if y else 1 - q) for q, y in zip(p, share[fold], strict=True)])
-        totals.append(total)
-    assert choose_c(x, share, weight) == CS[int(np.argmin(totals))]
+    assert choose_c(x, share, weight, np.arange(42)) == least_left_out(x, share, [k % 5 for k in range(42)])
     # Rows of weight 0 (a gamed file's count a tenth) neither fit nor judge: wrong ones change nothing.
     noise = simulate(rng, 42, a=3.0, c=-3.0)
     both = np.concatenate([x, np.column_stack([*noise[:2], np.ones(42)])])
     fold_of = choose_c(both[[i // 2 + 42 * (i % 2) for i in range(84)]],
-                       np.stack([share, noise[2]], 1).ravel(), np.tile([1.0, 0.0], 42))  # fmt: skip
-    alone = choose_c(np.repeat(x, 2, axis=0), np.repeat(share, 2), np.tile([1.0, 0.0], 42))
+                       np.stack([share, noise[2]], 1).ravel(), np.tile([1.0, 0.0], 42), np.arange(84))  # fmt: skip
+    alone = choose_c(np.repeat(x, 2, axis=0), np.repeat(share, 2), np.tile([1.0, 0.0], 42), np.arange(84))
     assert fold_of == alone
     assert CS[0] == 1e-4 and CS[-1] == pytest.approx(1e4) and len(CS) == 10
 
@@ -161,8 +186,8 @@ def test_systems_against_each_other_from_coefficients():
         between_systems(
             one, fitted([[2.0, 0.0], [1.0, 1.0]], [[1, 1, 1]] * 2, length=1, difficulty=1, system=1), gamma
         )
-    with pytest.raises(ValueError, match="the same resamples"):
-        between_systems(identical(2), identical(2))
+    itself = between_systems(identical(2), identical(2))  # the baseline under two names
+    assert [itself.low, itself.estimate, itself.high] == [0.5, 0.5, 0.5]
 
 
 def test_two_systems_at_equal_lengths_through_their_annotations():

@@ -132,6 +132,15 @@ def test_rows_of_one_s_own_count_alike(tmp_path):
     assert found["subsets"]["v"]["wilson_interval"][1] > 0.7  # one item says next to nothing
 
 
+def test_the_only_subset_s_interval_is_the_whole_s(tmp_path):
+    """Three pairs, all right: Wilson's lower limit is 3 / (3 + 1.96^2) = 43.9 %, where resamples say 100 to 100."""
+    rows = [pair(f"p{k}", "xx", "x") for k in range(3)]
+    lines = printed(tmp_path / "rows.jsonl", rows)
+    assert lines[2] == "| **overall** | 100.0 % | 43.9 to 100.0 | 3 | 0 |"
+    lines = printed(tmp_path / "rows.jsonl", [*rows, pair("q", "xx", "x", subset="v")])
+    assert lines[2] == "| **overall** | 100.0 % | not known: all came out alike |  |  |"
+
+
 def printed(path: Path, rows: list[dict]) -> list[str]:
     done = CliRunner().invoke(app, [write(path, rows), "--reward", "length"])
     assert done.exit_code == 0, done.output

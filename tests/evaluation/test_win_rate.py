@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +37,11 @@ def responses(prompt: str, *texts: str) -> list[dict]:
     return [{"prompt": prompt, "response": text} for text in texts]
 
 
-def run(*arguments: object, program: tuple[str, ...] = AS_SCRIPT) -> subprocess.CompletedProcess[str]:
-    command = [*program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+def run(
+    *arguments: object, program: tuple[str, ...] = AS_SCRIPT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command, env = [*program, *map(str, arguments)], {**os.environ, **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60, env=env)
 
 
 @pytest.fixture

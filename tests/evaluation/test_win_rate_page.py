@@ -8,10 +8,12 @@ import re
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from evaluation.annotations import parse_annotations
 from evaluation.head_to_head import annotation_result, write_annotation_result
-from evaluation.win_rate_page import Entry, around, claim, examples
+from evaluation.win_rate_page import Entry, around, claim, draw, examples
 from tests.evaluation.test_annotations import row, write
 
 NASTY = "<script>alert('x')</script> & $\\frac{1}"
@@ -56,7 +58,21 @@ def test_the_figure_has_every_system_and_difference(page):
     html, _ = page
     (data,) = re.findall(r"base64,([^\"]+)", html)
     words = " ".join(ElementTree.fromstring(base64.b64decode(data)).itertext())
-    assert "length-controlled" in words and "paired difference, points" in words and "alert('x')" in words
+    assert "length-controlled" in words and "paired difference, points" in words and "'x')</script>" in words
+
+
+@pytest.mark.parametrize("length", [1, 19, 60])
+def test_no_text_of_the_figure_is_cut_off(length):
+    entries = [Entry(name * length, "b" * length, (40, 50, 60), (45, 50, 55), [], []) for name in "mn"]
+    apart = {"first": "m" * length, "second": "n" * length, "interval": [-1, 1], "difference": 0, "p_holm": 1}
+    figure = Figure(layout="constrained")
+    draw(figure, entries, [apart])
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and re.search("[a-z]", text.get_text())]
+    assert len(texts) == 8  # two systems, a difference, two labels, two legends of the upper panel, a title
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.x0 > -1 and box.x1 < figure.bbox.x1 + 1, text.get_text()
 
 
 def test_examples_are_chosen_by_rule():
