@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.annotations import Annotation, difficulty_of, refuse_two_difficulties, shares
-from evaluation.length_control import Gamed, LengthControl, between_systems, identical, length_controlled, standardise
+from evaluation.length_control import (
+    SHRUNK,
+    Gamed,
+    LengthControl,
+    between_systems,
+    identical,
+    length_controlled,
+    standardise,
+)
 from evaluation.statistics import Interval
 
 Array = NDArray[np.float64]
@@ -83,10 +91,10 @@ def caution(raw: float, found: LengthControl) -> str | None:
             f"says nothing: cross-validation chose the strongest penalty (C = {found.c:.2g}), which leaves no "
             "coefficient; too few rows, or preferences that neither length nor system explains"
         )
-    if (collapsed := found.collapsed) > 0.05:
+    if (collapsed := found.collapsed) > SHRUNK:
         return (
-            f"the penalty left no coefficient in {100 * collapsed:.0f} % of the resamples: as many of the values "
-            "behind the interval are 50, whatever the data"
+            f"the penalty left the system no strength of its own in {100 * collapsed:.0f} % of the resamples: as many "
+            "of the values behind the interval are exactly 50, which means too little to tell, not equal"
         )
     controlled = 100 * found.rate
     room = raw if controlled < raw else 100 - raw

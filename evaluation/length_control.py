@@ -30,6 +30,7 @@ CS = np.logspace(-4, 4, 10)  # inverse regularisation strengths, scikit-learn's 
 FOLDS = 5
 LAMBDA = 0.2  # weight of all gamed rows together, per row of theirs: `regularize_to_baseline_lambda`
 FEW_ROWS = 10  # under this many there is nothing to fit
+SHRUNK = 0.05  # the share of resamples at 1/2 exactly from which an interval is said to be shrunk
 FEATURES = ("length", "difficulty", "system")
 IDENTICAL = "identical"  # the variant of a system against itself
 
@@ -67,8 +68,11 @@ class LengthControl:
 
     @property
     def collapsed(self) -> float:
-        """Share of the resamples in which the penalty left no coefficient."""
-        return 0.0 if self.refits is None else float((self.refits.coefficients == 0).all(axis=1).mean())
+        """Share of the resamples whose rate is exactly 1/2, as the penalty left no coefficient but that of length."""
+        if self.refits is None:
+            return 0.0
+        others = [i for i, name in enumerate(self.coefficients) if name != FEATURES[0]]
+        return float((self.refits.coefficients[:, others] == 0).all(axis=1).mean())
 
 
 @dataclass(frozen=True)

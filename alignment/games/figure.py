@@ -1,7 +1,8 @@
 """The picture of an experiment in games: duality gap against iterations (above) and gradient evaluations (below).
 
 One column per setting, one colour per method; the thick line is the median over games (and seeds), the thin one the
-worst of them. A straight line is linear convergence. matplotlib only, no pyplot.
+worst of them. The first two methods lie above the others. A straight line is linear convergence. matplotlib only, no
+pyplot.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _draw(axes: Any, panel: Panel, *, per_gradient: bool) -> None:
         x, middle, worst = _line(curve, per_gradient)
         style = {"color": colour, "linestyle": _DASHES[number % len(_DASHES)]}
         axes.plot(x, middle, **style, linewidth=1.8, label=name, zorder=20 if number == 0 else 10 + number)
-        axes.plot(x, worst, **style, linewidth=0.9, alpha=0.8, zorder=2)
+        axes.plot(x, worst, **style, linewidth=0.9, alpha=0.8, zorder=19 - number if number < 2 else 2)
     axes.set_xlim(0, end)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)

@@ -197,13 +197,6 @@ def population(objective: Objective, situation: Situation) -> Tensor:
     return loss(objective, situation, every_pair(situation, calibrated="calibration" in objective.needs))
 
 
-def exact_gradient(objective: Objective, logits: Tensor, situation: Situation) -> Tensor:
-    """Gradient of the population loss in the logits `[B, n]`, by autograd; they take the place of the policy."""
-    leaf = logits.detach().requires_grad_()
-    total = population(objective, situation.at(leaf.log_softmax(-1))).sum()
-    return torch.autograd.grad(total, leaf)[0]
-
-
 def minimiser(objective: Objective, logits: Tensor, situation: Situation, steps: int = 50) -> Tensor:
     """Logits `[B, n]` that minimise the population loss, by Newton's method from `logits`: one exact iteration.
 

@@ -79,7 +79,7 @@ def verdicts(experiment: Experiment, panels: Sequence[Panel]) -> list[Verdict]:
             if mirror and method.look_ahead:
                 if bool((-2 * panel.extra.log() * panel.setting.iterations >= ENOUGH).all()):
                     found.append(_linear(panel, name, curve))
-            elif mirror or (plain and method.objective == "inpo"):
+            elif mirror or (plain and method.objective == "inpo" and method.exact and method.sampler == "policy"):
                 found.append(_repelled(panel, name, curve))
     return found
 
@@ -112,8 +112,8 @@ def _repelled(panel: Panel, name: str, curve: Curve) -> Verdict:
     end = f"ends with a gap above {number(CONVERGED)} in"
     if not count:
         return None, (
-            f"beta {panel.setting.beta:g}: whether {name} converges where the Nash policy repels it: it repels in no "
-            f"run; {end} {_of(far)}; {rate}"
+            f"beta {panel.setting.beta:g}: {name} is repelled by the Nash policy of no run, so nothing is claimed; "
+            f"{end} {_of(far)}; {rate}"
         )
     text = (
         f"beta {panel.setting.beta:g}: {name} {end} {int((repelled & far).sum())} of the {count} runs whose Nash "

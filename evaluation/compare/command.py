@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.files import write_text
-from alignment.locks import alone
+from alignment.locks import alone, make_folder
 from alignment.rewards.base import Prompt
 from evaluation.compare import runs as running
 from evaluation.compare.given import as_pairs, write_given
@@ -53,7 +53,11 @@ def compare(path: Path, overrides: Sequence[str] = ()) -> Path:
     folder = recipe.folder
     if (folder / "manifest.json").exists():
         raise UserError(f"training.output_dir: {folder} is a run; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    if recipe.compare.task is None:  # else its files of prompts are made below
+        read_all_prompts(recipe)
+    if recipe.data.train is None and (recipe.compare.task is None or recipe.training.max_steps > 0):
+        updates(recipe, iterative)
+    make_folder(folder)
     with alone(folder):
         if recipe.compare.task is not None:
             _build_task(recipe.compare.task, folder / recipe.compare.task)
@@ -63,6 +67,7 @@ def compare(path: Path, overrides: Sequence[str] = ()) -> Path:
         steps = updates(recipe, iterative)
         every = [run_of(recipe, a, value, seed, steps) for a in arms for value in a.points for seed in recipe.seeds]
         running.refuse_changes(every)
+        running.refuse_other_start(recipe)
         result = _carried_out(recipe, arms, prompts, steps)
         _write(result, folder)
     return folder
@@ -72,7 +77,7 @@ def _build_task(task: str, folder: Path) -> None:
     """The tiny model, and its training prompts split in two."""
     from evaluation import tiny
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not (folder / "model").is_dir():
         print(f"== building the tiny model: {folder / 'model'}", flush=True)
     tiny.build(task, folder)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.compare.measure import Measured
-from evaluation.length_control import length_controlled, standardise
+from evaluation.length_control import SHRUNK, length_controlled, standardise
 
 Array = NDArray[np.float64]
 
@@ -28,8 +28,8 @@ def length_controlled_rate(
         shares: [Q, S] of each seed: what each sample won against the start's sample of the same number.
 
     Returns:
-        `rate`, `low`, `high`; None ("not available") where there are too few judged pairs, or no coefficient
-        is left.
+        `rate`, `low`, `high`, and `shrunk`: whether the penalty put many of the resamples at 1/2 exactly. None ("not
+        available") where there are too few judged pairs, or no coefficient is left.
     """
     ours, theirs = (np.concatenate([_characters(one) for one in side]) for side in (policies, starts))
     prompts: list[Any] = [q for table in shares for q in range(table.shape[0]) for _ in range(table.shape[1])]
@@ -40,7 +40,8 @@ def length_controlled_rate(
         return None
     if found.interval is None:  # the penalty leaves no coefficient: nothing is known of equal lengths
         return None
-    return {"rate": found.rate, "low": found.interval.low, "high": found.interval.high}
+    limits = {"low": found.interval.low, "high": found.interval.high}
+    return {"rate": found.rate, **limits, "shrunk": found.collapsed > SHRUNK}
 
 
 def _characters(one: Measured) -> Array:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.comparison import NO_DIFFERENCE
 from evaluation.experiments import over_seeds
-from evaluation.statistics import compare_paired, holm, minimal_detectable_difference
+from evaluation.statistics import compare_paired, holm
 
 Array = NDArray[np.float64]
 
@@ -37,6 +38,9 @@ class Cell:
         by_seed: the rate of each seed.
         seeds_low, seeds_high: 95 % t interval over seeds; None with one seed.
         seeds_p: two-sided t test over seeds of "rate = 1/2"; None with one seed.
+        both_p: the same with the variance over prompts added to that over seeds (Welch and Satterthwaite's degrees of
+            freedom): a rate that is 1/2 on average over other prompts *and* other seeds has both errors at once.
+        tests: error and degrees of freedom of every t test that a claim must pass; without seeds that over prompts.
     """
 
     rate: float
@@ -48,25 +52,34 @@ class Cell:
     seeds_low: float | None
     seeds_high: float | None
     seeds_p: float | None
+    both_p: float | None
+    tests: tuple[tuple[float, float], ...]
 
     @property
     def claim_p(self) -> float:
-        """P-value of "the objectives are the same": small only if neither other prompts nor other seeds explain it.
+        """P-value of "no difference over other prompts and other seeds": the largest of prompts', seeds' and both's.
 
-        The larger of the two is a valid p-value of a difference that shows over prompts *and* over seeds. With one
-        seed it is that over prompts, and speaks of these models only.
+        That of both is a little liberal with two or three seeds, and that of seeds covers it there; alone, the larger
+        of prompts' and seeds' would find a difference in twice as many cases as it says. With one seed it is that over
+        prompts, and speaks of these models only.
         """
-        return self.p_value if self.seeds_p is None else max(self.p_value, self.seeds_p)
+        if self.seeds_p is None or self.both_p is None:
+            return self.p_value
+        return max(self.p_value, self.seeds_p, self.both_p)
 
     @property
     def swapped(self) -> Cell:
         """The other system's cell."""
         low, high = self.seeds_low, self.seeds_high
-        return Cell(
-            1 - self.rate, 1 - self.high, 1 - self.low, self.standard_error, self.p_value,
-            tuple(1 - rate for rate in self.by_seed),
-            None if high is None else 1 - high, None if low is None else 1 - low, self.seeds_p,
-        )  # fmt: skip
+        return replace(
+            self,
+            rate=1 - self.rate,
+            low=1 - self.high,
+            high=1 - self.low,
+            by_seed=tuple(1 - rate for rate in self.by_seed),
+            seeds_low=None if high is None else 1 - high,
+            seeds_high=None if low is None else 1 - low,
+        )
 
 
 def cell(shares: Array, resamples: int = 10_000, seed: int = 0) -> Cell:
@@ -81,6 +94,7 @@ def cell(shares: Array, resamples: int = 10_000, seed: int = 0) -> Cell:
     found = compare_paired(means, np.full(len(means), 0.5), resamples=resamples, seed=seed)
     by_seed = tuple(float(np.nanmean(row)) for row in shares)
     spread = over_seeds(by_seed)
+    tests = _errors([rate for rate in by_seed if not math.isnan(rate)], found.standard_error, found.rows)
     return Cell(
         rate=found.mean_x,
         low=0.5 + found.difference.low,
@@ -90,20 +104,39 @@ def cell(shares: Array, resamples: int = 10_000, seed: int = 0) -> Cell:
         by_seed=by_seed,
         seeds_low=spread["low"],
         seeds_high=spread["high"],
-        seeds_p=_seeds_p(by_seed),
+        seeds_p=_t_p(float(np.nanmean(by_seed)), *tests[0]) if len(tests) > 1 else None,
+        both_p=_t_p(found.mean_x, *tests[1]) if len(tests) > 1 else None,
+        tests=tests,
     )
 
 
-def _seeds_p(rates: Sequence[float]) -> float | None:
-    """Two-sided p of a mean of 1/2 in a t test over seeds; 0 or 1 where all seeds are alike."""
-    from scipy.stats import ttest_1samp
+def _errors(rates: Sequence[float], over_prompts: float, prompts: int) -> tuple[tuple[float, float], ...]:
+    """(error, degrees of freedom) over seeds and over both; with one seed over prompts alone.
 
-    kept = [rate for rate in rates if not math.isnan(rate)]
-    if len(kept) < 2:
-        return None
-    if max(kept) == min(kept):
-        return float(kept[0] == 0.5)
-    return float(ttest_1samp(kept, 0.5).pvalue)
+    Args:
+        rates: of the seeds.
+        over_prompts: standard error over prompts; NaN of one prompt.
+        prompts: how many.
+    """
+    if len(rates) < 2:
+        return ((over_prompts, prompts - 1.0),)
+    over_seeds = statistics.stdev(rates) / math.sqrt(len(rates))
+    s, p = over_seeds**2, over_prompts**2
+    if not s + p > 0:  # all alike, or one prompt
+        return (over_seeds, len(rates) - 1.0), (over_prompts, prompts - 1.0)
+    freedom = (s + p) ** 2 / (s**2 / (len(rates) - 1) + p**2 / (prompts - 1))
+    return (over_seeds, len(rates) - 1.0), (math.sqrt(s + p), freedom)
+
+
+def _t_p(rate: float, error: float, freedom: float) -> float:
+    """Two-sided p of a rate of 1/2; 0 or 1 where nothing varies, 1 where the error is not known."""
+    from scipy.stats import t
+
+    if math.isnan(error):
+        return 1.0
+    if error == 0:
+        return float(rate == 0.5)
+    return float(2 * t.sf(abs(rate - 0.5) / error, freedom))
 
 
 def adjusted(cells: Sequence[Cell]) -> list[float]:
@@ -116,8 +149,8 @@ def verdict(one: Cell, p_adjusted: float) -> str:
 
     Args:
         one: the cell.
-        p_adjusted: its `claim_p` after Holm. A claim needs at most 5 %, so that at most one comparison in twenty, with
-            all its rows, makes a false one.
+        p_adjusted: its `claim_p` after Holm. A claim needs at most 5 %, so that about one comparison in twenty at
+            most, with all its rows, makes a false one.
     """
     if p_adjusted > LEVEL or one.rate == 0.5:
         return NO_DIFFERENCE
@@ -144,8 +177,28 @@ def cyclic_triples(cells: Sequence[Sequence[Cell | None]], sure: bool = False) -
     return sum(circle(i, j, k) or circle(k, j, i) for i, j, k in itertools.combinations(range(len(cells)), 3))
 
 
-def detectable(cells: Sequence[Cell]) -> float | None:
-    """The difference from one half that a single test over prompts finds four times in five: the cells' median."""
-    errors = [minimal_detectable_difference(one.standard_error) for one in cells]
-    errors = [error for error in errors if not math.isnan(error)]
-    return float(np.median(errors)) if errors else None
+def detectable(cells: Sequence[Cell], alpha: float = LEVEL, power: float = 0.8) -> float | None:
+    """The true difference from one half that is claimed with probability `power`; None where no error is known.
+
+    Args:
+        cells: rows as uncertain as those that it is asked of; their variances are averaged.
+        alpha: level of the test: LEVEL for one row, LEVEL / m for the first of m in Holm's order.
+        power: of all the t tests that a claim must pass the one that asks for most; noncentral t.
+    """
+    found = [
+        max(_shift(freedom, alpha, power) * error for error, freedom in one.tests) for one in cells if _known(one)
+    ]
+    return math.sqrt(statistics.fmean(shift**2 for shift in found)) if found else None
+
+
+def _known(one: Cell) -> bool:
+    return all(error >= 0 for error, _ in one.tests) and any(error > 0 for error, _ in one.tests)
+
+
+def _shift(freedom: float, alpha: float, power: float) -> float:
+    """Standard errors between one half and a rate that a two-sided t test at `alpha` finds with that power."""
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    limit = float(t.ppf(1 - alpha / 2, freedom))
+    return float(brentq(lambda shift: nct.sf(limit, freedom, shift) - power, 0, 10 * limit))

@@ -20,10 +20,11 @@ UNAVAILABLE = "not available"
 
 
 def percent(one: Mapping[str, Any] | None) -> str:
-    """`56.1 [53.0, 59.2]`; `not available` where there is nothing."""
+    """`56.1 [53.0, 59.2]`; with `(shrunk)` behind it, or `not available` where there is nothing."""
     if one is None:
         return UNAVAILABLE
-    return f"{100 * one['rate']:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+    mark = " (shrunk)" if one.get("shrunk") else ""
+    return f"{100 * one['rate']:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]{mark}"
 
 
 def over_seeds(one: Mapping[str, Any] | None, digits: int = 2) -> str:
@@ -153,13 +154,20 @@ def notes(result: Row) -> list[str]:
         )
     else:
         found.append(
-            f"p is the larger of two: a permutation test over prompts, and a t test over {seeds} seeds. A difference "
-            "is claimed where it is at most 0.05 after Holm's correction over all rows."
+            f"p is the largest of three: a permutation test over prompts, a t test over {seeds} seeds, and one with "
+            "both errors added. A difference is claimed where it is at most 0.05 after Holm's correction over all "
+            "rows."
         )
     if result["detectable"] is not None:
         found.append(
-            f"A single test over these prompts finds a difference of {100 * result['detectable']:.1f} points from 50 "
-            "four times in five; smaller ones are easily missed, and more so after Holm."
+            f"Four times in five a true difference of {100 * result['detectable']:.1f} points from 50 would be "
+            f"claimed if it were the only row tested, and one of {100 * result['detectable_holm']:.1f} points as the "
+            "first of all (Holm), for rows as uncertain as these; smaller ones are easily missed."
+        )
+    if any((row["length_controlled"] or {}).get("shrunk") for row in result["objectives"]):
+        found.append(
+            "(shrunk): the penalty of length control left no strength of the policy in over 5 % of the resamples, "
+            "whose rate is then exactly 50; it means too little to tell, not equal."
         )
     found.append(
         f"Cyclic triples in the matrix (a beats b, b beats c, c beats a): {result['cyclic_triples']} of "

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from alignment.data.preferences import read_prompts, same_prompt
 from alignment.errors import nearest
 from alignment.files import iterate_json_lines
-from alignment.objectives import get_objective, objective_class, own_cards
+from alignment.objectives import get_objective, list_objectives, objective_class, own_cards
 from alignment.objectives.base import Objective, number_type, reads_reference
 from alignment.recipes import IterateRecipe, Origin, Problem, Recipe, RecipeError
 from alignment.recipes.checking import problems_of
@@ -125,9 +125,10 @@ def arms_of(recipe: CompareRecipe) -> list[Arm]:
         except ValueError as failed:
             raise _refused(recipe, where, str(failed)) from None
     if section.baseline not in [arm.label for arm in found]:
+        labels, known = [arm.label for arm in found], {card.name for card in list_objectives()}
         place = recipe.origin("compare.baseline") or recipe.origin("compare") or Origin(str(recipe.path))
-        labels = [arm.label for arm in found]
-        message = f"{section.baseline!r} is none of {', '.join(labels)}{nearest(section.baseline, labels)}"
+        remedy = "; name one of them" if section.baseline in known else nearest(section.baseline, labels)
+        message = f"{section.baseline!r} is none of {', '.join(labels)}{remedy}"
         raise RecipeError([Problem(place, ("compare", "baseline"), message)])
     return found
 

@@ -116,8 +116,10 @@ def build(
             }
         )
     grid = [[None if one is None else asdict(one) for one in line] for line in cells]
-    trained = [line[:-1] for line in cells[:-1]]
-    heads = [one for line in trained for one in line if one is not None]
+    base = names.index(recipe.compare.baseline)
+    tested = [
+        _cell(cells, names.index(label), base) for label, test in tests.items() if test["p_adjusted"] is not None
+    ]
     return {
         "recipe": recipe.resolved(),
         "judge": judge.describe(),
@@ -130,7 +132,8 @@ def build(
         "triples": len(names) * (len(names) - 1) * (len(names) - 2) // 6,
         "cyclic_triples": matrix.cyclic_triples(cells),
         "cyclic_triples_sure": matrix.cyclic_triples(cells, sure=True),
-        "detectable": matrix.detectable(heads),
+        "detectable": matrix.detectable(tested),
+        "detectable_holm": matrix.detectable(tested, matrix.LEVEL / max(1, len(tested))),
         "cost": {label: _cost(each) for label, each in facts.items()},
     }
 

@@ -17,13 +17,15 @@ from typing import Any
 
 import yaml
 
+from alignment.data.preferences import read_prompts
 from alignment.errors import UserError, run_or_exit
-from alignment.files import file_digest, iterate_json_lines, read_json_object, write_json, write_text
+from alignment.files import file_digest, iterate_json_lines, json_digest, read_json_object, write_json, write_text
 from alignment.pipeline.processes import PRELOADED, die_with_parent
 from alignment.recipes import IterateRecipe
 from alignment.recipes.inspection import flatten
 from alignment.recipes.iterate import iteration_folder
 from evaluation.compare.plan import Run, point_name
+from evaluation.compare.recipe import CompareRecipe
 
 COST = "cost.json"  # of the run, beside its manifest
 EVERY = 0.2  # seconds between two looks at memory
@@ -57,6 +59,34 @@ def refuse_changes(runs: Sequence[Run]) -> None:
                 f"{run.folder} began with another recipe: {'; '.join(found)}; go back to that, or give another "
                 "training.output_dir"
             )
+
+
+def refuse_other_start(recipe: CompareRecipe) -> None:
+    """UserError where the start's files, or the prompts that pairs are drawn for, are not those that runs began with.
+
+    FOLDER/begun.json has what the first command found. A model of the hub has no files here; its revision is the
+    recipe's. Given pairs are compared by themselves (`given`).
+    """
+    sample, other = recipe.data.sample, "go back to that, or give another training.output_dir"
+    prompts = [] if sample is None else read_prompts(sample.prompts, sample.limit)
+    now = {**_files_of(recipe), "data.sample.prompts": json_digest(prompts)}
+    kept = recipe.folder / "begun.json"
+    before = read_json_object(kept) if kept.is_file() else now
+    for name in sorted(before | now):
+        if before.get(name) != now.get(name):
+            raise UserError(f"{name} is not what the runs in {recipe.folder} began with; {other}")
+    write_json(kept, now)
+
+
+def _files_of(recipe: CompareRecipe) -> dict[str, str]:
+    """Digest of every file of the start: what decides weights, tokens and template."""
+    found: dict[str, str] = {}
+    for key in ("name_or_path", "adapter"):
+        if (name := getattr(recipe.model, key)) is not None:
+            files = sorted(Path(name).iterdir()) if Path(name).is_dir() else [Path(name)]
+            kept = (file for file in files if file.is_file() and file.suffix != ".md")
+            found |= {f"model.{key}: {file.name}": file_digest(file) for file in kept}
+    return found
 
 
 def carry_out(runs: Sequence[Run], folder: Path, what: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alignment.errors import UserError, run_or_exit
-from alignment.files import write_json, write_json_lines
+from alignment.files import write_json, write_json_lines, write_text
 from alignment.objectives import get_objective, list_objectives
 from alignment.objectives.batch import PairLogps
 from alignment.recipes import IterateRecipe, Recipe, RecipeError
@@ -18,7 +18,7 @@ from evaluation.compare.equivalence import RULES, describe_equal, loss_of
 from evaluation.compare.plan import arms_of, grid, left_out_of_all, read_all_prompts, run_of, tuning_runs, updates
 from evaluation.compare.recipe import load_compare_recipe
 from evaluation.compare.results import best_of
-from evaluation.compare.runs import facts_of, refuse_unequal
+from evaluation.compare.runs import facts_of, refuse_other_start, refuse_unequal
 from tests.evaluation.comparing import TINY, loaded
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_every_rule_holds_for_the_losses_up_to_a_constant():
         ("compare.objectives=[dpo, {name: ipo, beta: 1}]", r"compare.objectives.1.beta: .*no hyper-parameter 'beta'"),
         ("compare.objectives=[dpo, {name: ipo, tau: -1}]", r"compare.objectives.1.tau: .*must be a number > 0"),
         ("compare.objectives=[dpo, dpo]", r"compare.objectives.1: 'dpo' is there twice"),
-        ("compare.objectives=[ipo, rpo]", r"compare.baseline: 'dpo' is none of ipo, rpo"),
+        ("compare.objectives=[ipo, rpo]", r"compare.baseline: 'dpo' is none of ipo, rpo; name one of them$"),
         ("compare.objectives=[dpo, p3o]", r"'p3o' samples while it trains"),
         ("compare.objectives=[dpo, {name: ipo, over: beta}]", r"over: 'beta' is no number of ipo; it has tau"),
         ("compare.objectives=[dpo, {name: ipo, label: a/b}]", r"label 'a/b': letters, digits"),
@@ -331,6 +331,30 @@ def test_prompts_that_stand_in_two_sets_are_refused(files, tmp_path):
     assert len(read_all_prompts(loaded(files, "data.sample.limit=5")).test) == 1
 
 
+def test_another_start_or_other_prompts_are_refused(files, tmp_path):
+    """Runs that were kept began with them: new ones would be compared with runs of another start."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    for name in ("model.safetensors", "tokenizer.json", "README.md"):
+        write_text(model / name, name)
+    recipe = loaded(files)
+    refuse_other_start(recipe)
+    began = (out / "begun.json").read_text()
+    write_text(model / "README.md", "other words")
+    refuse_other_start(recipe)
+    write_text(model / "model.safetensors", "trained on")
+    with pytest.raises(UserError, match=r"^model.name_or_path: model.safetensors is not what the runs in .*out began"):
+        refuse_other_start(recipe)
+    write_text(model / "model.safetensors", "model.safetensors")
+    write_text(model / "chat_template.jinja", "new")
+    with pytest.raises(UserError, match=r"^model.name_or_path: chat_template.jinja is not what"):
+        refuse_other_start(recipe)
+    (model / "chat_template.jinja").unlink()
+    write_text(tmp_path / "train.txt", "another prompt\n")
+    with pytest.raises(UserError, match=r"^data.sample.prompts is not what the runs in"):
+        refuse_other_start(recipe)
+    assert (out / "begun.json").read_text() == began
+
+
 def test_steps_that_iterations_cannot_share(files):
     with pytest.raises(RecipeError, match="training.max_steps: makes 5 steps, to be shared out evenly over 2"):
         updates(loaded(files, "training.max_steps=5"), True)
@@ -344,7 +368,9 @@ def test_the_command_ends_with_one_line_and_code_2(files, tmp_path, capsys):
 
     def command(*words):
         with pytest.raises(SystemExit) as ended:
-            run_or_exit(lambda: app(["compare", str(TINY), *files, *words]))
+            named = {word.partition("=")[0] for word in words}
+            kept = [one for one in files if one.partition("=")[0] not in named]
+            run_or_exit(lambda: app(["compare", str(TINY), *kept, *words]))
         return ended.value.code, capsys.readouterr().err
 
     code, said = command("compare.seeds=0")
@@ -352,3 +378,10 @@ def test_the_command_ends_with_one_line_and_code_2(files, tmp_path, capsys):
     write_json(tmp_path / "out" / "manifest.json", json.loads("{}"))
     code, said = command()
     assert code == 2 and said.count("\n") == 1 and "is a run; give another folder" in said
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, said = command(f"training.output_dir={place}")
+        assert code == 2 and said.count("\n") == 1 and f"{place}: cannot be made" in said
+    for mistake in ("evaluation.prompts=none.txt", "training.max_steps=5"):  # known before anything is written
+        code, said = command(f"training.output_dir={tmp_path / 'new'}", mistake)
+        assert code == 2 and said.count("\n") == 1 and not (tmp_path / "new").exists()

@@ -11,6 +11,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 
 from evaluation.annotations import parse_annotations
+from evaluation.equal_lengths import caution
 from evaluation.head_to_head import compare_systems, summarise
 from evaluation.length_control import (
     CS,
@@ -300,6 +301,20 @@ def test_resamples_by_hand():
         assert w == pytest.approx(fit_l1(x, y, weight, got.c), abs=1e-6)
         rates.append(np.mean(expit(w[1] * gamma[repeated] + w[2])))
     assert [got.interval.low, got.interval.high] == pytest.approx(np.quantile(rates, [0.025, 0.975]))
+
+
+def test_a_shrunk_interval_is_said():
+    """Ten prompts, a slightly better system, a judge that likes length: the penalty leaves it no strength."""
+    rng = np.random.default_rng(9)
+    length = np.tanh(rng.normal(size=60))
+    share = (rng.random(60) < expit(0.2 - 2 * length)).astype(float)
+    found = length_controlled(length, share, clusters=[k // 6 for k in range(60)], resamples=100)
+    strength = found.refits.coefficients[:, 1]
+    assert found.collapsed == np.mean(strength == 0) and 0.5 < found.collapsed < 1 and found.rate == 0.5
+    assert f"no strength of its own in {100 * found.collapsed:.0f} % of the resamples" in caution(60.0, found)
+    both = replace(found, refits=Refits(np.array([[0, 0, 0], [1, 0, 0], [1, 2, 0], [0, 0, 3.0]]), np.ones((4, 10))))
+    both = replace(both, coefficients={"length": 1.0, "difficulty": 1.0, "system": 1.0})
+    assert both.collapsed == 0.5  # difficulty alone moves the rate, length alone does not
 
 
 def test_what_cannot_be_fitted():

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from alignment.games import preferences
-from alignment.games.gradients import Situation
+from alignment.games.gradients import Situation, population
+from alignment.objectives import Objective
 
 DOUBLE = torch.float64
 
@@ -42,3 +43,10 @@ def situation(arms: int, count: int, seed: int, *, sampler: str = "policy") -> S
     policy, previous, opponent, other = (draw(count, arms, seed=seed + k).log_softmax(-1) for k in (1, 2, 3, 4))
     drawn = {"policy": policy.exp(), "other": other.exp(), "uniform": torch.full_like(policy, 1 / arms)}[sampler]
     return Situation(policy, ref.log_softmax(-1), previous, drawn, opponent.exp(), matrices)
+
+
+def exact_gradient(objective: Objective, logits: Tensor, situation: Situation) -> Tensor:
+    """Gradient of the population loss in the logits `[B, n]`, by autograd; they take the place of the policy."""
+    leaf = logits.detach().requires_grad_()
+    total = population(objective, situation.at(leaf.log_softmax(-1))).sum()
+    return torch.autograd.grad(total, leaf)[0]

@@ -8,7 +8,6 @@ import torch
 from alignment.games.gradients import (
     NotEnumerable,
     Slopes,
-    exact_gradient,
     loss,
     minimiser,
     population,
@@ -17,7 +16,7 @@ from alignment.games.gradients import (
 from alignment.games.solution import NotFound
 from alignment.objectives import SamplePairs, get_objective, list_objectives
 from alignment.objectives.egpo import EGPO
-from tests.games.playing import centred, draw, games, mirror_step, situation
+from tests.games.playing import centred, draw, exact_gradient, games, mirror_step, situation
 
 PLAYED = [card.name for card in list_objectives() if card.batch != "groups" and card.name != "spo"]
 AFFINE = {"egpo", "online_ipo1", "online_ipo2", "nash_md", "nash_md_pg", "inpo", "ipo", "sppo", "reward_aware_rpo"}
