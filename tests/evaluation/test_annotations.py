@@ -40,7 +40,7 @@ from evaluation.head_to_head import (
 from evaluation.head_to_head import describe as describe_one
 from evaluation.length_control import identical
 from evaluation.outputs import leaderboard_row, markdown, with_length_control, write_output
-from evaluation.win_rate import app, choose_form, run_program, win_rate_of_files
+from evaluation.win_rate import app, choose_form, compare_as_asked, run_program, win_rate_of_files
 from tests.evaluation.test_win_rate import run
 
 NAN = float("nan")
@@ -403,6 +403,10 @@ def test_difficulties_of_samples_are_their_prompts(tmp_path):
     with pytest.raises(UserError, match=r"a.jsonl:59: no difficulty for instruction 'p29' or index 29"):
         win_rate_of_files(*sides, judge, difficulty=by_row)
     assert judge.asked == 0
+    (tmp_path / "prompts.txt").write_text("p0\np1\n")
+    models = {"model": "no/such", "baseline": "nor/this", "prompts": tmp_path / "prompts.txt", "reward": "length"}
+    with pytest.raises(UserError, match=r"prompts.txt:2: no difficulty for instruction 'p1' or index 1"):
+        compare_as_asked("models", models, {0: 1.0})  # before a model is looked for
 
 
 def test_difficulty_is_found_by_text_and_else_by_the_row_s_own_index():

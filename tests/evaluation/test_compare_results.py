@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 from scipy.integrate import quad
+from scipy.special import expit
 
+from evaluation.compare.length import length_controlled_rate
 from evaluation.compare.matrix import Cell, adjusted, cell, cyclic_triples, detectable, verdict
 from evaluation.compare.measure import Judge, Measured, Measurer
 from evaluation.compare.page import claims, over_seeds, percent
@@ -217,6 +219,13 @@ def test_claims_are_those_of_the_adjusted_p(files):
         holm = max(min(1, by_hand[one] * (3 - k)) for k, one in enumerate(ordered[: ordered.index(label) + 1]))
         assert tests[label]["p_adjusted"] == pytest.approx(holm, rel=1e-6)
     assert [tests[label]["verdict"] for label in labels[1:]] == ["better", "no significant difference", "worse"]
+    prompts = [f"p{i}" for i in range(20)]
+    cells = [
+        cell(np.array([judge.shares(prompts, *both) for both in zip(policies[label], base, strict=True)]))
+        for label in labels[1:]
+    ]
+    assert result["detectable"] == pytest.approx(detectable(cells))
+    assert result["detectable_holm"] == pytest.approx(detectable(cells, 0.05 / 3)) != pytest.approx(detectable(cells))
 
 
 def test_the_best_win_rate_over_the_start_on_validation_prompts_tunes(files):
@@ -254,6 +263,17 @@ def test_seeds_of_measurements_differ_and_other_weights_are_measured_anew(files,
     (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
     Measurer(recipe, {"test": ["p"]}).start(0, "test")
     assert len(seen) == 9 and seen[-1] == seen[0]
+
+
+@pytest.mark.parametrize(("push", "shrunk"), [(0.2, True), (2.0, False)])
+def test_a_rate_at_equal_lengths_that_the_penalty_shrank_is_marked(push, shrunk):
+    """Ten prompts of six samples: an advantage of .2 where lengths decide is too little to tell, one of 2 is not."""
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(1, 60, (10, 6))
+    won = (rng.random((10, 6)) < expit((lengths - 30) / 10 + push)).astype(float)
+    ours = measured(*[["x" * int(n) for n in row] for row in lengths])
+    found = length_controlled_rate([ours], [measured(*[["y" * 30] * 6] * 10)], [won])
+    assert found is not None and found["shrunk"] is shrunk and (found["rate"] == 0.5) is shrunk
 
 
 def test_claims_are_in_those_words():

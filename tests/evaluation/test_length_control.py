@@ -75,15 +75,16 @@ def test_the_fit_is_a_minimum_in_every_direction():
     assert np.count_nonzero(fit_l1(x, p, weight, 0.01)) < 3  # the L1 norm sets some to exactly 0
 
 
-def least_left_out(x, share, folds):
+def least_left_out(x, share, folds, weight=None):
     """The C of the ten with the least loss of rows that the fit has not seen, a mean of means over five folds."""
+    weight = np.ones(len(share)) if weight is None else weight
     totals = []
     for c in CS:
         total = 0.0
         for fold in range(5):
             kept, out = ([i for i, f in enumerate(folds) if (f == fold) == left] for left in (False, True))
-            p = expit(x[out] @ fit_l1(x[kept], share[kept], np.ones(len(kept)), c))
-            total += np.mean([-np.log(q if y else 1 - q) for q, y in zip(p, share[out], strict=True)])
+            p = expit(x[out] @ fit_l1(x[kept], share[kept], weight[kept], c))
+            total += np.mean(weight[out] * [-np.log(q if y else 1 - q) for q, y in zip(p, share[out], strict=True)])
         totals.append(total)
     return CS[int(np.argmin(totals))]
 
@@ -107,6 +108,22 @@ def test_no_fold_splits_a_prompt():
         assert found.c == least_left_out(x, share[known], folds)
         apart.append(found.c != length_controlled(length, share, resamples=0).c)
     assert any(apart)
+
+
+def test_gamed_rows_are_dealt_to_folds_in_turn_and_the_prompts_after_them():
+    """Sixty rows of a gamed file at 0.2, then two rows each of 10 prompts: prompt k is in fold (60 + k) % 5."""
+    turns, dealt = [], [k % 5 for k in range(60)]
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        length = rng.uniform(-1, 1, 80)
+        share = (rng.random(80) < expit(-2 * length)).astype(float)
+        prompts, weight = [k // 2 for k in range(20)], np.repeat([0.2, 1.0], [60, 20])
+        gamed = [Gamed(length[:60], None, share[:60])]
+        found = length_controlled(length[60:], share[60:], gamed=gamed, clusters=prompts, resamples=0)
+        x, own = np.column_stack([length, np.repeat([0.0, 1.0], [60, 20])]), [(60 + k) % 5 for k in prompts]
+        assert found.c == least_left_out(x, share, [*dealt, *own], weight)
+        turns.append(found.c != least_left_out(x, share, [*[0] * 60, *own], weight))
+    assert any(turns)
 
 
 def test_c_has_the_least_left_out_loss_of_the_ten():
