@@ -6,6 +6,7 @@ Rates are in the caller's unit; `head_to_head` has percent, `outputs` shares. No
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,12 @@ def fit_annotations(
             refuse_two_difficulties(rows, of, difficulty)
     others = [Gamed(*features(of), shares(of)) for of in gamed]
     prompts = [row.instruction for row in rows]
-    return length_controlled(length, shares(rows), difficulty=gamma, gamed=others, clusters=prompts, seed=seed)
+    found = length_controlled(length, shares(rows), difficulty=gamma, gamed=others, clusters=prompts, seed=seed)
+    values = set() if gamma is None else set(zip(prompts, gamma.tolist(), strict=True))
+    if (several := len(values) - len(set(prompts))) > 0:  # a set of instructions may repeat one, so it is no error
+        warning = f"{several} rows repeat an instruction at another difficulty: a row's `index` has to be its prompt's"
+        return replace(found, warning=warning)
+    return found
 
 
 def described(found: LengthControl | None, raw: float, note: str | None = None) -> dict[str, Any]:
@@ -80,12 +86,15 @@ def described(found: LengthControl | None, raw: float, note: str | None = None) 
 def caution(raw: float, found: LengthControl) -> str | None:
     """What makes a length-controlled rate doubtful: no coefficient is left, or AlpacaEval's warning of a big change.
 
-    The latter stands where it changes the rate by over 10 points and over a quarter of the way.
+    The latter stands where it changes the rate by over 10 points and over a quarter of the way. What was doubtful
+    before the fit comes first.
 
     Args:
         raw: the plain win rate in percent.
         found: the fit.
     """
+    if found.warning is not None:
+        return found.warning
     if found.says_nothing:
         return (
             f"says nothing: cross-validation chose the strongest penalty (C = {found.c:.2g}), which leaves no "

@@ -50,6 +50,7 @@ class LengthControl:
         variant: "regularised", "plain", either with or without difficulty; or "identical".
         predictions: [n] P(system wins) of each row at equal lengths; NaN nowhere.
         refits: what the resamples gave; None without resamples.
+        warning: what is doubtful about what it was fitted on.
     """
 
     rate: float
@@ -60,6 +61,7 @@ class LengthControl:
     variant: str
     predictions: Array
     refits: Refits | None = None
+    warning: str | None = None
 
     @property
     def says_nothing(self) -> bool:
@@ -178,19 +180,22 @@ def _l1_step(w: Array, gradient: Array, hessian: Array) -> Array:
 def choose_c(features: Array, share: Array, weight: Array, groups: NDArray[np.intp]) -> float:
     """The C of `CS` with the least log loss on left-out groups, averaged over `FOLDS` folds; the first of equals.
 
+    Fewer groups make fewer folds.
+
     Args:
         features, share, weight: as of `fit_l1`.
         groups: [n] number of each row's group, which no fold splits: rows of one prompt know each other's outcome.
     """
-    fold = groups % FOLDS
+    folds = min(FOLDS, int(groups.max()) + 1)
+    fold = groups % folds
     losses = np.zeros(len(CS))
-    for held_out in (fold == number for number in range(FOLDS)):
+    for held_out in (fold == number for number in range(folds)):
         kept = ~held_out
         for i, c in enumerate(CS):
             w = fit_l1(features[kept], share[kept], weight[kept], c)
             p = np.clip(expit(features[held_out] @ w), 1e-15, 1 - 1e-15)
             y = share[held_out]
-            losses[i] -= float(np.mean(weight[held_out] * (y * np.log(p) + (1 - y) * np.log(1 - p)))) / FOLDS
+            losses[i] -= float(np.mean(weight[held_out] * (y * np.log(p) + (1 - y) * np.log(1 - p)))) / folds
     return float(CS[int(np.argmin(losses))])
 
 
@@ -219,7 +224,8 @@ def length_controlled(
         level: of the interval.
 
     Raises:
-        ValueError: fewer than `FEW_ROWS` rows are known, or gamed rows lack the difficulty that the others have.
+        ValueError: fewer than `FEW_ROWS` rows or two prompts are known, or gamed rows lack the difficulty that the
+            others have.
     """
     known = ~np.isnan(share)
     if known.sum() < FEW_ROWS:
@@ -230,7 +236,9 @@ def length_controlled(
     x, y = np.concatenate([extra, rows[known]]), np.concatenate([extra_share, share[known]])
     weight = np.concatenate([extra_weight, np.ones(int(known.sum()))])
     prompts = list(range(len(known)) if clusters is None else clusters)
-    groups, _ = cluster_codes([prompt for prompt, ok in zip(prompts, known, strict=True) if ok])
+    groups, judged = cluster_codes([prompt for prompt, ok in zip(prompts, known, strict=True) if ok])
+    if judged < 2:
+        raise ValueError("pairs of one prompt; length control needs several")
     c = choose_c(x, y, weight, np.concatenate([np.arange(len(extra)), len(extra) + groups]))
     w = fit_l1(x, y, weight, c)
     level_rows = rows.copy()

@@ -107,7 +107,9 @@ def _gamed_of(form: str, given: dict[str, Any]) -> list[list[Annotation]]:
     """The rows of every --gamed file; against whom they were judged is said where the baseline has no such name."""
     paths = given.get("gamed", [])
     if paths and form == "files" and given["b"].name.endswith((".json", ".json.gz")):
-        return read_gamed(paths, read_model_outputs(given["b"])[0], given["b"])
+        name, _ = read_model_outputs(given["b"])
+        if name != str(given["b"]):  # else its rows name no generator
+            return read_gamed(paths, name, given["b"])
     found = read_gamed(paths)
     for path, rows in zip(paths, found, strict=True):
         say(f"--gamed {path}: its answers were judged against {rows[0].generator_1}; that must be this baseline")

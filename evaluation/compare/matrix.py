@@ -41,6 +41,7 @@ class Cell:
         both_p: the same with the variance over prompts added to that over seeds (Welch and Satterthwaite's degrees of
             freedom): a rate that is 1/2 on average over other prompts *and* other seeds has both errors at once.
         tests: error and degrees of freedom of every t test that a claim must pass; without seeds that over prompts.
+        least_p: the smallest p-value that the permutation can give: 2 of 2^Q patterns, or 1 of all that are drawn.
     """
 
     rate: float
@@ -54,6 +55,7 @@ class Cell:
     seeds_p: float | None
     both_p: float | None
     tests: tuple[tuple[float, float], ...]
+    least_p: float
 
     @property
     def claim_p(self) -> float:
@@ -107,6 +109,7 @@ def cell(shares: Array, resamples: int = 10_000, seed: int = 0) -> Cell:
         seeds_p=_t_p(float(np.nanmean(by_seed)), *tests[0]) if len(tests) > 1 else None,
         both_p=_t_p(found.mean_x, *tests[1]) if len(tests) > 1 else None,
         tests=tests,
+        least_p=max(0.5 ** (found.rows - 1), 1 / (1 + resamples)),
     )
 
 
@@ -178,21 +181,19 @@ def cyclic_triples(cells: Sequence[Sequence[Cell | None]], sure: bool = False) -
 
 
 def detectable(cells: Sequence[Cell], alpha: float = LEVEL, power: float = 0.8) -> float | None:
-    """The true difference from one half that is claimed with probability `power`; None where no error is known.
+    """The true difference from one half that is claimed with probability `power`; None where none can be.
 
     Args:
         cells: rows as uncertain as those that it is asked of; their variances are averaged.
         alpha: level of the test: LEVEL for one row, LEVEL / m for the first of m in Holm's order.
-        power: of all the t tests that a claim must pass the one that asks for most; noncentral t.
+        power: of all the t tests that a claim must pass the one that asks for most; noncentral t. (With a handful of
+            prompts the permutation asks for more than they.)
     """
-    found = [
-        max(_shift(freedom, alpha, power) * error for error, freedom in one.tests) for one in cells if _known(one)
-    ]
-    return math.sqrt(statistics.fmean(shift**2 for shift in found)) if found else None
-
-
-def _known(one: Cell) -> bool:
-    return all(error >= 0 for error, _ in one.tests) and any(error > 0 for error, _ in one.tests)
+    if not cells or any(one.least_p > alpha or math.isnan(one.standard_error) for one in cells):
+        return None
+    found = [max(_shift(freedom, alpha, power) * error for error, freedom in one.tests) for one in cells]
+    shift = math.sqrt(statistics.fmean(shift**2 for shift in found))
+    return shift if shift < 0.5 else None
 
 
 def _shift(freedom: float, alpha: float, power: float) -> float:

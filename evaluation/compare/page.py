@@ -158,11 +158,13 @@ def notes(result: Row) -> list[str]:
             "both errors added. A difference is claimed where it is at most 0.05 after Holm's correction over all "
             "rows."
         )
-    if result["detectable"] is not None:
+    if any(
+        row["versus_baseline"] and row["versus_baseline"]["p_adjusted"] is not None for row in result["objectives"]
+    ):
         found.append(
-            f"Four times in five a true difference of {100 * result['detectable']:.1f} points from 50 would be "
-            f"claimed if it were the only row tested, and one of {100 * result['detectable_holm']:.1f} points as the "
-            "first of all (Holm), for rows as uncertain as these; smaller ones are easily missed."
+            f"Four times in five {_found(result['detectable'])} would be claimed if it were the only row tested, and "
+            f"{_found(result['detectable_holm'])} as the first of all (Holm), for rows as uncertain as these; smaller "
+            "ones are easily missed."
         )
     if any((row["length_controlled"] or {}).get("shrunk") for row in result["objectives"]):
         found.append(
@@ -174,6 +176,12 @@ def notes(result: Row) -> list[str]:
         f"{result['triples']}; {result['cyclic_triples_sure']} of them with all three intervals clear of 50."
     )
     return found
+
+
+def _found(difference: float | None) -> str:
+    if difference is None:
+        return "no difference at all"
+    return f"a true difference of {100 * difference:.1f} points from 50"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,16 @@ import yaml
 
 from alignment.data.preferences import read_prompts
 from alignment.errors import UserError, run_or_exit
-from alignment.files import file_digest, iterate_json_lines, json_digest, read_json_object, write_json, write_text
+from alignment.files import (
+    PACKAGE_SCHEME,
+    file_digest,
+    iterate_json_lines,
+    json_digest,
+    package_file,
+    read_json_object,
+    write_json,
+    write_text,
+)
 from alignment.pipeline.processes import PRELOADED, die_with_parent
 from alignment.recipes import IterateRecipe
 from alignment.recipes.inspection import flatten
@@ -64,14 +73,14 @@ def refuse_changes(runs: Sequence[Run]) -> None:
 def refuse_other_start(recipe: CompareRecipe) -> None:
     """UserError where the start's files, or the prompts that pairs are drawn for, are not those that runs began with.
 
-    FOLDER/begun.json has what the first command found. A model of the hub has no files here; its revision is the
-    recipe's. Given pairs are compared by themselves (`given`).
+    FOLDER/begun.json has what the first command with runs found. A model of the hub has no files here; its revision is
+    the recipe's. Given pairs are compared by themselves (`given`).
     """
     sample, other = recipe.data.sample, "go back to that, or give another training.output_dir"
     prompts = [] if sample is None else read_prompts(sample.prompts, sample.limit)
     now = {**_files_of(recipe), "data.sample.prompts": json_digest(prompts)}
     kept = recipe.folder / "begun.json"
-    before = read_json_object(kept) if kept.is_file() else now
+    before = read_json_object(kept) if kept.is_file() and (recipe.folder / "runs").is_dir() else now
     for name in sorted(before | now):
         if before.get(name) != now.get(name):
             raise UserError(f"{name} is not what the runs in {recipe.folder} began with; {other}")
@@ -79,13 +88,18 @@ def refuse_other_start(recipe: CompareRecipe) -> None:
 
 
 def _files_of(recipe: CompareRecipe) -> dict[str, str]:
-    """Digest of every file of the start: what decides weights, tokens and template."""
-    found: dict[str, str] = {}
-    for key in ("name_or_path", "adapter"):
-        if (name := getattr(recipe.model, key)) is not None:
-            files = sorted(Path(name).iterdir()) if Path(name).is_dir() else [Path(name)]
-            kept = (file for file in files if file.is_file() and file.suffix != ".md")
-            found |= {f"model.{key}: {file.name}": file_digest(file) for file in kept}
+    """Digest of every file of the start, adapters' bases included: what decides weights, tokens and template."""
+    from alignment.models.loading import adapter_base
+
+    found, names = {}, [recipe.model.name_or_path, recipe.model.adapter]
+    for name in names:  # which grows
+        if name is None:
+            continue
+        place = package_file(name) if name.startswith(PACKAGE_SCHEME) else Path(name).expanduser()
+        names.append(adapter_base(str(place)))
+        for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if file.is_file() and file.suffix != ".md" and not file.name.startswith("."):
+                found[f"model: {place.name}/{file.name}"] = file_digest(file)
     return found
 
 

@@ -300,6 +300,7 @@ def test_model_outputs_are_sides(tmp_path):
     a, b = write(tmp_path / "a.json", ours), write(tmp_path / "b.json", theirs)
     result = win_rate_of_files(a, b, get_reward("length"), resamples=100).result
     assert (result["model"], result["baseline"], result["win_rate"]) == ("new", "old", 0.5)
+    assert read_model_outputs(write(tmp_path / "f.json", [one | {"generator": "G\n 4"} for one in ours]))[0] == "G 4"
     name, outputs = read_model_outputs(a)
     assert name == "new" and outputs["q"] == (f"{a}: row 2", ["x"])
     with pytest.raises(UserError, match=r"a.json: row 1: prompt 'p' is not in .*c.json; 1 such prompt"):
@@ -367,6 +368,17 @@ def test_row_numbers_that_mean_other_instructions_are_refused(tmp_path):
     (pair,) = annotation_result(files, difficulty=table, resamples=100)[0]["comparisons"]
     (back,) = annotation_result(files[::-1], difficulty=table, resamples=100)[0]["comparisons"]
     assert pair["length_controlled_winrate"] == pytest.approx(100 - back["length_controlled_winrate"], abs=1e-9)
+
+
+def test_rows_that_repeat_an_instruction_at_another_difficulty_are_warned_of():
+    """Two rows a prompt, by their places; with the prompt's index, or the same difficulty, nothing is wrong."""
+    rows = [row(1 + (k % 3 > 0), f"i{k // 2}", "x" * k, "x" * 9) for k in range(40)]
+    table = {k: k / 40 for k in range(40)}
+    note = summarise(parse_annotations(rows), difficulty=table, resamples=100)["length_control"]["note"]
+    assert note.startswith("20 rows repeat an instruction at another difficulty")
+    for fine in ([one | {"index": k // 2} for k, one in enumerate(rows)], rows[::2]):
+        note = summarise(parse_annotations(fine), difficulty=table, resamples=100)["length_control"]["note"]
+        assert not (note or "").startswith(("10", "20"))
 
 
 class _Counting:
@@ -505,6 +517,9 @@ def test_gamed_annotations_are_of_the_same_baseline(small, tmp_path, capsys):
     options = {"a": sides[0], "b": sides[1], "reward": "length", "bootstrap": 100, "gamed": [other]}
     with pytest.raises(UserError, match=r"gamed.json: is against OTHER, and .*theirs.json against theirs"):
         run_program(options)
+    nameless = write(tmp_path / "nameless.json", [{"instruction": "i", "output": "xx"}])
+    run_program(options | {"b": nameless})  # nobody says whose outputs these are
+    assert "gamed.json: its answers were judged against OTHER" in capsys.readouterr().err
     lines = [tmp_path / f"{n}.jsonl" for n in ("ours", "theirs")]
     for line in lines:
         line.write_text('{"prompt": "i", "response": "x"}\n')

@@ -89,7 +89,18 @@ def t_tails(x, freedom):
 
 def a_cell(rate, low=0.0, high=1.0, p=1.0, seeds_p=None, both_p=0.0):
     return Cell(
-        rate, low, high, 0.1, p, (rate,), None, None, seeds_p, None if seeds_p is None else both_p, ((0.1, 59.0),)
+        rate,
+        low,
+        high,
+        0.1,
+        p,
+        (rate,),
+        None,
+        None,
+        seeds_p,
+        None if seeds_p is None else both_p,
+        ((0.1, 59.0),),
+        1e-4,
     )
 
 
@@ -140,7 +151,13 @@ def test_a_claim_needs_prompts_and_seeds():
     assert verdict(sure, 0.0501) == "no significant difference" == verdict(a_cell(0.5, seeds_p=1.0), 0.01)
     assert (verdict(a_cell(0.6), 0.01), verdict(a_cell(0.4), 0.01)) == ("better in this run", "worse in this run")
     assert detectable([a_cell(0.5)]) == pytest.approx(0.28, abs=0.01) and detectable([]) is None
-    assert detectable([cell(np.full((2, 3), 0.5), resamples=100)]) is None  # nothing varied
+    few = np.array([[0.4, 0.5, 0.6, 0.5, 0.45]] * 2) + [[0.01], [-0.01]]
+    assert cell(few).least_p == 2 / 32 and detectable([cell(few)]) is None  # five prompts never give 5 %
+    assert cell(np.tile(few, 2)).least_p == 2 / 1024 and 0 < detectable([cell(np.tile(few, 2))]) < 0.5
+    assert cell(np.tile(few, 20), resamples=1000).least_p == 1 / 1001
+    wide = cell(np.tile(few, 4) + [[0.1], [-0.1]])
+    assert detectable([wide], 0.005) is None  # two seeds 20 points apart: more than there is
+    assert detectable([cell(np.array([[0.9], [0.8]]))]) is None  # of one prompt
 
 
 def test_results_by_hand(files):

@@ -338,21 +338,42 @@ def test_another_start_or_other_prompts_are_refused(files, tmp_path):
         write_text(model / name, name)
     recipe = loaded(files)
     refuse_other_start(recipe)
+    write_text(model / "vocab.json", "forgotten at first")
+    refuse_other_start(recipe)  # no run had begun
+    (out / "runs").mkdir()
     began = (out / "begun.json").read_text()
-    write_text(model / "README.md", "other words")
+    for free in ("README.md", ".DS_Store"):
+        write_text(model / free, "other words")
     refuse_other_start(recipe)
     write_text(model / "model.safetensors", "trained on")
-    with pytest.raises(UserError, match=r"^model.name_or_path: model.safetensors is not what the runs in .*out began"):
+    with pytest.raises(UserError, match=r"^model: model/model.safetensors is not what the runs in .*out began"):
         refuse_other_start(recipe)
     write_text(model / "model.safetensors", "model.safetensors")
     write_text(model / "chat_template.jinja", "new")
-    with pytest.raises(UserError, match=r"^model.name_or_path: chat_template.jinja is not what"):
+    with pytest.raises(UserError, match=r"^model: model/chat_template.jinja is not what"):
         refuse_other_start(recipe)
     (model / "chat_template.jinja").unlink()
     write_text(tmp_path / "train.txt", "another prompt\n")
     with pytest.raises(UserError, match=r"^data.sample.prompts is not what the runs in"):
         refuse_other_start(recipe)
     assert (out / "begun.json").read_text() == began
+
+
+def test_what_a_start_consists_of(files, tmp_path, monkeypatch):
+    """An adapter brings its base; a file of weights is one; a home is looked for."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_text(tmp_path / "base" / "model.safetensors", "base")
+    write_json(tmp_path / "adapter" / "adapter_config.json", {"base_model_name_or_path": "~/base"})
+    write_text(tmp_path / "weights.gguf", "weights")
+    for name, found in (
+        ("~/adapter", ["model: adapter/adapter_config.json", "model: base/model.safetensors"]),
+        (str(tmp_path / "weights.gguf"), ["model: weights.gguf/weights.gguf"]),
+        ("org/of-the-hub", []),
+    ):
+        out = tmp_path / "out" / name.strip("/~")
+        kept = [one for one in files if not one.startswith(("model.", "training."))]
+        refuse_other_start(loaded(kept, f"model.name_or_path={name}", f"training.output_dir={out}"))
+        assert sorted(json.loads((out / "begun.json").read_text())) == ["data.sample.prompts", *found]
 
 
 def test_steps_that_iterations_cannot_share(files):

@@ -76,12 +76,12 @@ def test_the_fit_is_a_minimum_in_every_direction():
 
 
 def least_left_out(x, share, folds, weight=None):
-    """The C of the ten with the least loss of rows that the fit has not seen, a mean of means over five folds."""
+    """The C of the ten with the least loss of rows that the fit has not seen, a mean of means over the folds."""
     weight = np.ones(len(share)) if weight is None else weight
     totals = []
     for c in CS:
         total = 0.0
-        for fold in range(5):
+        for fold in range(max(folds) + 1):
             kept, out = ([i for i, f in enumerate(folds) if (f == fold) == left] for left in (False, True))
             p = expit(x[out] @ fit_l1(x[kept], share[kept], weight[kept], c))
             total += np.mean(weight[out] * [-np.log(q if y else 1 - q) for q, y in zip(p, share[out], strict=True)])
@@ -108,6 +108,17 @@ def test_no_fold_splits_a_prompt():
         assert found.c == least_left_out(x, share[known], folds)
         apart.append(found.c != length_controlled(length, share, resamples=0).c)
     assert any(apart)
+
+
+def test_fewer_prompts_than_folds():
+    """Four prompts of six rows are left out one by one; of one prompt nothing is left to fit on."""
+    rng = np.random.default_rng(2)
+    length, prompts = rng.uniform(-1, 1, 24), [k // 6 for k in range(24)]
+    share = (rng.random(24) < expit(1 - 2 * length)).astype(float)
+    found = length_controlled(length, share, clusters=prompts, resamples=0)
+    assert found.c == least_left_out(np.column_stack([length, np.ones(24)]), share, prompts) > CS[0]
+    with pytest.raises(ValueError, match="pairs of one prompt; length control needs several"):
+        length_controlled(length, share, clusters=["p"] * 24)
 
 
 def test_gamed_rows_are_dealt_to_folds_in_turn_and_the_prompts_after_them():
