@@ -162,9 +162,8 @@ def notes(result: Row) -> list[str]:
         row["versus_baseline"] and row["versus_baseline"]["p_adjusted"] is not None for row in result["objectives"]
     ):
         found.append(
-            f"Four times in five {_found(result['detectable'])} would be claimed if it were the only row tested, and "
-            f"{_found(result['detectable_holm'])} as the first of all (Holm), for rows as uncertain as these; smaller "
-            "ones are easily missed."
+            f"Claimed four times in five, for rows as uncertain as these: {_found(result['detectable'])} in a row tested "
+            f"alone, {_found(result['detectable_holm'])} in the first of all rows (Holm). Smaller ones are easily missed."
         )
     if any((row["length_controlled"] or {}).get("shrunk") for row in result["objectives"]):
         found.append(
@@ -180,7 +179,7 @@ def notes(result: Row) -> list[str]:
 
 def _found(difference: float | None) -> str:
     if difference is None:
-        return "no difference at all"
+        return "no difference, however large,"
     return f"a true difference of {100 * difference:.1f} points from 50"
 
 
