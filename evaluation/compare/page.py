@@ -158,12 +158,12 @@ def notes(result: Row) -> list[str]:
             "both errors added. A difference is claimed where it is at most 0.05 after Holm's correction over all "
             "rows."
         )
-    if any(
-        row["versus_baseline"] and row["versus_baseline"]["p_adjusted"] is not None for row in result["objectives"]
-    ):
+    tests = [row["versus_baseline"] for row in result["objectives"] if row["versus_baseline"] is not None]
+    if any(test["p_adjusted"] is not None for test in tests):
         found.append(
-            f"Claimed four times in five, for rows as uncertain as these: {_found(result['detectable'])} in a row tested "
-            f"alone, {_found(result['detectable_holm'])} in the first of all rows (Holm). Smaller ones are easily missed."
+            f"Claimed four times in five, for rows as uncertain as these: {_found(result['detectable'])} in a row "
+            f"tested alone, {_found(result['detectable_holm'])} in the first of all rows (Holm). Smaller ones are "
+            "easily missed."
         )
     if any((row["length_controlled"] or {}).get("shrunk") for row in result["objectives"]):
         found.append(

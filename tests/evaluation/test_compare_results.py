@@ -121,7 +121,7 @@ def test_false_claims_are_as_rare_as_they_say_and_true_ones_as_frequent(seeds, o
     assert sum(one.claim_p <= 0.05 for one in cells) / 800 < 0.07
     for alpha in (0.05, 0.01):
         shift = detectable(cells, alpha)
-        if (seeds, alpha) == (2, 0.01):
+        if seeds == 2:
             assert shift is None  # with one degree of freedom no rate under 100 % would do
             continue
         assert 0.72 < sum(draw(shift).claim_p <= alpha for _ in range(200)) / 200 < 0.9
