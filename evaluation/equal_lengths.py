@@ -86,20 +86,20 @@ def described(found: LengthControl | None, raw: float, note: str | None = None) 
 def caution(raw: float, found: LengthControl) -> str | None:
     """What makes a length-controlled rate doubtful: no coefficient is left, or AlpacaEval's warning of a big change.
 
-    The latter stands where it changes the rate by over 10 points and over a quarter of the way. What was doubtful
-    before the fit comes first.
+    The latter stands where it changes the rate by over 10 points and over a quarter of the way. Doubtful rows come
+    before it.
 
     Args:
         raw: the plain win rate in percent.
         found: the fit.
     """
-    if found.warning is not None:
-        return found.warning
     if found.says_nothing:
         return (
             f"says nothing: cross-validation chose the strongest penalty (C = {found.c:.2g}), which leaves no "
             "coefficient; too few rows, or preferences that neither length nor system explains"
         )
+    if found.warning is not None:
+        return found.warning
     if (collapsed := found.collapsed) > SHRUNK:
         return (
             f"the penalty left the system no strength of its own in {100 * collapsed:.0f} % of the resamples: as many "

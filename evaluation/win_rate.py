@@ -99,8 +99,9 @@ def win_rate_of_files(
 
 def _refuse_unknown_difficulty(prompts: Iterable[tuple[str, str]], difficulty: Difficulty | None) -> None:
     """UserError where a prompt (its text, where it stands) has no difficulty: said before samples and judges cost."""
-    for number, (prompt, where) in enumerate(prompts if difficulty is not None else ()):
-        difficulty_at(prompt, number, where, difficulty or {})
+    if difficulty is not None:
+        for number, (prompt, where) in enumerate(prompts):
+            difficulty_at(prompt, number, where, difficulty)
 
 
 def _gamed_of(form: str, given: dict[str, Any]) -> list[list[Annotation]]:

@@ -55,8 +55,8 @@ def compare(path: Path, overrides: Sequence[str] = ()) -> Path:
         raise UserError(f"training.output_dir: {folder} is a run; give another folder")
     if recipe.compare.task is None:  # else its files of prompts are made below
         read_all_prompts(recipe)
-    if recipe.data.train is None and (recipe.compare.task is None or recipe.training.max_steps > 0):
-        updates(recipe, iterative)
+        if recipe.data.sample is not None:
+            updates(recipe, iterative)
     make_folder(folder)
     with alone(folder):
         if recipe.compare.task is not None:

@@ -376,6 +376,10 @@ def test_rows_that_repeat_an_instruction_at_another_difficulty_are_warned_of():
     table = {k: k / 40 for k in range(40)}
     note = summarise(parse_annotations(rows), difficulty=table, resamples=100)["length_control"]["note"]
     assert note.startswith("20 rows repeat an instruction at another difficulty")
+    draws = [one | {"preference": 1.5} for one in rows]  # nothing is known of these, whatever their difficulty
+    found = summarise(parse_annotations(draws), difficulty=table, resamples=100)
+    assert found["length_controlled_winrate"] is None
+    assert found["length_control"]["note"].startswith("says nothing")
     for fine in ([one | {"index": k // 2} for k, one in enumerate(rows)], rows[::2]):
         note = summarise(parse_annotations(fine), difficulty=table, resamples=100)["length_control"]["note"]
         assert not (note or "").startswith(("10", "20"))
