@@ -199,7 +199,7 @@ def read_model_outputs(path: Path) -> tuple[str, dict[str, tuple[str, list[str]]
     for place, row in _rows(path):
         where = f"{path}: row {place.row}"
         outputs.setdefault(_text(row, "instruction", where), (where, []))[1].append(_text(row, "output", where))
-        names[_name(row.get("generator") or path)] = None
+        names[_name(row["generator"]) if row.get("generator") else str(path)] = None
     if not outputs:
         raise UserError(f"{path}: holds no rows; a list of instruction, output and generator is needed")
     if len(names) > 1:

@@ -159,7 +159,7 @@ def notes(result: Row) -> list[str]:
             "rows."
         )
     tests = [row["versus_baseline"] for row in result["objectives"] if row["versus_baseline"] is not None]
-    if any(test["p_adjusted"] is not None for test in tests):
+    if any(test["p_adjusted"] is not None for test in tests) and result["detectable"] != 0:  # 0: all came out alike
         found.append(
             f"Claimed four times in five, for rows as uncertain as these: {_found(result['detectable'])} in a row "
             f"tested alone, {_found(result['detectable_holm'])} in the first of all rows (Holm). Smaller ones are "

@@ -91,15 +91,17 @@ def _files_of(recipe: CompareRecipe) -> dict[str, str]:
     """Digest of every file of the start, adapters' bases included: what decides weights, tokens and template."""
     from alignment.models.loading import adapter_base
 
-    found, names = {}, [recipe.model.name_or_path, recipe.model.adapter]
-    for name in names:  # which grows
-        if name is None:
-            continue
-        place = package_file(name) if name.startswith(PACKAGE_SCHEME) else Path(name).expanduser()
-        names.append(adapter_base(str(place)))
-        for file in sorted(place.iterdir()) if place.is_dir() else [place]:
-            if file.is_file() and file.suffix != ".md" and not file.name.startswith("."):
-                found[f"model: {place.name}/{file.name}"] = file_digest(file)
+    def local(name: str) -> Path:
+        return package_file(name) if name.startswith(PACKAGE_SCHEME) else Path(name).expanduser()
+
+    given = {"model.name_or_path": recipe.model.name_or_path, "model.adapter": recipe.model.adapter}
+    bases = {f"base of {key}": adapter_base(str(local(name))) for key, name in given.items() if name is not None}
+    found: dict[str, str] = {}
+    for key, name in {**given, **bases}.items():
+        place = None if name is None else local(name)
+        files = [] if place is None else sorted(place.iterdir()) if place.is_dir() else [place]
+        kept = (file for file in files if file.is_file() and file.suffix != ".md" and not file.name.startswith("."))
+        found |= {f"{key}: {file.name}": file_digest(file) for file in kept}
     return found
 
 

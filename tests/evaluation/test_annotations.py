@@ -521,7 +521,7 @@ def test_gamed_annotations_are_of_the_same_baseline(small, tmp_path, capsys):
     options = {"a": sides[0], "b": sides[1], "reward": "length", "bootstrap": 100, "gamed": [other]}
     with pytest.raises(UserError, match=r"gamed.json: is against OTHER, and .*theirs.json against theirs"):
         run_program(options)
-    nameless = write(tmp_path / "nameless.json", [{"instruction": "i", "output": "xx"}])
+    nameless = write(tmp_path / "nobody  says.json", [{"instruction": "i", "output": "xx"}])
     run_program(options | {"b": nameless})  # nobody says whose outputs these are
     assert "gamed.json: its answers were judged against OTHER" in capsys.readouterr().err
     lines = [tmp_path / f"{n}.jsonl" for n in ("ours", "theirs")]

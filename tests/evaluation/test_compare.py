@@ -205,7 +205,7 @@ def test_another_recipe_is_refused_with_the_difference(done):
     with pytest.raises(UserError, match=r"reward.pattern was .*, is 'cold'"):
         compare(TINY, [*overrides, "reward.pattern=cold"])
     (folder / "grammar" / "model" / "chat_template.jinja").write_text("another")
-    with pytest.raises(UserError, match=r"^model: model/chat_template.jinja is not what the runs in"):
+    with pytest.raises(UserError, match=r"^model.name_or_path: chat_template.jinja is not what the runs in"):
         compare(TINY, overrides)
     (folder / "grammar" / "model" / "chat_template.jinja").unlink()
     assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -346,11 +346,11 @@ def test_another_start_or_other_prompts_are_refused(files, tmp_path):
         write_text(model / free, "other words")
     refuse_other_start(recipe)
     write_text(model / "model.safetensors", "trained on")
-    with pytest.raises(UserError, match=r"^model: model/model.safetensors is not what the runs in .*out began"):
+    with pytest.raises(UserError, match=r"^model.name_or_path: model.safetensors is not what the runs in .*out began"):
         refuse_other_start(recipe)
     write_text(model / "model.safetensors", "model.safetensors")
     write_text(model / "chat_template.jinja", "new")
-    with pytest.raises(UserError, match=r"^model: model/chat_template.jinja is not what"):
+    with pytest.raises(UserError, match=r"^model.name_or_path: chat_template.jinja is not what"):
         refuse_other_start(recipe)
     (model / "chat_template.jinja").unlink()
     write_text(tmp_path / "train.txt", "another prompt\n")
@@ -366,14 +366,22 @@ def test_what_a_start_consists_of(files, tmp_path, monkeypatch):
     write_json(tmp_path / "adapter" / "adapter_config.json", {"base_model_name_or_path": "~/base"})
     write_text(tmp_path / "weights.gguf", "weights")
     for name, found in (
-        ("~/adapter", ["model: adapter/adapter_config.json", "model: base/model.safetensors"]),
-        (str(tmp_path / "weights.gguf"), ["model: weights.gguf/weights.gguf"]),
+        ("~/adapter", ["base of model.name_or_path: model.safetensors", "model.name_or_path: adapter_config.json"]),
+        (str(tmp_path / "weights.gguf"), ["model.name_or_path: weights.gguf"]),
         ("org/of-the-hub", []),
     ):
         out = tmp_path / "out" / name.strip("/~")
         kept = [one for one in files if not one.startswith(("model.", "training."))]
         refuse_other_start(loaded(kept, f"model.name_or_path={name}", f"training.output_dir={out}"))
-        assert sorted(json.loads((out / "begun.json").read_text())) == ["data.sample.prompts", *found]
+        assert sorted(json.loads((out / "begun.json").read_text())) == sorted(["data.sample.prompts", *found])
+    write_json(tmp_path / "lora" / "base" / "adapter_config.json", {"base_model_name_or_path": "~/base"})
+    write_text(tmp_path / "lora" / "base" / "model.safetensors", "the adapter's, in a folder of the base's name")
+    out = tmp_path / "out" / "both"
+    given = [f"model.name_or_path={tmp_path / 'base'}", f"model.adapter={tmp_path / 'lora' / 'base'}"]
+    refuse_other_start(loaded(kept, *given, f"training.output_dir={out}"))
+    digests = json.loads((out / "begun.json").read_text())
+    assert digests["model.adapter: model.safetensors"] != digests["base of model.adapter: model.safetensors"]
+    assert digests["base of model.adapter: model.safetensors"] == digests["model.name_or_path: model.safetensors"]
 
 
 def test_steps_that_iterations_cannot_share(files):
