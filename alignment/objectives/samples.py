@@ -151,8 +151,9 @@ class GroupLogps(_Samples):
             its forward pass gives it, not summed; carries a gradient.
         answer_mask: `[B, 1, A]` (or `[B, G, A]`), true where a token exists. What stands elsewhere is never read.
         verified: `[B, G]`, 1 for a right answer and 0 for a wrong one, or grades between.
-        valid: `[B, G]`, false for samples to leave out, such as format failures; absent is true for all. What stands
-            in the other columns of such a sample is never read. A sample whose answer has no token is not valid.
+        valid: `[B, G]`, false for samples without the answer's form; absent is true for all. `answer` and `verified`
+            of such a sample are never read; `cot` is where the objective counts it with reward 0. A sample whose
+            answer has no token is not valid.
 
     Raises:
         ValueError: shapes do not fit, or `cot` / `answer` is not floating point.
@@ -187,6 +188,6 @@ class GroupLogps(_Samples):
 
     @property
     def kept(self) -> Tensor:
-        """`[B, G]` bool: samples that count, the valid ones whose answer (where there is one) has a token."""
+        """`[B, G]` bool: the valid samples whose answer (where there is one) has a token."""
         kept = torch.ones_like(self.cot, dtype=torch.bool) if self.valid is None else self.valid.bool()
         return kept if self.answer_mask is None else kept & self.answer_mask.bool().any(-1)

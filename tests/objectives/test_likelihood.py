@@ -262,8 +262,82 @@ def test_b8_per_answer_and_per_token_agree_where_lengths_do() -> None:
         assert (abs(per_answer - per_token) < 1e-12) is same
 
 
+# --- samples without the answer's form -------------------------------------------------------------------------------
+
+SHARES = torch.tensor([0.2, 0.4, 0.4], dtype=DOUBLE)  # of right, wrong and malformed samples
+ANSWERS = torch.tensor([0.9, 0.3], dtype=DOUBLE)  # pi(a* | z) after a right and a wrong chain
+
+
+def bandit_update(objective, size=4, answer=None):
+    """Expected -dL/d(logits) of a policy over right, wrong and malformed, by listing all 3^size groups.
+
+    Args:
+        answer: parameters of log pi(a* | z), `[2]`, after a right and a wrong chain; None: a verifier.
+
+    Returns:
+        `[3]`, and with `answer` also `[2]`.
+    """
+    rows = tuples(3, size)
+    logits = SHARES.log().requires_grad_()
+    formed, columns = rows < 2, {}
+    if answer is None:
+        columns["verified"] = (rows == 0).to(DOUBLE)
+    else:
+        padded = torch.cat([answer, torch.full((1,), math.nan, dtype=DOUBLE)])  # nothing stands behind a malformed one
+        columns = {"answer": padded[rows][..., None], "answer_mask": torch.ones(len(rows), 1, 1)}
+    groups = GroupLogps(cot=logits.log_softmax(0)[rows], valid=formed, **columns)
+    mean = (SHARES[rows].prod(1) * objective.loss(groups)).sum()
+    leaves = [logits] if answer is None else [logits, answer]
+    return [-slope for slope in torch.autograd.grad(mean, leaves)]
+
+
+def test_base_gives_a_malformed_sample_the_reward_zero() -> None:
+    """The paper's 0 for unparsable: p_k (R_k - E R) = .2 (1 - .2), .4 (0 - .2), .4 (0 - .2)."""
+    (got,) = bandit_update(get_objective("likelihood", reward="base"))
+    assert got.tolist() == pytest.approx([0.16, -0.08, -0.08], abs=1e-12)
+    (scaled,) = bandit_update(get_objective("likelihood", reward="base", scale=100.0))
+    assert scaled.tolist() == pytest.approx([16, -8, -8], abs=1e-10)
+
+
+@pytest.mark.parametrize("reward", ["prob", "avgprob"])
+def test_prob_may_give_a_malformed_sample_zero_or_leave_it_out(reward) -> None:
+    """Zero: the gradient of E R. Drop: that of E[R | valid], times P(two of four are valid) = 1 - .4^4 - 4 .6 .4^3."""
+    answer = ANSWERS.log().requires_grad_()
+    chain, own = bandit_update(get_objective("likelihood", reward=reward, malformed="zero"), answer=answer)
+    mean = 0.2 * 0.9 + 0.4 * 0.3
+    assert chain.tolist() == pytest.approx([0.2 * (0.9 - mean), 0.4 * (0.3 - mean), 0.4 * (0 - mean)], abs=1e-12)
+    assert own.tolist() == pytest.approx([0.2 * 0.9, 0.4 * 0.3], abs=1e-12)  # d E R / d log pi(a*)
+    chain, own = bandit_update(get_objective("likelihood", reward=reward), answer=answer)
+    two, mean = 1 - 0.4**4 - 4 * 0.6 * 0.4**3, (0.2 * 0.9 + 0.4 * 0.3) / 0.6
+    expected = [two / 3 * (0.9 - mean), two * 2 / 3 * (0.3 - mean), 0]
+    assert chain.tolist() == pytest.approx(expected, abs=1e-12)
+    assert own.tolist() == pytest.approx([two / 3 * 0.9, two * 2 / 3 * 0.3], abs=1e-12)
+
+
+def test_what_is_logged_of_malformed_samples() -> None:
+    """`valid` is the share with the form, whatever counts; the reward's mean has the zeros."""
+    groups = group([[math.log(0.5)], [math.log(0.3)], [math.nan], [math.nan]], valid=torch.tensor([[1, 1, 0, 0]]))
+    for malformed, worth in (("zero", (0.5 + 0.3) / 4), ("drop", (0.5 + 0.3) / 2)):
+        found = get_objective("likelihood", reward="prob", malformed=malformed).statistics(groups)
+        assert found["valid"].mean().item() == 0.5
+        assert found["reward"].mean().item() == pytest.approx(worth)
+        assert found["answer_logprob"].tolist() == pytest.approx([math.log(0.5), math.log(0.3)])
+
+
+def test_a_reward_of_zero_is_refused_where_it_is_the_best() -> None:
+    for reward in ("logprob", "avglogprob", "jepo"):
+        with pytest.raises(ValueError, match=f"likelihood: malformed='zero': reward='{reward}' is a log-probability"):
+            get_objective("likelihood", reward=reward, malformed="zero")
+    with pytest.raises(ValueError, match="likelihood: malformed='drop': base counts a sample without"):
+        get_objective("likelihood", reward="base", malformed="drop")
+    derived = [get_objective("likelihood", reward=name).malformed for name in ("logprob", "prob", "base")]
+    assert derived == ["drop", "drop", "zero"]
+
+
 EVERY = [{"reward": reward, "answer_grad": grad} for reward in (*REWARDS, "jepo") for grad in (True, False)]
+EVERY += [{"reward": reward, "malformed": "zero"} for reward in ("prob", "avgprob")]
 EVERY.append({"reward": "base"})
+DROPPING = [keywords for keywords in EVERY if get_objective("likelihood", **keywords).malformed == "drop"]
 
 
 def named(keywords):
@@ -272,6 +346,12 @@ def named(keywords):
 
 @pytest.fixture(params=EVERY, ids=named)
 def objective(request):
+    return get_objective("likelihood", **request.param)
+
+
+@pytest.fixture(params=DROPPING, ids=named)
+def dropping(request):
+    """Those that leave malformed samples out."""
     return get_objective("likelihood", **request.param)
 
 
@@ -295,7 +375,7 @@ def test_what_is_masked_or_not_valid_is_never_read(objective, poison) -> None:
     clean = mixed()
     answer, cot, verified = clean.answer.clone(), clean.cot.clone(), clean.verified.clone()
     answer[~clean.answer_mask.expand_as(answer)] = poison
-    for column in (answer, cot, verified):
+    for column in (answer, verified, *([cot] if objective.malformed == "drop" else [])):
         column[clean.valid == 0] = poison
     dirty = GroupLogps(**(clean.columns() | {"answer": answer, "cot": cot, "verified": verified}))
     torch.testing.assert_close(objective.loss(dirty), objective.loss(clean), rtol=0, atol=0)
@@ -315,7 +395,7 @@ def test_padding_of_a_short_answer_changes_nothing(with_answer) -> None:
     assert got[1][1:, :, 1:].abs().max() == 0
 
 
-def test_a_sample_that_is_not_valid_leaves_both_terms_and_the_baseline(objective) -> None:
+def test_a_sample_that_is_not_valid_leaves_both_terms_and_the_baseline(dropping) -> None:
     """A group with it equals the smaller group without it, in value and slopes."""
     whole = mixed()
     for row, keep in ((0, [0, 2, 3]), (1, [1, 2])):
@@ -323,23 +403,23 @@ def test_a_sample_that_is_not_valid_leaves_both_terms_and_the_baseline(objective
             cot=whole.cot[[row]][:, keep], answer=whole.answer[[row]][:, keep],
             answer_mask=whole.answer_mask[[row]], verified=whole.verified[[row]][:, keep],
         )  # fmt: skip
-        torch.testing.assert_close(objective.loss(whole)[[row]], objective.loss(small), rtol=1e-14, atol=1e-14)
-        for big, little in zip(slopes(objective, whole), slopes(objective, small), strict=True):
+        torch.testing.assert_close(dropping.loss(whole)[[row]], dropping.loss(small), rtol=1e-14, atol=1e-14)
+        for big, little in zip(slopes(dropping, whole), slopes(dropping, small), strict=True):
             torch.testing.assert_close(big[[row]][:, keep], little, rtol=1e-14, atol=1e-14)
             left_out = [index for index in range(4) if index not in keep]
             assert big[row, left_out].abs().max() == 0
 
 
 @pytest.mark.parametrize("valid", [[0, 0, 0, 0], [0, 1, 0, 0]])
-def test_a_group_with_fewer_than_two_valid_samples_contributes_exactly_nothing(objective, valid) -> None:
+def test_a_group_with_fewer_than_two_valid_samples_contributes_exactly_nothing(dropping, valid) -> None:
     groups = mixed()
     flags = torch.tensor([valid, [1, 1, 1, 1]], dtype=torch.bool)
     groups = GroupLogps(**(groups.columns() | {"valid": flags}))
-    loss = objective.loss(groups)
+    loss = dropping.loss(groups)
     assert loss[0].item() == 0 and loss[1].item() != 0
-    for slope in slopes(objective, groups):
+    for slope in slopes(dropping, groups):
         assert slope[0].abs().max() == 0 and bool(slope.isfinite().all())
-    found = objective.statistics(groups)
+    found = dropping.statistics(groups)
     assert found["skipped"].tolist() == [1, 0]
     assert found["valid"].mean().item() == (sum(valid) + 4) / 8
     assert all(bool(each.isfinite().all()) for each in found.values())
@@ -352,7 +432,8 @@ def test_an_empty_answer_teaches_nothing(with_answer) -> None:
     groups = GroupLogps(**(groups.columns() | {"answer_mask": mask}))
     assert with_answer.loss(groups)[0].item() == 0
     assert all(slope[0].abs().max() == 0 and bool(slope.isfinite().all()) for slope in slopes(with_answer, groups))
-    assert with_answer.statistics(groups)["skipped"].tolist() == [1, 0]
+    left_out = float(with_answer.malformed == "drop")  # else all of the group count, with reward 0
+    assert with_answer.statistics(groups)["skipped"].tolist() == [left_out, 0]
     nothing = GroupLogps(**(groups.columns() | {"answer": groups.answer[..., :0], "answer_mask": mask[..., :0]}))
     assert with_answer.loss(nothing).tolist() == [0, 0]
 
@@ -365,7 +446,8 @@ def test_a_group_of_one_is_refused(objective) -> None:
 
 def test_the_answer_s_gradient_alone_is_dropped(with_answer) -> None:
     """answer_grad off: the same value, the same slopes of the chains, none of the answer."""
-    other = get_objective("likelihood", reward=with_answer.reward, answer_grad=not with_answer.answer_grad)
+    settings = with_answer.hyperparameters | {"answer_grad": not with_answer.answer_grad}
+    other = get_objective("likelihood", **settings)
     torch.testing.assert_close(with_answer.loss(mixed()), other.loss(mixed()), rtol=0, atol=0)
     mine, theirs = slopes(with_answer, mixed()), slopes(other, mixed())
     torch.testing.assert_close(mine[0], theirs[0], rtol=0, atol=0)

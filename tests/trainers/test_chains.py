@@ -164,9 +164,9 @@ def test_a_marker_that_no_sample_has_is_said(tiny, tokenizer, tmp_path):
 
 
 def test_a_verifier_reads_the_sample_and_nothing_is_forced(tiny, tokenizer, tmp_path):
-    """`base`: R is 1 where the sampled answer is the reference answer, and the whole sample is the action."""
+    """`base`: R is 1 where the sampled answer is the reference answer, else 0, with or without the marker."""
     rows = PromptOrder(len(OPENINGS), 4, 4, 1, 42).rows(0)
-    told = [[f" kind and {ANSWERS[row]['answer']}", " kind and bad .", " cold and dull ."] for row in rows]
+    told = [[f" kind and {ANSWERS[row]['answer']}", " kind and bad .", " cold ."] for row in rows]
     file = tmp_path / "told.jsonl"
     append_rollout(file, 0, 0, [says(tokenizer, row, texts) for row, texts in zip(rows, told, strict=True)])
     trainer = online(tiny, tmp_path / "run", "likelihood", CHAINS | {"replay": file}, {"reward": "base"}, rows=ANSWERS)
@@ -178,6 +178,7 @@ def test_a_verifier_reads_the_sample_and_nothing_is_forced(tiny, tokenizer, tmp_
         losses.append(-float(whole[0] - (whole[1] + whole[2]) / 2) / 3)  # advantages 1, -1/2, -1/2
     assert logged(trainer) == pytest.approx([sum(losses) / 4], rel=1e-3, abs=1e-4)
     assert logged(trainer, "samples/accuracy") == pytest.approx([1 / 3])
+    assert logged(trainer, "samples/valid") == pytest.approx([2 / 3])  # the share with the marker, whatever counts
 
 
 def test_chains_that_are_drawn_are_scored_where_they_end(tiny, tokenizer, tmp_path):
