@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 
 from alignment.errors import UserError, run_or_exit
 from evaluation.files import deliver
-from evaluation.statistics import cluster_bootstrap, percentile_interval
+from evaluation.intervals import percentile_interval, share_interval, too_narrow
+from evaluation.statistics import cluster_bootstrap, cluster_sums
 
 Array = NDArray[np.float64]
 Verdicts = Sequence[int | None]
@@ -192,18 +193,23 @@ def compare_raters(first: Verdicts, second: Verdicts, prompts: Sequence[Any], *,
             cells[i, 3 * a + b] = 1
     draws = cluster_bootstrap(cells, prompts, RESAMPLES, np.random.default_rng(seed)).reshape(-1, 3, 3)
     draws = draws[draws.sum(axis=(1, 2)) > 0]
+    rows = cluster_sums(cells.sum(axis=1)[:, None], prompts)[:, 0]  # of each prompt, that both have judged
+    rows = rows[rows > 0]
     kappas = [k for k in map(cohen_kappa, draws) if k == k]
     found: dict[str, Any] = {"rows": int(table.sum()), "agreement": agreement(table), "kappa": cohen_kappa(table)}
-    found["agreement_interval"] = _limits(found["agreement"], [agreement(d) for d in draws])
-    found["kappa_interval"] = _limits(found["kappa"], kappas)
+    interval = share_interval(found["agreement"], [agreement(d) for d in draws], rows, LEVEL)
+    found["agreement_interval"] = [interval.low, interval.high]
+    found["kappa_interval"] = _kappa_limits(found["kappa"], kappas, len(rows))
     return found
 
 
-def _limits(estimate: float, draws: Sequence[float]) -> list[float] | None:
-    if not len(draws):
+def _kappa_limits(kappa: float, draws: Sequence[float], prompts: int) -> list[float] | None:
+    """The bootstrap's limits; None where it is too narrow to be read: few prompts, or resamples that are all alike."""
+    if not draws:
         return None
-    interval = percentile_interval(estimate, draws, LEVEL)
-    return [interval.low, interval.high]
+    interval = percentile_interval(kappa, draws, LEVEL)
+    limits = [interval.low, interval.high]
+    return None if too_narrow(prompts, limits) else limits
 
 
 def summarise(humans: Labelled, judge: Labelled | None = None, *, seed: int = 0) -> dict[str, Any]:
@@ -287,8 +293,9 @@ def _longer(verdicts: Verdicts, rows: Labelled, seed: int) -> dict[str, Any] | N
         if not len(hits):
             return None
         draws = cluster_bootstrap(hits[:, None], prompts, RESAMPLES, np.random.default_rng(seed))[:, 0]
-        share = float(hits.mean())
-        found[measure] = {"pairs": len(hits), "share": share, "interval": _limits(share, draws.tolist())}
+        pairs = cluster_sums(hits[:, None], prompts)[:, -1]
+        limits = share_interval(float(hits.mean()), draws, pairs, LEVEL)
+        found[measure] = {"pairs": len(hits), "share": limits.estimate, "interval": [limits.low, limits.high]}
     return found
 
 
@@ -299,7 +306,7 @@ def describe(result: dict[str, Any]) -> str:
     if "judge" in result:
         compared.append(("judge and majority", result["judge"]))
     for name, one in compared:
-        limits = "none" if one["kappa_interval"] is None else "{:.3f} to {:.3f}".format(*one["kappa_interval"])
+        limits = "not known" if one["kappa_interval"] is None else "{:.3f} to {:.3f}".format(*one["kappa_interval"])
         lines.append(f"| {name} | {one['rows']} | {100 * one['agreement']:.1f} % | {one['kappa']:.3f} | {limits} |")
     counts = ", ".join(f"{name} {count}" for name, count in result["majority"].items())
     lines.append(

@@ -28,7 +28,8 @@ import typer
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import read_json_object
-from evaluation.statistics import Interval, bootstrap_means, percentile_interval
+from evaluation.intervals import percentile_interval, share_interval
+from evaluation.statistics import bootstrap_means
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Answers:
         greedy, sampled: accuracy of the greedy answer, and of answers at temperature 1.
         sampled_interval: of the latter.
         perplexity, perplexity_n: of the reference answer, MC-1 and MC-N.
-        perplexity_interval: of the former.
+        perplexity_interval: of the former; None of one prompt, or of prompts that are all alike.
         log_prob, log_prob_per_token: log pi(a*|z), mean over valid samples: sums, and sums over |a*|.
         chain_length: tokens of z.
         valid: share of samples with the marker.
@@ -53,7 +54,7 @@ class Answers:
     sampled: float
     sampled_interval: tuple[float, float]
     perplexity: float
-    perplexity_interval: tuple[float, float]
+    perplexity_interval: tuple[float, float] | None
     perplexity_n: float
     log_prob: float
     log_prob_per_token: float
@@ -109,7 +110,9 @@ def measure(
     # log of the mean of all chains' probabilities, of which the invalid ones' are 0
     mixed = [(logsumexp([x[0] for x in group]) - math.log(samples)) / group[0][1] for group in scored_prompts]
     accuracy = [_mean(group) for group in right]
-    accuracies, logs = (_interval(values, seed, resamples) for values in (accuracy, per_token))
+    draws = (_resampled(values, seed, resamples) for values in (accuracy, per_token))
+    accuracies = share_interval(_mean(accuracy), next(draws), np.ones(len(accuracy)))
+    logs = percentile_interval(_mean(per_token), next(draws))
     return Answers(
         prompts=len(rows),
         samples=samples,
@@ -117,7 +120,7 @@ def measure(
         sampled=accuracies.estimate,
         sampled_interval=(accuracies.low, accuracies.high),
         perplexity=math.exp(-logs.estimate),
-        perplexity_interval=(math.exp(-logs.high), math.exp(-logs.low)),
+        perplexity_interval=(math.exp(-logs.high), math.exp(-logs.low)) if logs.low < logs.high else None,
         perplexity_n=math.exp(-_mean(mixed)),
         log_prob=_mean([logp for logp, _, _ in flat]),
         log_prob_per_token=logs.estimate,
@@ -163,10 +166,9 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _interval(values: Sequence[float], seed: int, resamples: int) -> Interval:
-    """95 % percentile interval of the mean, prompts resampled."""
-    draws = bootstrap_means(np.array(values)[:, None], resamples, np.random.default_rng(seed))
-    return percentile_interval(_mean(values), draws[:, 0])
+def _resampled(values: Sequence[float], seed: int, resamples: int) -> np.ndarray:
+    """Means of resampled prompts, [R]."""
+    return bootstrap_means(np.array(values)[:, None], resamples, np.random.default_rng(seed))[:, 0]
 
 
 def main(
@@ -210,10 +212,8 @@ def main(
     low, high = found.sampled_interval
     print(f"{found.prompts} prompts, {found.samples} chains each; {found.valid:.1%} of them have the marker")
     print(f"accuracy     greedy {found.greedy:.1%}, at temperature 1 {found.sampled:.1%} [{low:.1%}, {high:.1%}]")
-    low, high = found.perplexity_interval
-    print(
-        f"perplexity   {found.perplexity:.3f} [{low:.3f}, {high:.3f}] (MC-1), {found.perplexity_n:.3f} (MC-{samples})"
-    )
+    limits = "" if found.perplexity_interval is None else " [{:.3f}, {:.3f}]".format(*found.perplexity_interval)
+    print(f"perplexity   {found.perplexity:.3f}{limits} (MC-1), {found.perplexity_n:.3f} (MC-{samples})")
     print(f"chain        {found.chain_length:.1f} tokens")
 
 

@@ -28,8 +28,9 @@ from scipy.special import gammaln
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import jsonable
+from evaluation.intervals import percentile_interval
 from evaluation.options import BatchSize, Chat, Dtype, Limit, MaxNewTokens, Seed, Temperature, TopK, TopP, parse_keys
-from evaluation.statistics import bootstrap_means, percentile_interval
+from evaluation.statistics import bootstrap_means
 
 Array = NDArray[np.float64]
 Curve = list[dict[str, Any]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from alignment.errors import UserError
 from alignment.rewards import PreferenceOracle, RewardFunction
 from evaluation.annotations import annotation_rows
+from evaluation.intervals import FEW_PROMPTS, readable, too_narrow
 from evaluation.statistics import (
     Array,
     MeanDifference,
@@ -26,10 +27,7 @@ from evaluation.statistics import (
     preferences,
     win_rate_of_preferences,
 )
-
-LEVEL = 0.95
-NO_DIFFERENCE = "no significant difference"
-FEW_PROMPTS = 30  # under this many, and where the bootstrap has width 0, Wilson's interval is shown beside it
+from evaluation.verdicts import LEVEL, sentence
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ def _rate_fields(rate: WinRate) -> dict[str, Any]:
         "interval_ties_dropped": [dropped.low, dropped.high] if dropped else None,
         "p_value": rate.p_value,
         "minimal_detectable_difference": (
-            minimal_detectable_difference(rate.standard_error) if rate.standard_error else None
+            None if rate.standard_error is None else minimal_detectable_difference(rate.standard_error)
         ),
         "prompts": rate.prompts,
         "prompts_excluded": rate.prompts_excluded,
@@ -192,7 +190,7 @@ def _mean_fields(means: MeanDifference | None) -> dict[str, Any]:
         "model": means.mean_a,
         "baseline": means.mean_b,
         "difference": difference.estimate,
-        "difference_interval": [difference.low, difference.high],
+        "difference_interval": [difference.low, difference.high] if means.known else None,
         "prompts": means.prompts,
     }
 
@@ -250,19 +248,19 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def too_narrow(prompts: int, interval: Sequence[float]) -> bool:
-    """Whether a bootstrap interval misleads, so that Wilson's is to be read: few prompts, or all came out alike."""
-    return prompts < FEW_PROMPTS or interval[0] == interval[1]
-
-
-def verdict(low: float, high: float, middle: float) -> str:
-    """What an interval lets one say of a rate: `better`, `worse`, or `no significant difference`."""
-    return "better" if low > middle else "worse" if high < middle else NO_DIFFERENCE
-
-
-def needs_wilson(result: dict[str, Any]) -> bool:
-    """Whether the bootstrap interval alone would mislead: few prompts, or all of them came out alike."""
+def needs_wilson(result: Mapping[str, Any]) -> bool:
+    """Whether the bootstrap interval would mislead: few prompts, or all of them came out alike."""
     return too_narrow(result["prompts"], result["interval"])
+
+
+def read_interval(result: Mapping[str, Any]) -> tuple[float, float]:
+    """Limits of the interval to read, shares: the bootstrap's, or Wilson's where that is too narrow."""
+    return readable(result["prompts"], result["interval"], result["wilson_interval"])
+
+
+def verdict_sentence(result: Mapping[str, Any]) -> str:
+    """What interval and test let one say of the model, in words."""
+    return sentence(result["prompts"], *read_interval(result), result["p_value"])
 
 
 def judge_sentence(result: dict[str, Any]) -> str:
@@ -295,7 +293,7 @@ def p_phrase(p_value: float) -> str:
 def headline(result: dict[str, Any]) -> str:
     """`Win rate  61.2 %  (95 % interval 55.0 to 67.1 %)`."""
     level = f"{100 * result['level']:.0f} %"
-    return f"Win rate  {percent(result['win_rate'])}  ({level} interval {percent_interval(result['interval'])})"
+    return f"Win rate  {percent(result['win_rate'])}  ({level} interval {percent_interval(read_interval(result))})"
 
 
 def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -303,6 +301,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     outcomes, pairs, lengths = result["prompt_outcomes"], result["pair_outcomes"], result["mean_characters"]
     bootstrap = f"{result['bootstrap']['resamples']:,} resamples, seed {result['bootstrap']['seed']}"
     found: list[tuple[str, str | None]] = [
+        ("verdict", verdict_sentence(result)),
         ("Wilson", _wilson_phrase(result)),
         ("model", result["model"]),
         ("baseline", result["baseline"]),
@@ -342,7 +341,7 @@ def describe(result: dict[str, Any]) -> str:
 def _wilson_phrase(result: dict[str, Any]) -> str | None:
     if not needs_wilson(result):
         return None
-    return f"{percent_interval(result['wilson_interval'])}: read this one, with {_why(result)}"
+    return f"the interval above is Wilson's; the bootstrap's, {percent_interval(result['interval'])}, {_why(result)}"
 
 
 def _mean_phrase(result: dict[str, Any]) -> str | None:
@@ -350,11 +349,11 @@ def _mean_phrase(result: dict[str, Any]) -> str | None:
     mean = result["mean_score"]
     if mean["difference"] is None:
         return None
+    text = f"{mean['model']:.4g} against {mean['baseline']:.4g}: difference {mean['difference']:+.4g}"
+    if mean["difference_interval"] is None:
+        return f"{text} (interval not known: {_alike(mean['prompts'])})"
     low, high = mean["difference_interval"]
-    return (
-        f"{mean['model']:.4g} against {mean['baseline']:.4g}: difference {mean['difference']:+.4g} "
-        f"({100 * result['level']:.0f} % interval {low:+.4g} to {high:+.4g})"
-    )
+    return f"{text} ({100 * result['level']:.0f} % interval {low:+.4g} to {high:+.4g})"
 
 
 def _orders_phrase(result: dict[str, Any]) -> str | None:
@@ -392,8 +391,12 @@ def _controlled_phrase(result: dict[str, Any]) -> str | None:
 
 def _why(result: dict[str, Any]) -> str:
     if result["prompts"] < FEW_PROMPTS:
-        return "so few prompts a bootstrap interval is too narrow"
-    return "all prompts alike a bootstrap interval has no width"
+        return "is too narrow with so few prompts"
+    return "has no width, since all prompts came out alike"
+
+
+def _alike(prompts: int) -> str:
+    return "one prompt" if prompts == 1 else f"all {prompts} prompts have the same"
 
 
 def _dropped_phrase(result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.annotations import Annotation, difficulty_of, refuse_two_difficulties, shares
+from evaluation.intervals import Interval
 from evaluation.length_control import (
     SHRUNK,
     Gamed,
@@ -22,11 +23,14 @@ from evaluation.length_control import (
     length_controlled,
     standardise,
 )
-from evaluation.statistics import Interval
 
 Array = NDArray[np.float64]
 Difficulty = Mapping[str | int, float]
 
+NO_ERROR = (
+    "AlpacaEval's lc_standard_error measures how instructions differ in difficulty; here all have the same "
+    "prediction, and it measures nothing: read the interval"
+)
 EXTREME_POINTS, EXTREME_SHARE = 10, 1 / 4  # AlpacaEval warns of a change beyond both (glm_winrate.py)
 
 
@@ -80,6 +84,7 @@ def described(found: LengthControl | None, raw: float, note: str | None = None) 
         "C": found.c,
         "resamples": 0 if found.refits is None else len(found.refits.times),
         "note": caution(raw, found),
+        **({} if found.standard_error is not None or found.says_nothing else {"standard_error_note": NO_ERROR}),
     }
 
 

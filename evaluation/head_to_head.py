@@ -22,21 +22,20 @@ from alignment.errors import UserError
 from alignment.files import write_json, write_text
 from evaluation import annotations as alpaca
 from evaluation.annotations import Annotation
-from evaluation.comparison import LEVEL, NO_DIFFERENCE, markdown_table, too_narrow
+from evaluation.comparison import markdown_table
 from evaluation.equal_lengths import Difficulty, Fits, described, fit_annotations
+from evaluation.intervals import Interval, effective_count, percentile_interval, readable, too_narrow, wilson_interval
 from evaluation.statistics import (
-    Interval,
     cluster_bootstrap,
     cluster_sums,
     clustered_standard_error,
     compare_paired,
     holm,
     minimal_detectable_difference,
-    percentile_interval,
     sign_flip_p_value,
-    wilson_interval,
     without_ties,
 )
+from evaluation.verdicts import LEVEL, NO_DIFFERENCE, TOO_FEW, sentence, verdict
 from evaluation.win_rate_page import Entry, around, write_page
 
 Array = NDArray[np.float64]
@@ -80,11 +79,12 @@ def summarise(
     draws = cluster_bootstrap(columns, prompts, resamples, rng)
     sums = cluster_sums((x - 0.5)[:, None], prompts)
     error = clustered_standard_error(x, prompts)
-    wilson = wilson_interval(float(x.mean()), len(sums), LEVEL)
-    won, lost = columns[:, 1:].sum(axis=0)
+    wilson = wilson_interval(float(x.mean()), effective_count(sums[:, 1]), LEVEL)
+    _, won, lost, _ = cluster_sums(columns, prompts).T
     loose = without_ties(won, lost, draws[:, 1], draws[:, 2], LEVEL)
     return {
         **found,
+        "standard_error": known_points(found["standard_error"] / 100),
         "avg_length": alpaca.average_length([row.output_2 for row in rows]),
         "interval": _in_percent(percentile_interval(float(x.mean()), draws[:, 0], LEVEL)),
         "level": LEVEL,
@@ -92,7 +92,7 @@ def summarise(
         "generator_2": rows[0].generator_2,
         "n_dropped": len(rows) - found["n_total"],
         "n_instructions": len(sums),
-        "clustered_standard_error": 100 * error,
+        "clustered_standard_error": known_points(error),
         "wilson_interval": [100 * wilson.low, 100 * wilson.high],
         "win_rate_ties_dropped": None if loose is None else 100 * loose.estimate,
         "interval_ties_dropped": _in_percent(loose),
@@ -105,9 +105,14 @@ def summarise(
     }
 
 
+def known_points(standard_error: float) -> float | None:
+    """A standard error of shares in points; None where it is unknown (NaN), or 0 up to rounding as all are alike."""
+    return 100 * standard_error if standard_error > 1e-12 else None
+
+
 def detectable_points(standard_error: float) -> float | None:
-    """The minimal detectable difference in points; None where the error is unknown, or 0 as all came out alike."""
-    return 100 * minimal_detectable_difference(standard_error) if standard_error > 0 else None
+    """The minimal detectable difference in points; None where the error is unknown."""
+    return None if known_points(standard_error) is None else 100 * minimal_detectable_difference(standard_error)
 
 
 def _in_percent(interval: Interval | None) -> list[float] | None:
@@ -132,7 +137,7 @@ def _controlled_fields(
         return {**dict.fromkeys(_CONTROLLED), "length_control": described(found, raw)}
     return {
         "length_controlled_winrate": 100 * found.rate,
-        "lc_standard_error": 100 * found.standard_error,
+        "lc_standard_error": None if found.standard_error is None else 100 * found.standard_error,
         "length_controlled_interval": _in_percent(found.interval),
         "length_control": described(found, raw),
     }
@@ -203,7 +208,7 @@ def compare_systems(
                 "second": b,
                 "difference": 100 * paired.difference.estimate,
                 "interval": _in_percent(paired.difference),
-                "standard_error": 100 * paired.standard_error,
+                "standard_error": known_points(paired.standard_error),
                 "minimal_detectable_difference": detectable_points(paired.standard_error),
                 "p_value": paired.p_value,
                 "instructions": paired.rows,
@@ -213,6 +218,9 @@ def compare_systems(
         )
     for row, adjusted in zip(found, holm([row["p_value"] for row in found]), strict=True):
         row["p_holm"] = float(adjusted)
+        low, high = row["interval"]
+        said = verdict(row["instructions"], low, high, row["p_holm"], middle=0)
+        row["verdict"] = said if said in (NO_DIFFERENCE, TOO_FEW) else "different"
     return found
 
 
@@ -274,15 +282,16 @@ def read_systems(files: Sequence[Path]) -> dict[str, list[Annotation]]:
 
 def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """One system's numbers, each with its name."""
-    low, high = result["interval"]
+    low, high = _read_interval(result)
     decided, loose = result["win_rate_ties_dropped"], result["interval_ties_dropped"]
     found = [
         ("win rate, ties one half", f"{result['win_rate']:.2f} % (95 % interval {low:.2f} to {high:.2f})"),
+        ("verdict", sentence(result["n_instructions"], low, high, result["p_value"], middle=50)),
         ("without ties", "every pair is a tie" if decided is None else _rate(decided, loose)),
     ]
     if too_narrow(result["n_instructions"], result["interval"]):
-        wilson = "{:.2f} to {:.2f}".format(*result["wilson_interval"])
-        found.append(("Wilson's interval", f"{wilson}: read this one, the bootstrap's is too narrow here"))
+        bootstrap = "{:.2f} to {:.2f}".format(*result["interval"])
+        found.append(("Wilson", f"the interval above is Wilson's; the bootstrap's, {bootstrap}, is too narrow here"))
     found += [
         ("won, tied, lost", f"{_outcomes(result)} of {result['n_total']}; {result['n_dropped']} dropped"),
         ("discrete win rate", f"{result['discrete_win_rate']:.2f} %"),
@@ -301,6 +310,10 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if result["orders"] is not None:
         found.append(("orders", _orders_phrase(result["orders"])))
     return found
+
+
+def _read_interval(result: Mapping[str, Any]) -> tuple[float, float]:
+    return readable(result["n_instructions"], result["interval"], result["wilson_interval"])
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -328,7 +341,7 @@ def _over(value: float | None, interval: Sequence[float] | None) -> str:
 
 
 def _points(value: float | None) -> str:
-    return "unknown" if value is None or math.isnan(value) else f"{value:.2f} points"
+    return "unknown" if value is None else f"{value:.2f} points"
 
 
 def _outcomes(result: Mapping[str, Any]) -> str:
@@ -353,7 +366,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list
             "{:+.2f} to {:+.2f}".format(*row["interval"]),
             f"{row['p_holm']:.2g}",
             _over(row["length_controlled_winrate"], row["length_controlled_interval"]),
-            "different" if row["p_holm"] <= 1 - LEVEL else NO_DIFFERENCE,
+            row["verdict"],
         ]
         for row in rows
     ]
@@ -413,12 +426,13 @@ def write_annotation_result(
 
 
 def _entry(name: str, result: Mapping[str, Any], rows: Sequence[Annotation]) -> Entry:
-    narrow = too_narrow(result["n_instructions"], result["interval"])
-    limits = result["wilson_interval"] if narrow else result["interval"]
+    low, high = _read_interval(result)
     return Entry(
         name,
         result["generator_1"],
-        (limits[0], result["win_rate"], limits[1]),
+        (low, result["win_rate"], high),
+        prompts=result["n_instructions"],
+        p_value=result["p_value"],
         controlled=around(result["length_controlled_winrate"], result["length_controlled_interval"]),
         facts=facts(result),
         rows=rows,

@@ -23,7 +23,8 @@ from alignment.errors import UserError, run_or_exit
 from alignment.files import iterate_json_lines, read_json_object, write_json
 from alignment.rewards.aggregate import aggregate
 from alignment.rewards.diagnostics import agreement_matrix, disagreement, expected_calibration_error
-from evaluation.statistics import bootstrap_means, percentile_interval
+from evaluation.intervals import share_interval
+from evaluation.statistics import bootstrap_means
 
 RESAMPLES, SEED, LEVEL = 10_000, 1, 0.95
 LAM = 0.5  # uwo's, the ensembles paper's for best-of-n
@@ -105,7 +106,7 @@ def _one(margin: np.ndarray, label: np.ndarray, prompts: list[str], logits: bool
         groups.setdefault(str(prompt), []).append(float(value))
     sums = np.array([[sum(values), len(values)] for values in groups.values()])
     draws = bootstrap_means(sums, RESAMPLES, np.random.default_rng(SEED))
-    interval = percentile_interval(float(right.mean()), draws[:, 0] / draws[:, 1], LEVEL)
+    interval = share_interval(float(right.mean()), draws[:, 0] / draws[:, 1], sums[:, 1], LEVEL)
     result: dict[str, Any] = {"accuracy": interval.estimate, "interval": [interval.low, interval.high]}
     if logits:
         probability = 1 / (1 + np.exp(-np.clip(margin, -500, 500)))
@@ -115,7 +116,7 @@ def _one(margin: np.ndarray, label: np.ndarray, prompts: list[str], logits: bool
 
 def describe(result: dict[str, Any]) -> list[str]:
     """What is printed."""
-    lines = [f"held out: {result['pairs']} pairs of {result['prompts']} prompts; 95 % bootstrap over prompts"]
+    lines = [f"held out: {result['pairs']} pairs of {result['prompts']} prompts; 95 % intervals over prompts"]
     named = [(f"member {i}" if len(result["members"]) > 1 else "accuracy", m) for i, m in enumerate(result["members"])]
     named += list(result.get("ensemble", {}).items())
     for name, one in named:

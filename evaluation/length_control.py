@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
-from evaluation.statistics import Interval, cluster_codes, percentile_interval
+from evaluation.intervals import Interval, percentile_interval
+from evaluation.statistics import cluster_codes, standard_error
 
 Array = NDArray[np.float64]
 
@@ -42,7 +43,8 @@ class LengthControl:
     Attributes:
         rate: mean prediction at equal lengths.
         standard_error: sd (ddof 1) of the predictions / sqrt(n), AlpacaEval's `lc_standard_error`. It only measures
-            how difficulties differ (0 without them), not how well the coefficients are known: read the interval.
+            how difficulties differ, not how well the coefficients are known: read the interval. None where the
+            predictions are all alike, as they are without difficulties.
         interval: bootstrap over prompts, the model refitted at the same C and with the same gamed rows. None without
             resamples, and where the fit `says_nothing`.
         coefficients: by feature: length (a), difficulty (b; absent without γ), system (c).
@@ -54,7 +56,7 @@ class LengthControl:
     """
 
     rate: float
-    standard_error: float
+    standard_error: float | None
     interval: Interval | None
     coefficients: dict[str, float]
     c: float | None
@@ -255,7 +257,7 @@ def length_controlled(
     kind = "regularised" if gamed else "plain"
     return LengthControl(
         rate=float(predictions.mean()),
-        standard_error=float(predictions.std(ddof=1) / np.sqrt(len(predictions))),
+        standard_error=standard_error(predictions),
         interval=interval,
         coefficients=dict(zip(names, w.tolist(), strict=True)),
         c=c,

@@ -13,7 +13,7 @@ from typing import Any
 from alignment.files import write_json, write_json_lines, write_text
 from evaluation import annotations as alpaca
 from evaluation.annotations import Annotation
-from evaluation.comparison import Comparison, facts, headline, markdown_table, needs_wilson
+from evaluation.comparison import Comparison, facts, headline, markdown_table, read_interval
 from evaluation.equal_lengths import described, fit_annotations
 from evaluation.win_rate_page import Entry, around, write_page
 
@@ -53,7 +53,8 @@ def leaderboard_row(comparison: Comparison) -> dict[str, Any]:
     found["avg_length"] = alpaca.average_length([row["output_2"] for row in rows])
     if control.get("win_rate") is not None:
         found["length_controlled_winrate"] = 100 * control["win_rate"]
-        found["lc_standard_error"] = 100 * control["standard_error"]
+        if control["standard_error"] is not None:
+            found["lc_standard_error"] = 100 * control["standard_error"]
     return found
 
 
@@ -90,11 +91,13 @@ def markdown(result: dict[str, Any]) -> str:
 def _entry(comparison: Comparison) -> Entry:
     result = comparison.result
     control = result.get("length_controlled") or {"win_rate": None, "interval": None}
-    low, high = result["wilson_interval"] if needs_wilson(result) else result["interval"]
+    low, high = read_interval(result)
     return Entry(
         result["model"],
         result["baseline"],
         (100 * low, 100 * result["win_rate"], 100 * high),
+        prompts=result["prompts"],
+        p_value=result["p_value"],
         controlled=around(control["win_rate"], control["interval"], 100),
         facts=facts(result),
         rows=alpaca.parse_annotations(comparison.annotations),

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from alignment.errors import UserError, nearest, run_or_exit
 from evaluation.files import deliver
-from evaluation.statistics import Interval, cluster_codes, cluster_sums, holm, percentile_interval, sign_flip_p_value
+from evaluation.intervals import Interval, percentile_interval
+from evaluation.statistics import cluster_codes, cluster_sums, holm, sign_flip_p_value
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]

@@ -26,7 +26,9 @@ from evaluation.pages import page_environment
 SAMPLES_SHOWN = 4  # of each side and prompt; more hides the prompts below
 LONG_SECTION = 14  # recipe sections with more rows start folded
 VERDICTS = ("parted", "both fall", "both rise", "pulled back", "unmoved")  # of `alignment.trainers.entanglement`
-CLEAR = 2.0  # a calibration error of so many times what chance gives is called one; the number is ours
+# A calibration error of so many times what chance gives on average is called one. Chance alone exceeds it at most one
+# time in twenty: for one bin the error is |N(0, 1)|, 1.96 / sqrt(2 / pi) = 2.46 times its mean; more bins average out.
+CLEAR = 2.46
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -100,20 +102,10 @@ def describe_result(result: dict[str, Any]) -> dict[str, Any]:
         "samples_phrase": comparison.samples_phrase(result),
         "p_phrase": comparison.p_phrase(result["p_value"]),
         "judge_sentence": comparison.judge_sentence(result),
+        "read_interval": comparison.read_interval(result),
         "show_wilson": comparison.needs_wilson(result),
-        "verdict": verdict(result),
+        "verdict": comparison.verdict_sentence(result),
     }
-
-
-def verdict(result: Mapping[str, Any]) -> str:
-    """What the interval lets one say, in words."""
-    limits = result["wilson_interval"] if comparison.needs_wilson(dict(result)) else result["interval"]
-    low, high = limits
-    said = comparison.verdict(low, high, 0.5)
-    return {
-        "better": "better than the baseline by this judge: the interval lies above one half",
-        "worse": "worse than the baseline by this judge: the interval lies below one half",
-    }.get(said, f"{said} from the baseline: the interval contains one half")
 
 
 def _last(metrics: curves.Rows, key: str) -> float | None:
@@ -144,12 +136,20 @@ def calibration_words(metrics: curves.Rows) -> list[tuple[str, str]]:
         ece, noise, over = (_last(metrics, f"{prefix}calibration/{key}") for key in ("ece", "noise", "overconfidence"))
         if ece is None or noise is None or over is None:
             continue
-        verdict = "over-confident" if over > 0 else "under-confident"
-        if ece <= CLEAR * noise:
-            verdict = "no more than chance explains"
         numbers = f"{format_number(ece)}, where chance alone gives {format_number(noise)}"
-        return [(f"Calibration error on {pairs} pairs", f"{numbers}: {verdict}")]
+        return [(f"Calibration error on {pairs} pairs", f"{numbers}: {calibration_verdict(ece, noise, over)}")]
     return []
+
+
+def calibration_verdict(ece: float, noise: float, over: float) -> str:
+    """What the error says, beside what chance gives on average and the signed error; all shares."""
+    if ece <= noise:
+        return "no more than chance explains"
+    if ece <= CLEAR * noise:
+        return f"above that, but chance can reach {format_number(CLEAR * noise)}: too little to tell"
+    if abs(over) < ece / 2:
+        return "over-confident on some pairs, under-confident on others"
+    return "over-confident" if over > 0 else "under-confident"
 
 
 def entanglement_words(metrics: curves.Rows) -> list[tuple[str, str]]:

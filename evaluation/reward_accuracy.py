@@ -32,10 +32,11 @@ from numpy.typing import NDArray
 from alignment.errors import UserError, run_or_exit
 from alignment.rewards import RewardFunction, get_reward
 from alignment.rewards.base import Prompt
-from evaluation.comparison import FEW_PROMPTS, describe_judge
+from evaluation.comparison import describe_judge
 from evaluation.files import deliver
+from evaluation.intervals import FEW_PROMPTS, effective_count, percentile_interval, readable, wilson_interval
 from evaluation.options import parse_keys
-from evaluation.statistics import bootstrap_means, cluster_bootstrap, percentile_interval, wilson_interval
+from evaluation.statistics import bootstrap_means, cluster_bootstrap, cluster_sums
 
 Array = NDArray[np.float64]
 
@@ -358,7 +359,8 @@ def _subset(
     values = np.array([r for r, ok in zip(results, known, strict=True) if ok])
     prompts = [json.dumps(item.prompt) for item, ok in zip(items, known, strict=True) if ok]
     drawn = cluster_bootstrap(values[:, None], prompts, RESAMPLES, rng)
-    wilson = wilson_interval(float(values.mean()), len(set(prompts)), LEVEL)
+    rows = cluster_sums(values[:, None], prompts)[:, -1]
+    wilson = wilson_interval(float(values.mean()), effective_count(rows), LEVEL)
     counts |= {"tied_at_the_top": tied, "wilson_interval": [wilson.low, wilson.high]}
     return float(values.mean()), drawn[:, 0], counts
 
@@ -370,8 +372,8 @@ def describe(result: Mapping[str, Any]) -> str:
     named += [(name or "all", one) for name, one in result["subsets"].items()]
     for name, one in named:
         low, high = one["interval"]
-        if "wilson_interval" in one and (one["items"] < FEW_PROMPTS or low == high):
-            low, high = one["wilson_interval"]
+        if "wilson_interval" in one:
+            low, high = readable(one["items"], (low, high), one["wilson_interval"])
         limits = f"{100 * low:.1f} to {100 * high:.1f}" if low < high else "not known: all came out alike"
         counts = [str(one[key]) if key in one else "" for key in ("items", "tied_at_the_top")]
         row = f"| {name} | {100 * one['accuracy']:.1f} % | {limits} |"

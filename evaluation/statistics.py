@@ -10,26 +10,29 @@ Scores that are NaN mean "could not be scored": they are left out and counted, n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
+from scipy.stats import binom
+
+from evaluation.intervals import (
+    Interval,
+    effective_count,
+    percentile_interval,
+    share_interval,
+    too_narrow,
+    wilson_interval,
+)
 
 Array = NDArray[np.float64]
 
 _CHUNK = 1 << 22  # resampled values held at once: 32 MiB
-_ENUMERATE_UP_TO = 14  # 2^14 sign patterns are fewer than the resamples one would draw
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with the limits of its interval, in the unit of what is estimated."""
-
-    estimate: float
-    low: float
-    high: float
+_EXACT = 200  # coins whose chances are counted in whole numbers
+_ENUMERATE_UP_TO = 1 << 14  # different sums of signed differences; hardly more than the resamples one would draw
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,12 @@ class WinRate:
         pairs: sample pairs that count; each prompt weighs the same however many pairs it has.
         pairs_excluded: sample pairs left out because a score was NaN.
         rate: mean over prompts of (win share + tie share / 2), with its paired bootstrap interval over prompts.
-        rate_ties_dropped: won / (won + lost) with the same weights and resamples; None if every pair is a tie.
-        standard_error: sd (ddof 1) of the prompt scores / sqrt(prompts); None for one prompt.
+        rate_ties_dropped: won / (won + lost) with the same weights and resamples, and the interval to read; None if
+            every pair is a tie.
+        standard_error: sd (ddof 1) of the prompt scores / sqrt(prompts); None for one prompt, and where all came out
+            alike: their spread says nothing of the error.
         wilson: Wilson's score interval with `prompts` trials. Conservative here, and the one to read when there are
-            few prompts or all came out alike, because then the bootstrap interval is too narrow.
+            few prompts or all came out alike (`intervals.readable`).
         p_value: two-sided sign-flip permutation test of "A and B are exchangeable".
         prompt_outcomes: prompts (won, tied, lost): prompt score above, at, below one half.
         pair_outcomes: sample pairs (won, tied, lost).
@@ -72,12 +77,17 @@ class WinRate:
 
 @dataclass(frozen=True)
 class MeanDifference:
-    """Mean score of both sides over prompts that have a scored sample on both, and the paired difference a - b."""
+    """Mean score of both sides over prompts that have a scored sample on both, and the paired difference a - b.
+
+    `known` is False where the interval has no width, of one prompt or of prompts with equal differences: it then says
+    nothing of the error.
+    """
 
     mean_a: float
     mean_b: float
     difference: Interval
     prompts: int
+    known: bool
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,8 @@ class PairedComparison:
     Attributes:
         mean_x: mean over the rows that both have.
         mean_y: the same of the other.
-        difference: mean_x - mean_y with its bootstrap interval over clusters.
+        difference: mean_x - mean_y with its bootstrap interval over clusters; of values in [0, 1] Wilson's (that of
+            (1 + x - y) / 2), where the bootstrap's is too narrow.
         standard_error: of the difference, clustered (`clustered_standard_error`); NaN for one cluster.
         p_value: two-sided sign-flip permutation test, flipping whole clusters.
         rows: rows that count.
@@ -140,30 +151,12 @@ def bootstrap_means(columns: ArrayLike, resamples: int, rng: np.random.Generator
     return out
 
 
-def percentile_interval(estimate: float, draws: ArrayLike, level: float = 0.95) -> Interval:
-    """Percentile bootstrap interval: the central `level` share of the resampled estimates."""
-    tail = (1 - level) / 2
-    low, high = np.quantile(np.asarray(draws), [tail, 1 - tail])
-    return Interval(float(estimate), float(low), float(high))
-
-
-def wilson_interval(mean: float, n: int, level: float = 0.95) -> Interval:
-    """Wilson's (1927) score interval of a share `mean` in n independent trials.
-
-    For trials with values anywhere in [0, 1] it is conservative, because their variance is at most mean * (1 - mean).
-    """
-    z = float(ndtri(1 - (1 - level) / 2))
-    shrink = 1 + z**2 / n
-    centre = (mean + z**2 / (2 * n)) / shrink
-    half = z / shrink * float(np.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2)))
-    return Interval(float(mean), max(0.0, centre - half), min(1.0, centre + half))
-
-
 def sign_flip_p_value(differences: ArrayLike, resamples: int, rng: np.random.Generator) -> float:
     """Two-sided permutation test of a mean paired difference of 0: flip each prompt's sign at random.
 
-    If the two models were exchangeable, swapping their names on a prompt would change nothing but this sign. All 2^n
-    patterns are enumerated for n <= 14; otherwise p = (1 + hits) / (1 + resamples), which is never 0.
+    If the two models were exchangeable, swapping their names on a prompt would change nothing but this sign. All sign
+    patterns are enumerated where they give at most 2^14 different sums, as those of up to 14 prompts, or of any number
+    that were won, tied or lost outright; otherwise p = (1 + hits) / (1 + resamples), which is never 0.
 
     Args:
         differences: [n] paired differences, one per prompt.
@@ -173,14 +166,29 @@ def sign_flip_p_value(differences: ArrayLike, resamples: int, rng: np.random.Gen
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)
     observed = abs(values.sum()) - 1e-9 * np.abs(values).sum()  # a tie up to rounding counts as at least as extreme
-    if n <= _ENUMERATE_UP_TO:
-        bits = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
-        return float(np.mean(np.abs((1 - 2 * bits) @ values) >= observed))
+    scale = float(np.abs(values).max(initial=0.0))
+    if scale == 0:
+        return 1.0
+    sizes, counts = np.unique(np.round(np.abs(values) / scale, 12), return_counts=True)
+    if np.prod(counts[sizes > 0] + 1.0) <= _ENUMERATE_UP_TO:
+        sums, chances = np.zeros(1), np.ones(1)
+        for size, count in zip(scale * sizes[sizes > 0], counts[sizes > 0], strict=True):
+            turned = np.arange(count + 1)  # how many of the equal ones have the other sign
+            sums = (sums[:, None] + size * (count - 2 * turned)).ravel()
+            chances = (chances[:, None] * _binomial(int(count))).ravel()
+        return min(1.0, float(chances[np.abs(sums) >= observed].sum()))
     hits, step = 0, max(1, _CHUNK // n)
     for start in range(0, resamples, step):
         signs = 1 - 2 * rng.integers(0, 2, size=(min(step, resamples - start), n), dtype=np.int8)
         hits += int(np.sum(np.abs(signs @ values) >= observed))
     return (1 + hits) / (1 + resamples)
+
+
+def _binomial(n: int) -> Array:
+    """[n + 1] chances of 0 to n heads; exact for few coins."""
+    if n <= _EXACT:
+        return np.array([math.comb(n, k) / 2**n for k in range(n + 1)])
+    return np.asarray(binom.pmf(np.arange(n + 1), n, 0.5))
 
 
 def win_rate_of_preferences(
@@ -214,8 +222,8 @@ def win_rate_of_preferences(
         pairs=len(pairs),
         pairs_excluded=sum(np.asarray(m).size for m in matrices) - len(pairs),
         rate=percentile_interval(mean, draws[:, 0], level),
-        rate_ties_dropped=without_ties(float(won.sum()), float(lost.sum()), draws[:, 1], draws[:, 3], level),
-        standard_error=float(score.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
+        rate_ties_dropped=without_ties(won, lost, draws[:, 1], draws[:, 3], level),
+        standard_error=standard_error(score),
         wilson=wilson_interval(mean, n, level),
         p_value=sign_flip_p_value(score - 0.5, resamples, rng),
         prompt_outcomes=_outcomes(score),
@@ -226,19 +234,28 @@ def win_rate_of_preferences(
     )
 
 
-def without_ties(won: float, lost: float, drawn_won: Array, drawn_lost: Array, level: float) -> Interval | None:
-    """won / (won + lost) with its interval; None where every pair is a tie.
+def standard_error(values: Array) -> float | None:
+    """sd (ddof 1) / sqrt(n); None of one value, and of values that are all alike up to rounding."""
+    if len(values) < 2 or np.ptp(values) <= 1e-12 * np.abs(values).max():
+        return None
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def without_ties(won: Array, lost: Array, drawn_won: Array, drawn_lost: Array, level: float) -> Interval | None:
+    """won / (won + lost) with the interval to read; None where every pair is a tie.
 
     Args:
-        won, lost: sums over the sample.
+        won, lost: [n] sums of each prompt (cluster).
         drawn_won, drawn_lost: [R] of resamples; one of tied prompts alone says nothing and is left out.
         level: of the interval.
     """
-    if won + lost == 0:
+    total = won + lost
+    if not total.any():
         return None
     decided = drawn_won + drawn_lost
     kept = decided > 0
-    return percentile_interval(won / (won + lost), drawn_won[kept] / decided[kept], level)
+    share = float(won.sum() / total.sum())
+    return share_interval(share, drawn_won[kept] / decided[kept], total[total > 0], level)
 
 
 def _outcomes(values: Array) -> tuple[int, int, int]:
@@ -292,7 +309,8 @@ def mean_difference(
     mean_a, mean_b = values.mean(axis=0)
     draws = bootstrap_means(values, resamples, np.random.default_rng(seed))
     difference = percentile_interval(mean_a - mean_b, draws[:, 0] - draws[:, 1], level)
-    return MeanDifference(float(mean_a), float(mean_b), difference, len(values))
+    known = standard_error(values[:, 0] - values[:, 1]) is not None
+    return MeanDifference(float(mean_a), float(mean_b), difference, len(values), known)
 
 
 def cluster_codes(labels: Iterable[Hashable]) -> tuple[NDArray[np.intp], int]:
@@ -395,10 +413,15 @@ def compare_paired(
     rng = np.random.default_rng(seed)
     draws = cluster_bootstrap(difference[:, None], kept, resamples, rng)[:, 0]
     sums = cluster_sums(difference[:, None], kept)
+    interval = percentile_interval(float(difference.mean()), draws, level)
+    shares = all(side[both].min() >= 0 and side[both].max() <= 1 for side in (a, b))
+    if shares and too_narrow(len(sums), (interval.low, interval.high)):
+        wilson = wilson_interval((1 + interval.estimate) / 2, effective_count(sums[:, 1]), level)
+        interval = Interval(interval.estimate, 2 * wilson.low - 1, 2 * wilson.high - 1)
     return PairedComparison(
         mean_x=float(a[both].mean()),
         mean_y=float(b[both].mean()),
-        difference=percentile_interval(float(difference.mean()), draws, level),
+        difference=interval,
         standard_error=clustered_standard_error(difference, kept),
         p_value=sign_flip_p_value(sums[:, 0], resamples, rng),
         rows=len(difference),

@@ -13,9 +13,9 @@ from typing import Any
 
 from alignment.files import write_text
 from evaluation.annotations import Annotation
-from evaluation.comparison import verdict
 from evaluation.drawing import COLOURS, FAINT, controlled, explain_verdicts, legend_above, mark, plain, segment, svg_of
 from evaluation.pages import Table, render
+from evaluation.verdicts import NO_DIFFERENCE, TOO_FEW, verdict
 
 Limits = tuple[float, float, float]  # lower limit, estimate, upper limit, in percent
 Differences = Sequence[Mapping[str, Any]]
@@ -27,7 +27,9 @@ class Entry:
 
     Attributes:
         name, baseline: who.
-        rate: lower limit, win rate, upper limit, in percent.
+        rate: lower limit, win rate, upper limit, in percent; of the interval to read.
+        prompts: that were judged.
+        p_value: of the test of one half.
         controlled: the same of the length-controlled win rate; None where there is none.
         facts: what a table says beside them.
         rows: the judged pairs, of which some are shown.
@@ -36,6 +38,8 @@ class Entry:
     name: str
     baseline: str
     rate: Limits
+    prompts: int
+    p_value: float
     controlled: Limits | None
     facts: Sequence[tuple[str, str]]
     rows: Sequence[Annotation]
@@ -80,10 +84,10 @@ def write_page(
 
 
 def claim(entry: Entry) -> str:
-    """What the interval lets one say, in words."""
+    """What interval and test let one say, in words."""
     low, rate, high = entry.rate
     said = f"{rate:.1f} % ({low:.1f} to {high:.1f} %) over {entry.baseline}"
-    return f"{entry.name}: {said}: {verdict(low, high, 50)} by this judge"
+    return f"{entry.name}: {said}: {verdict(entry.prompts, low, high, entry.p_value, 50)} by this judge"
 
 
 def draw(figure: Any, entries: Sequence[Entry], differences: Differences = ()) -> None:
@@ -108,7 +112,8 @@ def draw(figure: Any, entries: Sequence[Entry], differences: Differences = ()) -
     (lower,) = others
     for y, row in enumerate(reversed(differences)):
         low, high = row["interval"]
-        segment(lower, low, row["difference"], high, y, COLOURS[2] if row["p_holm"] <= 0.05 else FAINT)
+        colour = FAINT if row["verdict"] in (NO_DIFFERENCE, TOO_FEW) else COLOURS[2]
+        segment(lower, low, row["difference"], high, y, colour)
     names = [f"{_short(row['first'], 18)} - {_short(row['second'], 18)}" for row in reversed(differences)]
     lower.set_yticks(range(len(names)), names)
     lower.set_ylim(-0.7, len(names) - 0.4)

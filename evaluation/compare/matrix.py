@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.comparison import NO_DIFFERENCE
 from evaluation.experiments import over_seeds
 from evaluation.statistics import compare_paired, holm
+from evaluation.verdicts import NO_DIFFERENCE
 
 Array = NDArray[np.float64]
 

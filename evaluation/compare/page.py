@@ -10,8 +10,9 @@ from typing import Any
 
 from evaluation.compare.figures import draw_all, ordered_matrix, ranked
 from evaluation.compare.matrix import IN_THIS_RUN
-from evaluation.comparison import NO_DIFFERENCE, markdown_table
+from evaluation.comparison import markdown_table
 from evaluation.pages import render
+from evaluation.verdicts import NO_DIFFERENCE
 
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]

@@ -103,12 +103,27 @@ def test_texts_are_joined_in_either_order_and_repeats_one_by_one():
 
 
 def test_intervals_follow_prompts():
-    """One prompt's 30 rows agree, another's 30 do not: a resample of prompts agrees on all, half or none."""
+    """Half of the prompts' 30 rows agree, the others' do not: a resample of 40 prompts agrees on k of 40.
+
+    Of two prompts, Wilson's interval is that of two trials, z^2 = 3.84: (1/2 -+ z sqrt(1/8 + z^2/16) + z^2/4) /
+    (1 + z^2/2); of κ nothing is known.
+    """
     first = [FIRST, SECOND] * 30
     second = first[:30] + [FIRST + SECOND - v for v in first[30:]]
     got = compare_raters(first, second, ["p"] * 30 + ["q"] * 30)
-    assert (got["agreement"], got["agreement_interval"]) == (0.5, [0, 1])
-    assert (got["kappa"], got["kappa_interval"]) == (pytest.approx(0), pytest.approx([-1, 1]))
+    z = 1.959963984540054
+    half = z * math.sqrt(1 / 8 + z * z / 16) / (1 + z * z / 2)
+    assert (got["agreement"], got["agreement_interval"]) == (0.5, pytest.approx([0.5 - half, 0.5 + half]))
+    assert (got["kappa"], got["kappa_interval"]) == (pytest.approx(0), None)
+    prompts = [f"{k} {k % 2}" for k in range(40) for _ in range(30)]
+    first = [FIRST, SECOND] * 600
+    second = [v if p.endswith("0") else FIRST + SECOND - v for v, p in zip(first, prompts, strict=True)]
+    got = compare_raters(first, second, prompts)
+    assert got["agreement_interval"] == pytest.approx([0.35, 0.65], abs=0.026)  # quantiles of Binomial(40, 1/2) / 40
+    assert got["kappa_interval"] == pytest.approx([-0.3, 0.3], abs=0.051)
+    alike = compare_raters(first, first, prompts)
+    assert alike["kappa"] == 1 and alike["kappa_interval"] is None
+    assert alike["agreement_interval"] == pytest.approx([40 / (40 + z * z), 1])  # n / (n + z^2)
     with pytest.raises(UserError, match="no row in common"):
         compare_raters([None], [FIRST], ["p"])
 
@@ -195,12 +210,14 @@ def test_every_interval_is_over_prompts():
     like_turns_on_p = turns[:30] + [FIRST + SECOND - v for v in turns[30:]]
     longer_on_p = [SECOND] * 30 + [FIRST] * 30
     people = Labelled(keys, {"x": turns, "y": like_turns_on_p})
-    assert summarise(people)["prompts"] == 2 and summarise(people)["raters"][0]["agreement_interval"] == [0, 1]
+    assert summarise(people)["prompts"] == 2
+    of_two = pytest.approx([0.0945, 0.9055], abs=1e-4)  # Wilson's of two trials; of sixty rows it were [.38, .62]
+    assert summarise(people)["raters"][0]["agreement_interval"] == of_two
     one, judge = (labelled(list(zip(keys, said, strict=True))) for said in (turns, like_turns_on_p))
-    assert summarise(one, judge)["judge"]["agreement_interval"] == [0, 1]
+    assert summarise(one, judge)["judge"]["agreement_interval"] == of_two
     biased = labelled(list(zip(keys, longer_on_p, strict=True)))
-    assert summarise(biased, judge)["longer_preferred"]["characters"]["interval"] == [0, 1]
-    assert summarise(judge, biased)["judge"]["longer_preferred"]["characters"]["interval"] == [0, 1]
+    assert summarise(biased, judge)["longer_preferred"]["characters"]["interval"] == of_two
+    assert summarise(judge, biased)["judge"]["longer_preferred"]["characters"]["interval"] == of_two
 
 
 def test_mistakes_are_one_line(files, tmp_path):

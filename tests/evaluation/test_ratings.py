@@ -257,8 +257,9 @@ def test_the_program_resamples_and_tests_prompts(tmp_path, style):
     )
     assert [one["prompts"] for one in found] == [60, 60, 540] and list(found[1]["style"]) == list(style)
     p = 2 * sum(math.comb(60, k) for k in range(42, 61)) / 2**60
-    assert found[0]["pairs"][0]["p_value"] == found[1]["pairs"][0]["p_value"] == pytest.approx(p, abs=0.002)
-    assert found[2]["pairs"][0]["p_value"] == pytest.approx(1 / 10_001)
+    assert found[0]["pairs"][0]["p_value"] == found[1]["pairs"][0]["p_value"] == pytest.approx(p)
+    p = 2 * sum(math.comb(540, k) for k in range(9 * 42, 541)) / 2**540
+    assert found[2]["pairs"][0]["p_value"] == pytest.approx(p)
 
 
 def test_a_system_against_itself_says_nothing(tmp_path):

@@ -18,7 +18,6 @@ from evaluation.statistics import (
     holm,
     mean_difference,
     minimal_detectable_difference,
-    percentile_interval,
     preferences,
     sign_flip_p_value,
     wilson_interval,
@@ -109,18 +108,29 @@ def test_percentile_interval_equals_the_binomial_quantiles():
     """
     got = win_rate([[1.0]] * 7 + [[0.0]] * 3, [[0.0]] * 7 + [[1.0]] * 3, resamples=40_000)
     assert (got.rate.estimate, got.rate.low, got.rate.high) == pytest.approx((0.7, 0.4, 1.0))
-    assert got.rate_ties_dropped == got.rate
+    assert got.rate_ties_dropped == got.wilson  # no ties to drop, and the interval to read of so few prompts
 
 
 def test_ratio_without_ties_against_enumeration():
-    """Three prompts (win, tie, loss): 27 resamples enumerated; those of ties alone (1 of 27) are left out."""
-    outcomes = np.array([[1, 0], [0, 0], [0, 1]])  # won, lost
-    exact = [s[0] / s.sum() for r in itertools.product(outcomes, repeat=3) if (s := np.sum(r, axis=0)).sum()]
-    expected = percentile_interval(0.5, exact, 0.4)  # 30 % and 70 % points: away from the distribution's steps
-    got = win_rate([[1.0], [1.0], [0.0]], [[0.0], [1.0], [1.0]], resamples=20_000, level=0.4).rate_ties_dropped
-    assert len(exact) == 26
+    """Ten times three prompts (win, tie, loss): how often each is drawn is multinomial; ties alone are left out."""
+    chances = {
+        (won, lost): stats.multinomial.pmf([won, 30 - won - lost, lost], 30, [1 / 3] * 3)
+        for won in range(31) for lost in range(31 - won) if won + lost
+    }  # fmt: skip
+    ordered = sorted((won / (won + lost), chance) for (won, lost), chance in chances.items())
+    sums = np.cumsum([chance for _, chance in ordered]) / sum(chances.values())
+    low, high = (ordered[int(np.searchsorted(sums, tail))][0] for tail in (0.025, 0.975))
+    got = win_rate([[1.0], [1.0], [0.0]] * 10, [[0.0], [1.0], [1.0]] * 10, resamples=40_000).rate_ties_dropped
     assert got is not None
-    assert (got.estimate, got.low, got.high) == pytest.approx((0.5, expected.low, expected.high))
+    assert (got.estimate, got.low, got.high) == pytest.approx(
+        (0.5, low, high), abs=0.03
+    )  # resamples are 40,000 of them
+
+
+def test_ratio_without_ties_of_few_prompts_is_wilson_s():
+    """Three won outright, one tied, half of one lost: 3 of 3.5, and weights 1, 1, 1, .5 are 3.5^2 / 3.25 trials."""
+    got = win_rate([[1.0]] * 3 + [[0.0], [0.0, 0.0]], [[0.0]] * 3 + [[0.0], [0.0, 1.0]]).rate_ties_dropped
+    assert got == wilson_interval(3 / 3.5, 3.5**2 / 3.25)
 
 
 def test_same_seed_same_numbers_and_chunks_do_not_matter(monkeypatch):
@@ -159,12 +169,32 @@ def test_sign_flip_enumerated_against_loops():
     assert sign_flip_p_value(values, 10, np.random.default_rng(0)) == as_extreme / 64
 
 
+def test_sign_flip_of_equal_sizes_is_the_binomial_sign_test():
+    for won, lost, tied in ((27, 13, 5), (270, 230, 0), (16, 6, 0)):
+        values = np.array([0.5] * won + [-0.5] * lost + [0.0] * tied)
+        expected = stats.binomtest(won, won + lost).pvalue
+        assert sign_flip_p_value(values, 10, np.random.default_rng(4)) == pytest.approx(expected, rel=1e-9)
+    assert sign_flip_p_value([0.0, 0.0], 10, np.random.default_rng(4)) == 1
+
+
+def test_sign_flip_of_two_sizes_is_a_sum_over_two_binomials():
+    """20 differences of 1/2, 14 positive, and 10 of 1/4, 6 positive: |sum| >= 4.5 in how many of 2^30 patterns?"""
+    values = np.array([0.5] * 14 + [-0.5] * 6 + [0.25] * 6 + [-0.25] * 4)
+    ways = sum(
+        math.comb(20, i) * math.comb(10, j)
+        for i in range(21) for j in range(11) if abs((2 * i - 20) / 2 + (2 * j - 10) / 4) >= 4.5
+    )  # fmt: skip
+    assert sign_flip_p_value(values, 10, np.random.default_rng(4)) == pytest.approx(ways / 2**30, rel=1e-12)
+
+
 def test_sign_flip_sampled_agrees_with_the_binomial_sign_test():
-    values = np.array([1.0] * 27 + [-1.0] * 13)
+    """Sizes that all differ, by next to nothing: as good as equal ones, but too many sums to enumerate."""
+    values = np.array([1.0] * 27 + [-1.0] * 13) * (1 + 1e-9 * np.arange(40))
     got = sign_flip_p_value(values, 20_000, np.random.default_rng(4))
     expected = stats.binomtest(27, 40).pvalue
     assert got == pytest.approx(expected, abs=5 * math.sqrt(expected * (1 - expected) / 20_000))
-    assert sign_flip_p_value(np.ones(100), 999, np.random.default_rng(5)) == 1 / 1000  # never 0
+    many = 1 + 1e-9 * np.arange(100)
+    assert sign_flip_p_value(many, 999, np.random.default_rng(5)) == 1 / 1000  # never 0
 
 
 def test_mean_difference_by_hand():
@@ -231,11 +261,15 @@ def test_paired_comparison_by_hand():
     """Differences 1/2, 0, 1 of prompts p, p, q (the fourth row is unknown): mean 1/2, cluster sums 1/2 and 1.
 
     Both signs alike are the extremes: p = 2/4. Residual sums 1/2 - 1 and 1 - 1/2: error
-    sqrt(2 * (1/4 + 1/4)) / 3 = 1/3. Resamples: pp 1/4, pq 1/2, qq 1.
+    sqrt(2 * (1/4 + 1/4)) / 3 = 1/3. Two prompts: Wilson's interval of (1 + 1/2) / 2 in 3^2 / (2^2 + 1^2) trials.
     """
     got = compare_paired([1, 0.5, 1, NAN], [0.5, 0.5, 0, 1], clusters=["p", "p", "q", "r"], resamples=4000)
     assert (got.mean_x, got.mean_y) == pytest.approx((2.5 / 3, 1 / 3))
-    assert (got.difference.estimate, got.difference.low, got.difference.high) == pytest.approx((0.5, 0.25, 1.0))
+    wilson = wilson_interval(0.75, 9 / 5)
+    limits = 2 * wilson.low - 1, 2 * wilson.high - 1
+    assert (got.difference.estimate, got.difference.low, got.difference.high) == pytest.approx((0.5, *limits))
+    scores = compare_paired([2, 1, 3], [1, 1, 1], clusters=["p", "p", "q"], resamples=4000).difference
+    assert (scores.estimate, scores.low, scores.high) == pytest.approx((1, 0.5, 2))  # pp 1/2, pq 1, qq 2: no shares
     assert (got.standard_error, got.p_value) == pytest.approx((1 / 3, 0.5))
     assert (got.rows, got.clusters) == (3, 2)
     with pytest.raises(ValueError, match="no row on which both"):

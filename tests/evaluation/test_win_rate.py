@@ -111,11 +111,13 @@ def test_pools_of_samples_are_sides(tiny, tmp_path):
 def test_module_form_prints_a_readable_block(files):
     done = run("--a", files[0], "--b", files[1], "--reward", "regex", "--reward-key", "pattern=^x", program=AS_MODULE)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Win rate  50.0 %  (95 % interval 50.0 to 50.0 %)")
+    assert done.stdout.startswith("Win rate  50.0 %  (95 % interval 12.5 to 87.5 %)")  # Wilson's, of three
     for part in (
         "prompts     3, 1 to 2 samples each",
         "every pair is a tie",
-        "Wilson",
+        "verdict     too few prompts to tell: 3, and a claim needs 20",
+        "the interval above is Wilson's; the bootstrap's, 50.0 to 50.0 %, is too narrow with so few prompts",
+        "difference +0 (interval not known: all 3 prompts have the same)",
         "seed 1",
         "regular expression '^x'",
     ):

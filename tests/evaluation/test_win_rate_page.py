@@ -40,12 +40,14 @@ def test_claims_are_the_intervals(page):
     for found in result["systems"].values():
         assert f"{found['win_rate']:.1f} % ({found['interval'][0]:.1f} to {found['interval'][1]:.1f} %)" in html
     assert f"{result['comparisons'][0]['difference']:+.2f} points" in html and "<td>different</td>" in html
-    for limits, said in (
-        ((40.0, 55.0, 60.0), "no significant difference"),
-        ((40.0, 45.0, 49.9), "worse"),
-        ((50.1, 51.0, 60.0), "better"),
+    for limits, prompts, p, said in (
+        ((40.0, 55.0, 60.0), 40, 0.01, "no significant difference"),
+        ((40.0, 45.0, 49.9), 40, 0.01, "worse"),
+        ((50.1, 51.0, 60.0), 40, 0.01, "better"),
+        ((50.1, 51.0, 60.0), 40, 0.06, "no significant difference"),
+        ((50.1, 51.0, 60.0), 19, 0.01, "too few prompts to tell"),
     ):
-        assert claim(Entry("m", "b", limits, None, [], [])).endswith(f" %) over b: {said} by this judge")
+        assert claim(Entry("m", "b", limits, prompts, p, None, [], [])).endswith(f" %) over b: {said} by this judge")
 
 
 def test_texts_stay_texts_and_nothing_is_fetched(page):
@@ -63,8 +65,14 @@ def test_the_figure_has_every_system_and_difference(page):
 
 @pytest.mark.parametrize("length", [1, 19, 60])
 def test_no_text_of_the_figure_is_cut_off(length):
-    entries = [Entry(name * length, "b" * length, (40, 50, 60), (45, 50, 55), [], []) for name in "mn"]
-    apart = {"first": "m" * length, "second": "n" * length, "interval": [-1, 1], "difference": 0, "p_holm": 1}
+    entries = [Entry(name * length, "b" * length, (40, 50, 60), 40, 0.5, (45, 50, 55), [], []) for name in "mn"]
+    apart = {
+        "first": "m" * length,
+        "second": "n" * length,
+        "interval": [-1, 1],
+        "difference": 0,
+        "verdict": "different",
+    }
     figure = Figure(layout="constrained")
     draw(figure, entries, [apart])
     figure.draw_without_rendering()
