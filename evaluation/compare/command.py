@@ -120,18 +120,26 @@ def _chosen(
     tuning: Sequence[Run],
     steps: int,
 ) -> Any:
-    """An arm's best point on validation prompts, and its runs with all seeds."""
-    from evaluation.compare.results import Chosen, best_of, tuned_rows
+    """An arm's best point on validation prompts, of all seeds or of each, and its run of every seed."""
+    from evaluation.compare.results import Chosen, choices, tuned_rows
 
-    value, rows = arm.points[0], []
+    values, rows = [arm.points[0]] * len(recipe.seeds), []
     own = [run for run in tuning if run.arm.label == arm.label]
     if own:
         starts = {run.seed: measurer.start(run.seed, "validation") for run in own}
         policies = {(run.value, run.seed): measurer.policy(run, "validation") for run in own}
+        by_seed = {
+            seed: tuned_rows(judge, prompts, arm, {at: one for at, one in policies.items() if at[1] == seed}, starts)
+            for seed in recipe.tuning_seeds
+        }
+        values = choices(by_seed, recipe.seeds, recipe.each_seed_tunes)
         rows = tuned_rows(judge, prompts, arm, policies, starts)
-        value = best_of(rows)
-        print(f"== chosen on validation prompts: {arm.label}, {point_name(arm, value)}", flush=True)
-    return Chosen(arm, value, rows, [run_of(recipe, arm, value, seed, steps) for seed in recipe.seeds])
+        for row in rows:
+            row["chosen"] = values.count(row["value"])
+        shown = ", ".join(dict.fromkeys(point_name(arm, value) for value in values))
+        print(f"== chosen on validation prompts: {arm.label}, {shown}", flush=True)
+    both = zip(values, recipe.seeds, strict=True)
+    return Chosen(arm, values, rows, [run_of(recipe, arm, value, seed, steps) for value, seed in both])
 
 
 def _write(result: Mapping[str, Any], folder: Path) -> None:

@@ -6,7 +6,7 @@ test_compare_rules.py proves each on numbers, and docs/compare.md has them in wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.objectives import get_objective
@@ -41,6 +41,19 @@ def loss_of(name: str, hyperparameters: Mapping[str, Any]) -> Loss:
         if ours == name and all(values[key] == value for key, value in holding.items()):
             return loss_of(other, {theirs: values[key] for key, theirs in keys.items()} | dict(fixed))
     return name, tuple(sorted((key, value) for key, value in values.items() if value is not None))
+
+
+def same_up_to_tuning(ours: Sequence[Loss], theirs: Sequence[Loss]) -> bool:
+    """Whether two objectives are one method that was tuned twice; with one point each, whether their losses are equal.
+
+    Args:
+        ours, theirs: `loss_of` each tuning point. A hyper-parameter that differs among the points is tuned.
+    """
+    if len({name for name, _ in (*ours, *theirs)}) > 1:
+        return False
+    one, other = ([dict(pairs) for _, pairs in losses] for losses in (ours, theirs))
+    tuned = {key for each in (one, other) for key in each[0] if any(at.get(key) != each[0][key] for at in each)}
+    return all(one[0].get(key) == other[0].get(key) for key in {*one[0], *other[0]} - tuned)
 
 
 def describe_equal(name: str, hyperparameters: Mapping[str, Any]) -> str | None:

@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation import verdicts
 from evaluation.experiments import over_seeds
-from evaluation.statistics import compare_paired, holm
-from evaluation.verdicts import NO_DIFFERENCE
+from evaluation.intervals import share_interval
+from evaluation.statistics import bootstrap_means, clustered_standard_error, holm, sign_flip_p_value
+from evaluation.verdicts import NO_DIFFERENCE as NO_DIFFERENCE
 
 Array = NDArray[np.float64]
 
@@ -32,7 +34,7 @@ class Cell:
 
     Attributes:
         rate: mean over prompts of the mean over seeds.
-        low, high: 95 % bootstrap interval over prompts.
+        low, high: 95 % bootstrap interval over prompts; Wilson's where that is too narrow.
         standard_error: clustered by prompt.
         p_value: sign-flip permutation over prompts of "rate = 1/2".
         by_seed: the rate of each seed.
@@ -41,6 +43,7 @@ class Cell:
         both_p: the same with the variance over prompts added to that over seeds (Welch and Satterthwaite's degrees of
             freedom): a rate that is 1/2 on average over other prompts *and* other seeds has both errors at once.
         tests: error and degrees of freedom of every t test that a claim must pass; without seeds that over prompts.
+        prompts: that were judged.
         least_p: the smallest p-value that the permutation can give: 2 of 2^Q patterns, or 1 of all that are drawn.
     """
 
@@ -56,6 +59,7 @@ class Cell:
     both_p: float | None
     tests: tuple[tuple[float, float], ...]
     least_p: float
+    prompts: int
 
     @property
     def claim_p(self) -> float:
@@ -93,23 +97,30 @@ def cell(shares: Array, resamples: int = 10_000, seed: int = 0) -> Cell:
     known = ~np.isnan(shares)
     counts = known.sum(0)
     means = np.where(counts > 0, np.where(known, shares, 0).sum(0) / np.maximum(counts, 1), np.nan)
-    found = compare_paired(means, np.full(len(means), 0.5), resamples=resamples, seed=seed)
+    judged = means[counts > 0]
+    if not judged.size:
+        raise ValueError("no prompt was judged")
+    prompts, rng = len(judged), np.random.default_rng(seed)
+    draws = bootstrap_means(judged[:, None], resamples, rng)[:, 0]
+    interval = share_interval(float(judged.mean()), draws, np.ones(prompts))
+    error = clustered_standard_error(judged)
     by_seed = tuple(float(np.nanmean(row)) for row in shares)
     spread = over_seeds(by_seed)
-    tests = _errors([rate for rate in by_seed if not math.isnan(rate)], found.standard_error, found.rows)
+    tests = _errors([rate for rate in by_seed if not math.isnan(rate)], error, prompts)
     return Cell(
-        rate=found.mean_x,
-        low=0.5 + found.difference.low,
-        high=0.5 + found.difference.high,
-        standard_error=found.standard_error,
-        p_value=found.p_value,
+        rate=interval.estimate,
+        low=interval.low,
+        high=interval.high,
+        standard_error=error,
+        p_value=sign_flip_p_value(judged - 0.5, resamples, rng),
         by_seed=by_seed,
         seeds_low=spread["low"],
         seeds_high=spread["high"],
         seeds_p=_t_p(float(np.nanmean(by_seed)), *tests[0]) if len(tests) > 1 else None,
-        both_p=_t_p(found.mean_x, *tests[1]) if len(tests) > 1 else None,
+        both_p=_t_p(interval.estimate, *tests[1]) if len(tests) > 1 else None,
         tests=tests,
-        least_p=max(0.5 ** (found.rows - 1), 1 / (1 + resamples)),
+        least_p=max(0.5 ** (prompts - 1), 1 / (1 + resamples)),
+        prompts=prompts,
     )
 
 
@@ -148,17 +159,15 @@ def adjusted(cells: Sequence[Cell]) -> list[float]:
 
 
 def verdict(one: Cell, p_adjusted: float) -> str:
-    """`better`, `worse`, or `no significant difference`; with one seed `better in this run`, `worse in this run`.
+    """What `verdicts.verdict` says; with one seed `better in this run`, `worse in this run`.
 
     Args:
         one: the cell.
         p_adjusted: its `claim_p` after Holm. A claim needs at most 5 %, so that about one comparison in twenty at
             most, with all its rows, makes a false one.
     """
-    if p_adjusted > LEVEL or one.rate == 0.5:
-        return NO_DIFFERENCE
-    said = "better" if one.rate > 0.5 else "worse"
-    return said if one.seeds_p is not None else f"{said}{IN_THIS_RUN}"
+    said = verdicts.verdict(one.prompts, one.low, one.high, p_adjusted)
+    return f"{said}{IN_THIS_RUN}" if one.seeds_p is None and said in (verdicts.BETTER, verdicts.WORSE) else said
 
 
 def cyclic_triples(cells: Sequence[Sequence[Cell | None]], sure: bool = False) -> int:

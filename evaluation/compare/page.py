@@ -10,14 +10,16 @@ from typing import Any
 
 from evaluation.compare.figures import draw_all, ordered_matrix, ranked
 from evaluation.compare.matrix import IN_THIS_RUN
+from evaluation.compare.results import ANOTHER_VALUE, SAME_LOSS
 from evaluation.comparison import markdown_table
 from evaluation.pages import render
-from evaluation.verdicts import NO_DIFFERENCE
+from evaluation.verdicts import NO_DIFFERENCE, TOO_FEW
 
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
 
 UNAVAILABLE = "not available"
+AT_THESE_SETTINGS = " at these settings"
 
 
 def percent(one: Mapping[str, Any] | None) -> str:
@@ -43,7 +45,7 @@ def win_table(result: Row) -> Table:
     """Win rates, tests and what is equivalent, one row an objective, the highest first."""
     base, names = result["baseline"], result["matrix"]["names"]
     head = ["objective", "tuned", "equivalent", "win rate over the start", "seeds", "length-controlled"]
-    head += [f"win rate over {base}", "seeds", "Holm p", f"different from {base}?"]
+    head += [f"win rate over {base}", "seeds", "Holm p", f"different from {base}{_settings(result)}?"]
     lines = []
     for row in ranked(result):
         against = result["matrix"]["cells"][names.index(row["label"])][names.index(base)]
@@ -100,14 +102,14 @@ def tuning_table(result: Row) -> Table:
     if not any(row["tuned"] for row in result["objectives"]):
         return ["nothing was tuned: one value of each hyper-parameter"], []
     for row in ranked(result):
-        points = [_point(point, row["value"]) for point in row["tuned"]]
+        points = [_point(point, len(result["seeds"])) for point in row["tuned"]]
         lines.append([row["label"], row["over"] or "nothing", "; ".join(points)])
     return head, lines
 
 
-def _point(point: Row, chosen: float | None) -> str:
-    value = "default" if point["value"] is None else f"{point['value']:g}"
-    mark = " chosen" if point["value"] == chosen else ""
+def _point(point: Row, seeds: int) -> str:
+    value, chosen = "default" if point["value"] is None else f"{point['value']:g}", point["chosen"]
+    mark = "" if not chosen else " chosen" if chosen == seeds else f" chosen by {chosen} of {seeds} seeds"
     return f"{value}: {100 * point['win_rate']:.1f} ({point['kl']:.2f}){mark}"
 
 
@@ -121,20 +123,29 @@ def matrix_table(result: Row) -> Table:
     return ["", *names], lines
 
 
+def _settings(result: Row) -> str:
+    """What every claim says where the noise of tuning is not in its error."""
+    return "" if result["claims_about"] == "objectives" else AT_THESE_SETTINGS
+
+
 def claims(result: Row) -> list[str]:
     """What the tests let one say, in words."""
-    base, found = result["baseline"], []
+    base, at, found = result["baseline"], _settings(result), []
     tested = [row for row in ranked(result) if row["versus_baseline"] is not None]
     for said in ("better", "worse", f"better{IN_THIS_RUN}", f"worse{IN_THIS_RUN}"):
         labels = [row["label"] for row in tested if row["versus_baseline"]["verdict"] == said]
         if labels:
-            found.append(f"{said} than {base}: {', '.join(labels)}")
-    same = [row["label"] for row in tested if row["versus_baseline"]["verdict"] == NO_DIFFERENCE]
-    if same:
-        found.append(f"{NO_DIFFERENCE} from {base}: {', '.join(same)}")
-    equal = [row["label"] for row in tested if row["versus_baseline"]["p_adjusted"] is None]
-    if equal:
-        found.append(f"the same loss as {base}, not tested: {', '.join(equal)}")
+            found.append(f"{said} than {base}{at}: {', '.join(labels)}")
+    words = {
+        NO_DIFFERENCE: f"{NO_DIFFERENCE} from {base}{at}",
+        TOO_FEW: f"{TOO_FEW} from {base}{at}",
+        SAME_LOSS: f"the same loss as {base}, not tested",
+        ANOTHER_VALUE: f"the same loss as {base} at another value, not tested",
+    }
+    for said, sentence in words.items():
+        labels = [row["label"] for row in tested if row["versus_baseline"]["verdict"] == said]
+        if labels:
+            found.append(f"{sentence}: {', '.join(labels)}")
     return found
 
 
@@ -157,8 +168,9 @@ def notes(result: Row) -> list[str]:
         found.append(
             f"p is the largest of three: a permutation test over prompts, a t test over {seeds} seeds, and one with "
             "both errors added. A difference is claimed where it is at most 0.05 after Holm's correction over all "
-            "rows."
+            "rows, and the interval leaves 50 out."
         )
+    found.append(_about(result))
     tests = [row["versus_baseline"] for row in result["objectives"] if row["versus_baseline"] is not None]
     if any(test["p_adjusted"] is not None for test in tests) and result["detectable"] != 0:  # 0: all came out alike
         found.append(
@@ -176,6 +188,21 @@ def notes(result: Row) -> list[str]:
         f"{result['triples']}; {result['cyclic_triples_sure']} of them with all three intervals clear of 50."
     )
     return found
+
+
+def _about(result: Row) -> str:
+    """What the claims are about, and why."""
+    if result["claims_about"] == "objectives":
+        return (
+            "Each seed chose its own tuning point, so that the noise of that choice is in the spread of the seeds: "
+            "claims are about the objectives as they are tuned here."
+        )
+    if any(row["tuned"] for row in result["objectives"]):
+        return (
+            "Claims are about these settings, not about the objectives: all seeds share the tuning point, and which "
+            "one tuning picks is chance, too, which no p here knows. compare.tuning_seeds=seeds lets each seed choose."
+        )
+    return "Claims are about these settings, not about the objectives: nothing was tuned."
 
 
 def _found(difference: float | None) -> str:
@@ -216,6 +243,7 @@ def as_csv(result: Row) -> str:
         flat |= {f"over_start_{key}": row["over_start"][key] for key in ("rate", "low", "high", "standard_error")}
         flat |= {f"length_controlled_{key}": controlled.get(key) for key in ("rate", "low", "high")}
         flat |= {f"versus_baseline_{key}": test.get(key) for key in ("p_value", "p_adjusted", "verdict")}
+        flat["claims_about"] = result["claims_about"]
         for key in ("reward", "kl", "chosen", "rejected", "distinct_1", "distinct_2", "tokens", "finished"):
             flat[key] = row[key]["mean"] if key in row else None
         flat |= {key: row[key] for key in ("steps", "batch", "trained_tokens")} | result["cost"][row["label"]]

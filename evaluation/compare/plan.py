@@ -351,7 +351,7 @@ def tuning_runs(recipe: CompareRecipe, arms: list[Arm], steps: int) -> Iterator[
     """Every arm at every tuning point with the seeds that tune."""
     for arm in arms:
         for value in arm.points:
-            for seed in recipe.seeds[: recipe.compare.tuning_seeds]:
+            for seed in recipe.tuning_seeds:
                 yield run_of(recipe, arm, value, seed, steps)
 
 

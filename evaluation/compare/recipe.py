@@ -56,6 +56,13 @@ def _entries(value: Any) -> Any:
     return [{"name": item} if isinstance(item, str) else item for item in value]
 
 
+def _tuning_seeds(value: Any) -> Any:
+    """A whole number from 1, or `seeds`; said in one message instead of one per member of the union."""
+    if value == "seeds" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"expected a whole number from 1 on, or seeds (all of them), got {value!r}")
+
+
 class CompareSection(Section):
     """What is compared, and how often."""
 
@@ -69,7 +76,12 @@ class CompareSection(Section):
     validation_limit: int | None = option(None, "Use only the first so many.", "all", ge=1)
     tune: int = option(3, "Values of one hyper-parameter that each objective is trained with.", OURS, ge=1)
     tuning_factor: float = option(3.0, "From one of these values to the next.", OURS, gt=1, le=100)
-    tuning_seeds: int = option(1, "Seeds that each value is trained with; the chosen one gets all.", OURS, ge=1)
+    tuning_seeds: Annotated[int | Literal["seeds"], BeforeValidator(_tuning_seeds)] = option(
+        1,
+        "Seeds that each value is trained with; the chosen one gets all, and claims are about these settings. "
+        "seeds: all of them, each of which chooses for itself, and claims are about the objectives.",
+        OURS,
+    )
     seeds: int = option(3, "Seeds of data, training and samples.", OURS, ge=1)
     first_seed: int = option(0, "The others follow.", OURS, ge=0)
     iterations: int = option(2, "Iterations of methods that sample again (inpo, sppo, gpo).", OURS, ge=2)
@@ -79,7 +91,7 @@ class CompareSection(Section):
 
     @model_validator(mode="after")
     def _can_tune(self) -> CompareSection:
-        if self.tuning_seeds > self.seeds:
+        if self.tuning_seeds != "seeds" and self.tuning_seeds > self.seeds:
             raise refused_at(f"{self.tuning_seeds}, and compare.seeds is {self.seeds}", "tuning_seeds")
         if self.tune > 1 and self.validation is None:
             raise refused_at(f"{self.tune} values need compare.validation, prompts to choose one by", "tune")
@@ -132,6 +144,20 @@ class CompareRecipe(Root):
     def seeds(self) -> range:
         """The numbers of the seeds."""
         return range(self.compare.first_seed, self.compare.first_seed + self.compare.seeds)
+
+    @property
+    def tuning_seeds(self) -> range:
+        """The seeds that every tuning point is trained with."""
+        count = self.compare.tuning_seeds
+        return self.seeds if count == "seeds" else self.seeds[:count]
+
+    @property
+    def each_seed_tunes(self) -> bool:
+        """Whether every seed chooses its own tuning point, so that the noise of the choice is in the spread of seeds.
+
+        A choice that all seeds share is one draw: no test over seeds or prompts sees what another draw would change.
+        """
+        return self.compare.tune > 1 and len(self.seeds) > 1 and self.tuning_seeds == self.seeds
 
 
 def load_compare_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CompareRecipe:

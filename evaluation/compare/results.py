@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from alignment.rewards.base import Prompt
 from evaluation.compare import matrix
-from evaluation.compare.equivalence import describe_equal, loss_of
+from evaluation.compare.equivalence import describe_equal, loss_of, same_up_to_tuning
 from evaluation.compare.length import length_controlled_rate
 from evaluation.compare.measure import Judge, Measured
 from evaluation.compare.plan import Arm, Run, point_name
@@ -20,6 +21,7 @@ from evaluation.compare.recipe import CompareRecipe
 from evaluation.experiments import over_seeds
 
 START = "start"
+SAME_LOSS, ANOTHER_VALUE = "the same loss", "the same loss, another value"
 COSTS = ("training_seconds", "seconds", "peak_memory")
 
 
@@ -29,13 +31,14 @@ class Chosen:
 
     Attributes:
         arm: the arm.
-        value: the tuning point that won.
-        tuned: a row per point: value, win_rate over the start on validation prompts, kl there.
-        runs: those of the chosen point, one a seed.
+        values: the tuning point of each seed.
+        tuned: a row per point: value, win_rate over the start on validation prompts, kl there, and how many seeds
+            have chosen it.
+        runs: those of the chosen points, one a seed.
     """
 
     arm: Arm
-    value: float | None
+    values: Sequence[float | None]
     tuned: list[dict[str, float | None]]
     runs: list[Run]
 
@@ -76,6 +79,27 @@ def best_of(rows: Sequence[Mapping[str, float | None]]) -> float | None:
 
     at = max(range(len(rows)), key=lambda i: (won(i), -abs(i - middle), -i))
     return rows[at]["value"]
+
+
+def choices(
+    rows: Mapping[int, Sequence[Mapping[str, float | None]]], seeds: Sequence[int], each: bool
+) -> list[float | None]:
+    """The tuning point of every seed.
+
+    Args:
+        rows: seed that tunes -> its `tuned_rows`.
+        seeds: all of them.
+        each: whether each chooses for itself; else all take the best of the tuning seeds' mean.
+    """
+    if each:
+        return [best_of(rows[seed]) for seed in seeds]
+    means = []
+    for points in zip(*rows.values(), strict=True):
+        rates = [point["win_rate"] for point in points]
+        known = [rate for rate in rates if rate is not None]
+        mean = statistics.fmean(known) if len(known) == len(rates) else None
+        means.append({"value": points[0]["value"], "win_rate": mean})
+    return [best_of(means)] * len(seeds)
 
 
 def build(
@@ -126,6 +150,7 @@ def build(
         "seeds": list(recipe.seeds),
         "prompts": len(prompts),
         "baseline": recipe.compare.baseline,
+        "claims_about": "objectives" if recipe.each_seed_tunes else "settings",
         "objectives": rows,
         "start": _numbers(judge, prompts, policies[START]),
         "matrix": {"names": names, "cells": grid},
@@ -171,33 +196,58 @@ def _tests(
     names: Sequence[str],
     cells: Sequence[Sequence[matrix.Cell | None]],
 ) -> dict[str, dict[str, Any]]:
-    """By label: the test against the baseline, Holm-adjusted over all that are another loss than it."""
+    """By label: the test against the baseline, Holm-adjusted over all that are another method than it.
+
+    A row that is the baseline up to the tuned value is not tested: which value each got is luck of the tuning.
+    """
+
+    def losses(one: Chosen, values: Sequence[float | None]) -> list[Any]:
+        return [loss_of(one.arm.name, one.arm.at(value)) for value in values]
+
     base = names.index(recipe.compare.baseline)
-    loss = {one.arm.label: loss_of(one.arm.name, one.arm.at(one.value)) for one in chosen}
     others = [i for i in range(len(chosen)) if i != base]
-    family = [i for i in others if loss[names[i]] != loss[names[base]]]
-    values = dict(zip(family, matrix.adjusted([_cell(cells, i, base) for i in family]), strict=True))
+    methods = [losses(one, one.arm.points) for one in chosen]
+    family = [i for i in others if not same_up_to_tuning(methods[i], methods[base])]
+    adjusted = dict(zip(family, matrix.adjusted([_cell(cells, i, base) for i in family]), strict=True))
     found: dict[str, dict[str, Any]] = {}
     for i in others:
-        one, p = _cell(cells, i, base), values.get(i)
-        said = "the same loss" if p is None else matrix.verdict(one, p)
-        found[names[i]] = {"p_value": one.claim_p, "p_adjusted": p, "verdict": said}
+        if i in adjusted:
+            one, p = _cell(cells, i, base), adjusted[i]
+            found[names[i]] = {"p_value": one.claim_p, "p_adjusted": p, "verdict": matrix.verdict(one, p)}
+            continue
+        equal = losses(chosen[i], chosen[i].values) == losses(chosen[base], chosen[base].values)
+        found[names[i]] = {"p_value": None, "p_adjusted": None, "verdict": SAME_LOSS if equal else ANOTHER_VALUE}
     return found
 
 
 def _identity(one: Chosen) -> dict[str, Any]:
-    arm, given = one.arm, one.arm.at(one.value)
+    """What an arm is; a hyper-parameter in which the seeds differ is a list, one value a seed."""
+    arm, distinct = one.arm, list(dict.fromkeys(one.values))
+    by_seed = [arm.objective(value).hyperparameters for value in one.values]
+    shared = {key: [values[key] for values in by_seed] for key in by_seed[0] if by_seed[0][key] is not None}
+    equals = [found for value in distinct if (found := describe_equal(arm.name, arm.at(value))) is not None]
     return {
         "label": arm.label,
         "name": arm.name,
-        "hyperparameters": {k: v for k, v in arm.objective(one.value).hyperparameters.items() if v is not None},
+        "hyperparameters": {key: each[0] if len(set(each)) == 1 else each for key, each in shared.items()},
         "over": arm.over,
-        "value": one.value,
-        "point": point_name(arm, one.value),
+        "value": distinct[0] if len(distinct) == 1 else None,
+        "values": list(one.values),
+        "point": _point(one),
         "tuned": one.tuned,
-        "equals": describe_equal(arm.name, given),
+        "equals": " / ".join(equals) or None,
         "iterative": arm.iterative,
     }
+
+
+def _point(one: Chosen) -> str:
+    """`beta-0.1`, or `beta: 0.1 x 3, 0.3 x 2` where three and two seeds have chosen so."""
+    counts = Counter(one.values)
+    if len(counts) == 1:
+        return point_name(one.arm, one.values[0])
+    return f"{one.arm.over}: " + ", ".join(
+        f"{value:g} x {counts[value]}" for value in one.arm.points if value in counts
+    )
 
 
 def _numbers(judge: Judge, prompts: Sequence[Prompt], policies: Sequence[Measured]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ TINY = Path(__file__).resolve().parents[2] / "recipes" / "compare" / "tiny.yaml"
 SMALL = [
     "compare.tune=2",
     "compare.tuning_factor=9",
+    "compare.tuning_seeds=1",
     "compare.seeds=2",
     "compare.validation_limit=6",
     "data.sample.limit=16",
@@ -101,8 +102,9 @@ def test_two_names_of_one_loss_are_one_policy_at_each_point_and_are_marked(done)
         first, second = (json.loads((p / "seed-0" / "measured-validation.json").read_text()) for p in (point, twin))
         assert first["responses"] != second["responses"]  # random numbers of their own
     assert other["equals"] == f"= dpo (beta={other['value']:g})"
-    said = other["versus_baseline"]["verdict"]
-    assert (said == "the same loss") == (other["value"] == dpo["value"])  # another beta is another loss
+    said = other["versus_baseline"]["verdict"]  # never a test: which beta each got is luck of the tuning
+    assert said == ("the same loss" if other["value"] == dpo["value"] else "the same loss, another value")
+    assert other["versus_baseline"]["p_adjusted"] is None and read(folder)["claims_about"] == "settings"
 
 
 def test_measurements_of_a_policy_are_those_of_its_texts(done):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.integrate import quad
 from scipy.special import expit
 
+from evaluation.compare.command import _chosen
 from evaluation.compare.length import length_controlled_rate
 from evaluation.compare.matrix import Cell, adjusted, cell, cyclic_triples, detectable, verdict
 from evaluation.compare.measure import Judge, Measured, Measurer
-from evaluation.compare.page import claims, over_seeds, percent
-from evaluation.compare.plan import arms_of, run_of
-from evaluation.compare.results import Chosen, best_of, build, tuned_rows
+from evaluation.compare.page import claims, notes, over_seeds, percent, tuning_table, win_table
+from evaluation.compare.plan import arms_of, run_of, tuning_runs
+from evaluation.compare.results import Chosen, best_of, build, choices, tuned_rows
 from tests.evaluation.comparing import loaded
 
 
@@ -59,7 +62,11 @@ def test_an_oracle_is_asked_once_about_two_policies(files, monkeypatch):
 def test_a_cell_by_hand():
     one = cell(np.array([[0.625, 1.0, np.nan], [0.375, 1.0, np.nan]]), resamples=2000)
     assert one.rate == 0.75 and one.by_seed == (0.8125, 0.6875)  # prompts: 1/2 and 1; nobody judged the third
-    assert one.low == 0.5 and one.high == 1.0  # of two prompts: both the first, or both the second
+    # Of two prompts Wilson's: the roots of (3/4 - p)^2 = z^2 p (1 - p) / 2.
+    assert (one.low, one.high) == (pytest.approx(0.19787, abs=1e-5), pytest.approx(0.97332, abs=1e-5))
+    assert one.prompts == 2
+    many = cell(np.tile([[0.625, 1.0], [0.375, 1.0]], 20), resamples=2000)  # 40 prompts: 1/2 or 1, mean 3/4
+    assert (many.low, many.high) == pytest.approx((0.675, 0.825), abs=0.013)  # quantiles of 1/2 + Bin(40, 1/2) / 80
     assert one.standard_error == pytest.approx(0.25)  # sd of (0, 1/2) over the square root of 2
     assert one.p_value == 1.0  # flipping signs of (0, 1/2) never gives less
     half = 12.706204736 * math.sqrt(2 * 0.0625**2) / math.sqrt(2)
@@ -77,7 +84,7 @@ def test_a_cell_by_hand():
     assert cell(np.array([[0.9], [0.8]]), resamples=100).claim_p == 1.0  # one prompt
     single = cell(np.array([[0.6, 0.7]]), resamples=100)
     assert (single.seeds_p, single.both_p, single.tests) == (None, None, ((pytest.approx(0.05), 1),))
-    assert one.swapped.rate == 0.25 and one.swapped.low == 0.0 and one.swapped.by_seed == (0.1875, 0.3125)
+    assert one.swapped.rate == 0.25 and one.swapped.low == 1 - one.high and one.swapped.by_seed == (0.1875, 0.3125)
     assert one.swapped.swapped == one
 
 
@@ -87,7 +94,8 @@ def t_tails(x, freedom):
     return 1 - 2 * quad(lambda y: scale * (1 + y * y / freedom) ** (-(freedom + 1) / 2), 0, x)[0]
 
 
-def a_cell(rate, low=0.0, high=1.0, p=1.0, seeds_p=None, both_p=0.0):
+def a_cell(rate, low=None, high=None, p=1.0, seeds_p=None, both_p=0.0):
+    low, high = rate - 0.09 if low is None else low, rate + 0.09 if high is None else high
     return Cell(
         rate,
         low,
@@ -101,6 +109,7 @@ def a_cell(rate, low=0.0, high=1.0, p=1.0, seeds_p=None, both_p=0.0):
         None if seeds_p is None else both_p,
         ((0.1, 59.0),),
         1e-4,
+        60,
     )
 
 
@@ -153,6 +162,8 @@ def test_a_claim_needs_prompts_and_seeds():
     assert (verdict(sure, 0.05), verdict(a_cell(0.4, seeds_p=0.1), 0.05)) == ("better", "worse")
     assert verdict(sure, 0.0501) == "no significant difference" == verdict(a_cell(0.5, seeds_p=1.0), 0.01)
     assert (verdict(a_cell(0.6), 0.01), verdict(a_cell(0.4), 0.01)) == ("better in this run", "worse in this run")
+    assert verdict(a_cell(0.6, low=0.49, seeds_p=0.01), 0.01) == "no significant difference"  # interval and test
+    assert verdict(replace(sure, prompts=19), 0.01) == "too few prompts to tell"
     assert detectable([a_cell(0.5)]) == pytest.approx(0.28, abs=0.01) and detectable([]) is None
     few = np.array([[0.4, 0.5, 0.6, 0.5, 0.45]] * 2) + [[0.01], [-0.01]]
     assert cell(few).least_p == 2 / 32 and detectable([cell(few)]) is None  # five prompts never give 5 %
@@ -174,7 +185,7 @@ def test_results_by_hand(files):
     recipe = loaded(files, "compare.objectives=[dpo, {name: robust, label_smoothing: 0.0}, ipo]", "compare.seeds=2",
                     "compare.tune=1", "evaluation.bootstrap=200")  # fmt: skip
     arms = arms_of(recipe)
-    chosen = [Chosen(arm, arm.points[0], [], []) for arm in arms]
+    chosen = [Chosen(arm, [arm.points[0]] * 2, [], []) for arm in arms]
     policies = {
         "dpo": [policy(some, 1.0, 4.0, 0.1, (-1.0, -3.0)), policy(some, 2.0, 6.0, 0.3, (-2.0, -5.0))],
         "robust": [policy(some, 1.0, 4.0, 0.1, (-1.0, -3.0)), policy(none, 1.0, 4.0, 0.1, (-1.0, -3.0))],
@@ -202,28 +213,30 @@ def test_results_by_hand(files):
     # robust without noise is dpo's loss and no test; ipo is the only one of the family. Two prompts: p = 2/4.
     assert dpo["versus_baseline"] is None and robust["versus_baseline"]["verdict"] == "the same loss"
     assert robust["versus_baseline"]["p_adjusted"] is None
-    assert ipo["versus_baseline"] == {"p_value": 0.5, "p_adjusted": 0.5, "verdict": "no significant difference"}
+    assert ipo["versus_baseline"] == {"p_value": 0.5, "p_adjusted": 0.5, "verdict": "too few prompts to tell"}
+    assert robust["versus_baseline"]["p_value"] is None  # nothing was tested
     assert (dpo["trained_tokens"], dpo["steps"], dpo["pairs"]) == (150, 5, [20, 20])
     assert result["cost"]["dpo"] == {"training_seconds": 3.0, "seconds": 3.0, "peak_memory": 9}
     assert (result["triples"], result["cyclic_triples"], result["seeds"]) == (4, 0, [0, 1])
 
 
 def test_claims_are_those_of_the_adjusted_p(files):
-    """Twenty prompts, three seeds: p over prompts is 2^-13 or so, over seeds 1, 2, 5 %: after Holm only the first."""
+    """Forty prompts, three seeds: p over prompts is 2^-39 or so, over seeds 1, 2, 5 %: after Holm only the first."""
 
-    def shares(*rates):  # of 20 prompts with 100 samples of the policy against one of the baseline
-        return [measured(*[["kind"] * round(100 * r) + ["cold"] * round(100 - 100 * r)] * 20) for r in rates]
+    def shares(*rates):  # of 40 prompts with 50 samples each; by turns one more and one fewer is kind
+        counts = [[round(50 * r) + (-1) ** q for q in range(40)] for r in rates]
+        return [measured(*(["kind"] * k + ["cold"] * (50 - k) for k in each)) for each in counts]
 
     labels = ["dpo", "ipo", "simpo", "rpo"]
     recipe = loaded(files, "compare.objectives=[dpo, ipo, simpo, rpo]", "compare.tune=1", "compare.seeds=3")
     judge = Judge(loaded(files, "reward={name: regex, pattern: kind}"))
-    base = [measured(*[["kind"] * 50 + ["cold"] * 50] * 20) for _ in range(3)]
+    base = [measured(*[["kind"] * 25 + ["cold"] * 25] * 40) for _ in range(3)]
     policies = {"dpo": base, "ipo": shares(0.8, 0.82, 0.84), "simpo": shares(0.52, 0.8, 0.9),
                 "rpo": shares(0.3, 0.2, 0.25), "start": base}  # fmt: skip
     fact = {"steps": 5, "batch": 8, "pairs": 20, "training_seconds": 2.0, "seconds": 3.0, "peak_memory": 7}
     facts = {label: [fact | {"trained_tokens": 100}] * 3 for label in labels}
-    chosen = [Chosen(arm, arm.points[0], [], []) for arm in arms_of(recipe)]
-    result = build(recipe, judge, [f"p{i}" for i in range(20)], chosen, policies, facts)
+    chosen = [Chosen(arm, [arm.points[0]] * 3, [], []) for arm in arms_of(recipe)]
+    result = build(recipe, judge, [f"p{i}" for i in range(40)], chosen, policies, facts)
     tests = {row["label"]: row["versus_baseline"] for row in result["objectives"]}
     rates = {
         row["label"]: result["matrix"]["cells"][i][0]["by_seed"] for i, row in enumerate(result["objectives"]) if i
@@ -239,7 +252,7 @@ def test_claims_are_those_of_the_adjusted_p(files):
         holm = max(min(1, by_hand[one] * (3 - k)) for k, one in enumerate(ordered[: ordered.index(label) + 1]))
         assert tests[label]["p_adjusted"] == pytest.approx(holm, rel=1e-6)
     assert [tests[label]["verdict"] for label in labels[1:]] == ["better", "no significant difference", "worse"]
-    prompts = [f"p{i}" for i in range(20)]
+    prompts = [f"p{i}" for i in range(40)]
     cells = [
         cell(np.array([judge.shares(prompts, *both) for both in zip(policies[label], base, strict=True)]))
         for label in labels[1:]
@@ -258,6 +271,111 @@ def test_the_best_win_rate_over_the_start_on_validation_prompts_tunes(files):
     rows = tuned_rows(judge, ["a"], arm, policies, starts)
     assert [row["value"] for row in rows] == [low, high] and best_of(rows) == high
     assert [row["win_rate"] for row in rows] == [(0.25 + 0.5) / 2, (0.75 + 1) / 2]
+
+
+# --- who chooses the tuning point ------------------------------------------------------------------------------------
+
+RATES = {0: (0.6, 0.7, 0.5), 1: (0.4, 0.5, 0.9)}  # of each seed, at three points
+
+
+def tuned(files, *more):
+    """An arm's choice of its points and its runs, where seed s samples `kind` in RATES[s] of its answers."""
+    recipe = loaded(files, "compare.seeds=2", "compare.tune=3", "compare.objectives=[dpo]", *more)
+    (arm,) = arms_of(recipe)
+
+    def policy(run, which):
+        kind = round(100 * RATES[run.seed][arm.points.index(run.value)])
+        return measured(["kind"] * kind + ["cold"] * (100 - kind))
+
+    measurer = SimpleNamespace(policy=policy, start=lambda seed, which: measured(["cold"] * 100))
+    runs = list(tuning_runs(recipe, [arm], 4))
+    return recipe, arm, _chosen(recipe, arm, Judge(recipe), measurer, ["a"], runs, 4)
+
+
+def test_each_seed_chooses_its_own_point_where_all_of_them_tune(files):
+    for setting in ("seeds", "2"):
+        recipe, arm, one = tuned(files, f"compare.tuning_seeds={setting}")
+        low, middle, high = arm.points
+        assert recipe.each_seed_tunes and one.values == [middle, high]
+        assert [(run.seed, run.value) for run in one.runs] == [(0, middle), (1, high)]
+        assert [point["chosen"] for point in one.tuned] == [0, 1, 1]
+        assert [point["win_rate"] for point in one.tuned] == pytest.approx([0.75, 0.8, 0.85])  # (1 + share) / 2
+    recipe, arm, one = tuned(files, "compare.tuning_seeds=1")
+    assert not recipe.each_seed_tunes and one.values == [arm.points[1]] * 2  # seed 0 chooses for both
+    assert [point["chosen"] for point in one.tuned] == [0, 2, 0]
+    assert not loaded(files, "compare.tune=1", "compare.tuning_seeds=seeds").each_seed_tunes
+    assert not loaded(files, "compare.seeds=1", "compare.tuning_seeds=seeds").each_seed_tunes
+
+
+def test_a_report_of_seeds_with_points_of_their_own(files):
+    """dpo took two values; f_dpo with reverse KL two others: one method that was tuned twice, and not tested."""
+    recipe = loaded(files, "compare.objectives=[dpo, {name: f_dpo, divergence: reverse_kl}, ipo]", "compare.seeds=2",
+                    "compare.tuning_seeds=seeds", "evaluation.bootstrap=200")  # fmt: skip
+    arms = arms_of(recipe)
+    low, middle, high = arms[0].points
+    taken = ([low, middle], [high, high], [arms[2].points[0]] * 2)
+    rows = [[{"value": v, "win_rate": 0.5, "kl": 1.0, "chosen": values.count(v)} for v in arm.points]
+            for arm, values in zip(arms, taken, strict=True)]  # fmt: skip
+    chosen = [Chosen(*one, []) for one in zip(arms, taken, rows, strict=True)]
+    texts = [[["kind", "cold"]] * 40, [["kind", "kind"]] * 40, [["cold", "cold"]] * 40]
+    ours, better, start = ([measured(*each), measured(*each)] for each in texts)
+    policies = {"dpo": ours, "f_dpo-reverse_kl": better, "ipo": better, "start": start}
+    fact = {"steps": 5, "batch": 8, "pairs": 20, "training_seconds": 2.0, "seconds": 3.0, "peak_memory": 7}
+    facts = {arm.label: [fact | {"trained_tokens": 100}] * 2 for arm in arms}
+    result = build(recipe, Judge(recipe), [f"p{i}" for i in range(40)], chosen, policies, facts)
+    dpo, twin, ipo = result["objectives"]
+    assert (dpo["value"], dpo["values"], dpo["hyperparameters"]["beta"]) == (None, [low, middle], [low, middle])
+    assert dpo["point"] == f"beta: {low:g} x 1, {middle:g} x 1" and twin["point"] == f"beta-{high:g}"
+    assert twin["equals"] == f"= dpo (beta={high:g})" and twin["hyperparameters"]["beta"] == high
+    assert twin["versus_baseline"] == {
+        "p_value": None, "p_adjusted": None, "verdict": "the same loss, another value"
+    }  # fmt: skip
+    assert ipo["versus_baseline"]["p_value"] == ipo["versus_baseline"]["p_adjusted"]  # the only one of the family
+    assert result["claims_about"] == "objectives" and "different from dpo?" in win_table(result)[0]
+    assert f"{low:g}: 50.0 (1.00) chosen by 1 of 2 seeds" in tuning_table(result)[1][-1][-1]
+    assert any("Each seed chose its own tuning point" in note for note in notes(result))
+    shared = result | {"claims_about": "settings"}
+    assert "different from dpo at these settings?" in win_table(shared)[0]
+    assert any("about these settings, not about the objectives: all seeds share" in note for note in notes(shared))
+    assert "at these settings" in claims(shared)[0] and "at these settings" not in claims(result)[0]
+
+
+def false_claims(gap, each, trials=150):
+    """Share of comparisons in which one of three arms that are the baseline's own method is claimed to differ.
+
+    Three tuning points of strength -gap, 0, -gap in logits, runs that differ by 0.12 (three points of win rate), 60
+    validation and 60 test prompts of spread 0.5 with 16 pairs of samples each, five seeds.
+
+    Args:
+        gap: in logits.
+        each: whether each seed tunes for itself; else the first tunes for all.
+    """
+    rng, strength, found = np.random.default_rng(11), np.array([-gap, 0, -gap]), 0
+
+    def share(logits):  # [..., 60 prompts], of 16 pairs
+        return rng.binomial(16, expit(logits[..., None] + rng.normal(0, 0.5, (*logits.shape, 60)))) / 16
+
+    for _ in range(trials):
+        arms = []
+        for _ in range(4):
+            true = strength + rng.normal(0, 0.12, (5, 3))  # [seeds, points]
+            validation = share(true + 1).mean(-1)
+            rows = {
+                seed: [{"value": float(v), "win_rate": validation[seed, v]} for v in range(3)]
+                for seed in range(5 if each else 1)
+            }
+            picked = [int(value) for value in choices(rows, range(5), each)]
+            arms.append(true[range(5), picked])
+        cells = [cell(share(arm - arms[0]), resamples=100) for arm in arms[1:]]
+        verdicts = [verdict(one, p) for one, p in zip(cells, adjusted(cells), strict=True)]
+        found += any(said in ("better", "worse") for said in verdicts)
+    return found / trials
+
+
+def test_the_noise_of_tuning_is_in_the_error_where_each_seed_tunes():
+    """With one choice for all seeds an arm meets itself at another value, by luck, and is claimed to be better."""
+    assert false_claims(0.2, each=True) < 0.09  # 0.05, and two standard errors of 150 comparisons
+    assert false_claims(0.2, each=False) > 0.14
 
 
 def test_seeds_of_measurements_differ_and_other_weights_are_measured_anew(files, tmp_path, monkeypatch):
@@ -304,13 +422,20 @@ def test_claims_are_in_those_words():
     for name, p in (("better", 0.01), ("worse", 0.02), ("no significant difference", 0.3), ("the same loss", None)):
         rows.append(row(name.split()[0], {"p_adjusted": p, "verdict": name}))
     rows.append(row("once", {"p_adjusted": 0.01, "verdict": "worse in this run"}))
-    assert claims({"baseline": "dpo", "objectives": rows}) == [
-        "better than dpo: better",
-        "worse than dpo: worse",
-        "worse in this run than dpo: once",
-        "no significant difference from dpo: no",
+    rows.append(row("luck", {"p_adjusted": None, "verdict": "the same loss, another value"}))
+    rows.append(row("few", {"p_adjusted": 0.01, "verdict": "too few prompts to tell"}))
+    expected = [
+        "better than dpo{}: better",
+        "worse than dpo{}: worse",
+        "worse in this run than dpo{}: once",
+        "no significant difference from dpo{}: no",
+        "too few prompts to tell from dpo{}: few",
         "the same loss as dpo, not tested: the",
+        "the same loss as dpo at another value, not tested: luck",
     ]
+    for about, words in (("settings", " at these settings"), ("objectives", "")):
+        result = {"baseline": "dpo", "objectives": rows, "claims_about": about}
+        assert claims(result) == [line.format(words) for line in expected]
     assert percent(None) == "not available" and percent({"rate": 0.5, "low": 0.25, "high": 1}) == "50.0 [25.0, 100.0]"
     assert percent({"rate": 0.5, "low": 0.5, "high": 1, "shrunk": True}) == "50.0 [50.0, 100.0] (shrunk)"
     assert over_seeds({"mean": 1.0, "by_seed": [0.5, 1.5]}) == "1.00 (0.50 to 1.50)"

@@ -14,7 +14,7 @@ from alignment.objectives import get_objective, list_objectives
 from alignment.objectives.batch import PairLogps
 from alignment.recipes import IterateRecipe, Recipe, RecipeError
 from evaluation.compare import runs
-from evaluation.compare.equivalence import RULES, describe_equal, loss_of
+from evaluation.compare.equivalence import RULES, describe_equal, loss_of, same_up_to_tuning
 from evaluation.compare.plan import arms_of, grid, left_out_of_all, read_all_prompts, run_of, tuning_runs, updates
 from evaluation.compare.recipe import load_compare_recipe
 from evaluation.compare.results import best_of
@@ -45,7 +45,7 @@ def test_every_arm_has_as_many_points_inside_its_range(files):
         recipe = loaded(files, f"compare.tune={tune}", "compare.objectives=all")
         arms = arms_of(recipe)
         assert {len(set(arm.points)) for arm in arms} == {tune}
-        assert len(list(tuning_runs(recipe, arms, 10))) == tune * len(arms)
+        assert len(list(tuning_runs(recipe, arms, 10))) == tune * len(arms) * recipe.compare.seeds
         for arm in arms:
             for value in arm.points:
                 arm.objective(value)  # refuses a value outside its range
@@ -191,6 +191,22 @@ def test_equivalence_map():
     assert loss_of("dpo", {"label_smoothing": 0.1}) != loss_of("robust", {"label_smoothing": 0.0})
 
 
+def test_one_method_that_is_tuned_twice():
+    def losses(name, values, **fixed):
+        return [loss_of(name, {**fixed, "beta": value}) for value in values]
+
+    dpo = losses("dpo", (0.03, 0.1, 0.3))
+    twin = losses("f_dpo", (0.1, 0.3, 0.9), divergence="reverse_kl")
+    assert same_up_to_tuning(twin, dpo) and same_up_to_tuning(dpo, dpo)
+    assert same_up_to_tuning(losses("robust", (1.0, 3.0), label_smoothing=0.0), dpo)
+    assert not same_up_to_tuning(losses("f_dpo", (0.1, 0.3), divergence="jsd"), dpo)
+    assert not same_up_to_tuning(losses("dpo", (0.03, 0.1, 0.3), label_smoothing=0.1), dpo)  # cDPO: another method
+    # One point each: nothing was tuned, and two betas are two settings to be compared.
+    assert not same_up_to_tuning(dpo[:1], dpo[1:2]) and same_up_to_tuning(dpo[:1], dpo[:1])
+    tau = [loss_of("inpo", {"eta": value}) for value in (0.1, 0.3)]  # tau follows eta
+    assert same_up_to_tuning(tau, tau[::-1]) and not same_up_to_tuning(tau, dpo)
+
+
 def test_inpo_with_tau_at_eta_is_ipo_in_every_iteration():
     """The previous iterate has weight 1 - tau/eta: two of them give ipo's loss, and with a smaller tau they do not."""
     given = [torch.tensor([value, -value]) for value in (1.0, 2.0, 0.5, 0.25)]
@@ -268,6 +284,8 @@ def test_every_rule_holds_for_the_losses_up_to_a_constant():
         ("compare.sedes=3", r"compare.sedes: unknown key; did you mean 'seeds'"),
         ("compare.seeds=0", r"compare.seeds: must be >= 1, got 0"),
         ("compare.tuning_seeds=6", r"compare.tuning_seeds: 6, and compare.seeds is 5"),
+        ("compare.tuning_seeds=0", r"compare.tuning_seeds: expected a whole number from 1 on, or seeds"),
+        ("compare.tuning_seeds=all", r"compare.tuning_seeds: expected a whole number from 1 on, or seeds"),
         ("compare.validation=null", r"compare.tune: 3 values need compare.validation"),
         ("training.learnin_rate=1", r"training.learnin_rate: unknown key; did you mean 'learning_rate'"),
         ("objective={name: dpo}", r"objective: unknown key"),
