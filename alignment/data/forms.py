@@ -6,6 +6,7 @@
 | hh | `chosen`, `rejected`: transcripts "\\n\\nHuman: … \\n\\nAssistant: …" that share all but the last reply |
 | sharegpt | `conversations` of {"from", "value"}, with `chosen` and `rejected` replies of that kind |
 | alpaca | `instruction`, `input`, and two responses with a label, or `chosen`/`rejected`, or a list `output` |
+| graded | `context` (messages or text), two responses and a grade from -3 (the first is much better) to 3 (`graded`) |
 
 A source has one form, told from its columns and first rows, or named in the recipe. What it is not: no cleaning, no
 guessing row by row; a row that is not of its source's form is quarantined.
@@ -13,17 +14,23 @@ guessing row by row; a row that is not of its source's form is quarantined.
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from alignment.data.graded import PAIRS, from_graded, is_graded
+from alignment.data.messages import PLAIN, TextRules, settled, with_context
 from alignment.data.preferences import (
     BAD_NUMBER,
+    CARRIED,
     DIFFERENT_PROMPTS,
     EMPTY,
+    LOST_TEXT,
     MISSING_FIELD,
     NOT_TEXT,
+    NUMBER_COLUMNS,
     TIE,
     UNKNOWN_FORM,
     BadRow,
@@ -39,7 +46,6 @@ Row = dict[str, Any]
 PEEKED = 50  # rows that a source's form is told from
 
 ASSISTANT, HUMAN = "\n\nAssistant:", "\n\nHuman:"
-RESPONSE_PAIRS = (("response1", "response2"), ("response_1", "response_2"), ("output_1", "output_2"))
 LABELS = ("label", "preference")
 _ANNOTATOR = re.compile(r"annotator_?\d+")
 # Role names of ShareGPT files in the wild (LLaMA-Factory's and axolotl's documentation).
@@ -63,7 +69,7 @@ NUMBERS: dict[str | None, dict[str, float]] = {
 ACCEPTED = (
     "prompt/chosen/rejected (texts or messages); chosen/rejected as whole conversations or as "
     "Human/Assistant transcripts; conversations/chosen/rejected (ShareGPT); instruction/input with "
-    "response1/response2 and label, or output: [better, worse]"
+    "response1/response2 and label, or output: [better, worse]; context/response1/response2/overall_preference"
 )
 # Stanford Alpaca's own templates (Taori et al. 2023, train.py), for tokenizers without a chat template.
 _ALPACA = (
@@ -78,19 +84,27 @@ _ALPACA_PROMPT = re.compile(
 )
 
 
-def converter(source: SourceSection, first: Sequence[Row], has_template: bool) -> tuple[str, Callable[[Row], Row]]:
+def converter(
+    source: SourceSection,
+    first: Sequence[Row],
+    has_template: bool,
+    rules: TextRules = PLAIN,
+    unread: Collection[str] = (),
+) -> tuple[str, Callable[[Row], Row]]:
     """The form of a source, and the function that turns its rows into canonical ones (or raises `BadRow`).
 
     Args:
-        source: format, columns, ties and chat are read.
+        source: format, columns, ignore, ties and chat are read.
         first: the source's first rows (`PEEKED` suffice).
-        has_template: whether the tokenizer has a chat template: hh and alpaca rows become chat messages then.
+        has_template: whether the tokenizer has a chat template: hh, alpaca and graded rows become chat messages then.
+        rules: what becomes of reasoning.
+        unread: optional columns that nobody reads.
 
     Raises:
         UserError: a column of `columns` is not there, or the form cannot be told.
     """
     check_columns(source, first)
-    renamed = [under_our_names(row, source.columns) for row in first]
+    renamed = [tidy(under_our_names(row, source.columns)) for row in first]
     form = form_of(renamed) if source.format == "auto" else source.format
     if form is None:
         found = list(dict.fromkeys(key for row in first for key in row))
@@ -106,16 +120,18 @@ def converter(source: SourceSection, first: Sequence[Row], has_template: bool) -
         "hh": lambda row: _from_transcripts(row, chat),
         "sharegpt": _from_sharegpt,
         "alpaca": lambda row: _from_alpaca(row, chat, source.ties == "soft", zero),
+        "graded": lambda row: from_graded(row, chat),
     }[form]
 
     def convert(row: Row) -> Row:
-        row = under_our_names(row, source.columns)
+        given = row = settled(under_our_names(row, source.columns), rules, source.ignore)
         if zero is None and form == "alpaca" and "chosen" not in row and "0" in _votes(row):
             raise UserError(
                 f"{source.name}: a label is 0, and none of the first rows' is 2: say with zero: what 0 means: first "
                 "or second (the better response; 1 is the other one), or tie (1 is the first, 2 the second)"
             )
-        row = canonical(read(row))
+        row = with_context(canonical(read(row), unread), given, rules)
+        _refuse_unread(form, given, row)
         if source.chat is not None and source.chat == isinstance(row["prompt"], str):
             raise BadRow(UNKNOWN_FORM, f"chat: {str(source.chat).lower()} is set, and the row is the other kind")
         if row.get("label") == 0.5 and source.ties == "drop":
@@ -123,6 +139,49 @@ def converter(source: SourceSection, first: Sequence[Row], has_template: bool) -
         return row
 
     return form, convert
+
+
+def tidy(row: Row) -> Row:
+    """A row whose messages are settled, for telling its form; as it is where something in it is not usable."""
+    try:
+        return settled(row, TextRules(reasoning="remove"))
+    except BadRow:
+        return row
+
+
+def _refuse_unread(form: str, given: Row, row: Row) -> None:
+    """Text in a column that another form reads belongs to the question, unless the prompt has it already."""
+    for column in ("input", "history") if form in ("preference", "hh", "sharegpt") else ():
+        text = given.get(column)
+        if isinstance(text, str) and text.strip():
+            asked = [row["prompt"]] if isinstance(row["prompt"], str) else [m["content"] for m in row["prompt"]]
+            if any(text.strip() in question for question in asked):
+                continue
+        elif not (isinstance(text, list) and text):
+            continue
+        raise BadRow(
+            LOST_TEXT, f"column {column!r} is not read in rows of form {form}; ignore: [{column}] leaves it out"
+        )
+
+
+def text_columns(source: SourceSection, rows: Sequence[Row]) -> set[str]:
+    """Number columns of the preference form in which no first row has a number: they are called so by chance.
+
+    Not those that the recipe names, nor a `label` by which the better response is told.
+    """
+    found = set()
+    for column in {*NUMBER_COLUMNS} - {*(source.columns or {})}:
+        values = [row[column] for row in rows if row.get(column) is not None]
+        if values and not any(_is_number(value) for value in values):
+            found.add(column)
+    return found if any("chosen" in row for row in rows) else found - {"label"}
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def check_columns(source: SourceSection, first: Sequence[Row]) -> None:
@@ -149,6 +208,8 @@ def under_our_names(row: Row, columns: dict[str, Any] | None) -> Row:
 def form_of(rows: Sequence[Row]) -> str | None:
     """The form of preferences that columns and first values speak for, if one does."""
     keys = {key for row in rows for key in row}
+    if is_graded(rows, keys):
+        return "graded"
 
     def most(test: Callable[[Row], bool]) -> bool:
         return 2 * sum(test(row) for row in rows) > len(rows)
@@ -162,9 +223,9 @@ def form_of(rows: Sequence[Row]) -> str | None:
             return "alpaca"
         if "prompt" in keys or most(lambda row: any(is_messages(row.get(c)) for c in ("chosen", "rejected"))):
             return "preference"
-    if {"instruction", "prompt"} & keys and (any(keys >= {*pair} for pair in RESPONSE_PAIRS) or "output" in keys):
+    if {"instruction", "prompt"} & keys and (any(keys >= {*pair} for pair in PAIRS) or "output" in keys):
         listed = most(lambda row: isinstance(row.get("output"), list))
-        return "alpaca" if listed or any(keys >= {*pair} for pair in RESPONSE_PAIRS) else None
+        return "alpaca" if listed or any(keys >= {*pair} for pair in PAIRS) else None
     return None
 
 
@@ -192,10 +253,10 @@ def _said(role: str, content: str) -> dict[str, str]:
 
 
 def _as_chat(row: Row) -> Row:
-    """Texts as one question and two answers (`chat: true`), `system` before them; messages stay as they are."""
+    """Texts as one question and two answers (`chat: true`); messages stay as they are."""
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "calibration": "assistant"}
     texts = {c: [_said(role, row[c])] for c, role in roles.items() if isinstance(row.get(c), str)}
-    return row if is_messages(row.get("chosen")) else with_system(row | texts, row.get("system"))
+    return row if is_messages(row.get("chosen")) else row | texts
 
 
 def _from_transcripts(row: Row, chat: bool) -> Row:
@@ -254,23 +315,12 @@ def questions(prompt: str) -> list[str]:
 
 
 def _from_sharegpt(row: Row) -> Row:
-    """sharegpt: {"from", "value"} messages as {"role", "content"}; `system` goes first."""
+    """sharegpt: {"from", "value"} messages as {"role", "content"}."""
     found: Row = {c: chat_messages(c, row[c]) for c in ("chosen", "rejected", "calibration") if row.get(c) is not None}
     asked = row.get("conversations", row.get("prompt"))
     if asked is not None:
         found["prompt"] = asked if isinstance(asked, str) else chat_messages("conversations", asked)
-    return with_system(row | found, row.get("system"))
-
-
-def with_system(row: Row, system: Any) -> Row:
-    """The row with a system message before its prompt's."""
-    if not system:
-        return row
-    if not isinstance(system, str):
-        raise BadRow(NOT_TEXT, f"system: expected text, got {type(system).__name__}")
-    if not is_messages(row.get("prompt")):
-        raise BadRow(UNKNOWN_FORM, "system needs a conversation to stand before")
-    return row | {"prompt": [_said("system", system), *row["prompt"]]}
+    return row | found
 
 
 def chat_messages(column: str, value: Any) -> list[dict[str, str]]:
@@ -286,7 +336,7 @@ def chat_messages(column: str, value: Any) -> list[dict[str, str]]:
             raise BadRow(NOT_TEXT, f"{column}: a message's value is {type(text).__name__}, not text")
         if not isinstance(who, str) or who not in ROLES:
             raise BadRow(UNKNOWN_FORM, f"{column}: a message from {who!r:.30}; known: {', '.join(ROLES)}")
-        messages.append(_said(ROLES[who], text))
+        messages.append(_said(ROLES[who], text) | {key: message[key] for key in CARRIED if message.get(key)})
     return messages
 
 
@@ -313,7 +363,7 @@ def _from_alpaca(row: Row, chat: bool, soft: bool, zero: str | None) -> Row:
 
 
 def alpaca_prompt(row: Row, chat: bool) -> Any:
-    """Instruction and input as one question, after `system`; as text they stand in Stanford Alpaca's frame."""
+    """Instruction and input as one question; as text they stand in Stanford Alpaca's frame."""
     asked = _text(row, "instruction" if "instruction" in row else "prompt")
     if not asked.strip():
         raise BadRow(EMPTY, "instruction is empty")
@@ -322,7 +372,7 @@ def alpaca_prompt(row: Row, chat: bool) -> Any:
         raise BadRow(UNKNOWN_FORM, "history is not read; give such rows as conversations")
     if chat:
         question = f"{asked}\n\n{more}" if more.strip() else asked
-        return with_system({"prompt": [_said("user", question)]}, row.get("system"))["prompt"]
+        return [_said("user", question)]
     return _ALPACA.format(
         with_input=", paired with an input that provides further context" if more.strip() else "",
         instruction=asked,
@@ -332,7 +382,7 @@ def alpaca_prompt(row: Row, chat: bool) -> Any:
 
 def _responses(row: Row) -> dict[str, Any]:
     """The two responses under their columns' names."""
-    for pair in (("chosen", "rejected"), *RESPONSE_PAIRS):
+    for pair in (("chosen", "rejected"), *PAIRS):
         present = [column for column in pair if row.get(column) is not None]
         if present:
             absent = [column for column in pair if column not in present]

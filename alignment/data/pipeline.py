@@ -7,28 +7,28 @@ Knows nothing of training.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignment.data.forms import PEEKED, converter
+from alignment.data.forms import PEEKED, converter, text_columns
+from alignment.data.messages import PLAIN, TextRules
 from alignment.data.preferences import (
     ID_COLUMNS,
     MISSING_FIELD,
     NUMBER_COLUMNS,
     OPTIONAL_COLUMNS,
-    TEXT_COLUMNS,
+    READ_COLUMNS,
     TIE,
     UNKNOWN_FORM,
     BadRow,
 )
 from alignment.data.reading import Place, Placed, numbered, raw_rows
+from alignment.data.rendering import Renderer
+from alignment.data.tables import features, message_keys, mixed, table
 from alignment.data.tokens import check, encode, markers
 from alignment.errors import UserError
 from alignment.files import write_json_lines
@@ -124,6 +124,7 @@ class _Part:
     refused: list[tuple[int, Rejected]] = field(default_factory=list)
     read: int = 0
     merged: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def reject(self, number: tuple[int, Place], bad: BadRow) -> None:
         turn, place = number
@@ -155,6 +156,8 @@ def prepare(
     max_rejected_share: float = 0.1,
     calibration: bool = False,
     seed: int = 0,
+    rules: TextRules = PLAIN,
+    reads: Collection[str] = READ_COLUMNS,
 ) -> Prepared:
     """Read, check, tokenise and mix the sources of `data.train` or `data.eval`.
 
@@ -167,13 +170,16 @@ def prepare(
         max_rejected_share: kept for `write_rejected`.
         calibration: tokenise the `calibration` responses; rows without one are rejected.
         seed: of the draw of a weighted mixture.
+        rules: what becomes of reasoning, and of special tokens in the rows' text.
+        reads: the optional columns that matter; the others are left out, whatever is in them.
 
     Raises:
         UserError: a source cannot be read or its form not be told, or text and chat sources are mixed.
     """
     has_template = bool(tokenizer.chat_template)
-    parts = [_read(title(source), source, raw_rows(source, role), has_template) for source in sources]
-    return _prepared(parts, tokenizer, max_length, role, max_rejected_share, calibration, seed)
+    parts = [_read(title(source), source, raw_rows(source, role), has_template, rules, reads) for source in sources]
+    renderer = Renderer(tokenizer, rules)
+    return _prepared(parts, renderer, max_length, role, max_rejected_share, calibration, seed)
 
 
 def prepare_rows(
@@ -185,13 +191,15 @@ def prepare_rows(
     role: str,
     max_rejected_share: float = 0.1,
     calibration: bool = False,
+    rules: TextRules = PLAIN,
+    reads: Collection[str] = READ_COLUMNS,
 ) -> Prepared:
     """`prepare` for rows in memory, in the preference form; `source` is what messages call them."""
     from alignment.recipes.rows import SourceSection
 
     section = SourceSection(name=source, format="preference", ties="soft")
-    part = _read(source, section, numbered(rows), bool(tokenizer.chat_template))
-    return _prepared([part], tokenizer, max_length, role, max_rejected_share, calibration, 0)
+    part = _read(source, section, numbered(rows), bool(tokenizer.chat_template), rules, reads)
+    return _prepared([part], Renderer(tokenizer, rules), max_length, role, max_rejected_share, calibration, 0)
 
 
 def usable_rows(source: SourceSection, role: str, *, chat: bool) -> tuple[list[tuple[Place, Row]], list[Rejected]]:
@@ -214,11 +222,22 @@ def title(source: SourceSection) -> str:
     return source.name if source.split is None else f"{source.name}:{source.split}"
 
 
-def _read(name: str, source: SourceSection, rows: Iterator[Placed], has_template: bool) -> _Part:
+def _read(
+    name: str,
+    source: SourceSection,
+    rows: Iterator[Placed],
+    has_template: bool,
+    rules: TextRules = PLAIN,
+    reads: Collection[str] = READ_COLUMNS,
+) -> _Part:
     """A source's canonical rows; optional columns that only some rows have, and text among chat, are rejected."""
     first = list(itertools.islice(rows, PEEKED))
-    form, convert = converter(source, [row for _, row in first], has_template)
+    peeked = [row for _, row in first]
+    texts = text_columns(source, peeked) & {*reads}
+    unread = {*READ_COLUMNS} - {*reads} | texts
+    form, convert = converter(source, peeked, has_template, rules, unread)
     part = _Part(name, source, form)
+    part.notes += [f"{name}: column {column} has no number in it and is not read" for column in sorted(texts)]
     for part.read, (place, raw) in enumerate(itertools.chain(first, rows), start=1):
         try:
             part.rows.append(convert(raw))
@@ -247,7 +266,7 @@ def _is_chat(row: Row) -> bool:
 
 def _prepared(
     parts: list[_Part],
-    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
     max_length: int | None,
     role: str,
     max_rejected_share: float,
@@ -259,7 +278,9 @@ def _prepared(
         for part in parts:
             part.keep(_has_calibration)
     columns, notes = _columns(parts, calibration)
-    tables = [_tokenised(part, tokenizer, max_length, columns) for part in parts]
+    tables = [_tokenised(part, renderer, max_length, columns) for part in parts]
+    notes = [*(note for part in parts for note in part.notes), *notes]
+    notes += renderer.notes(role)
     dataset, used = mixed(tables, [part.source for part in parts], seed)
     merged, total = sum(part.merged for part in parts), sum(len(part.numbers) for part in parts)
     if merged:
@@ -318,22 +339,22 @@ def _soft(parts: list[_Part]) -> bool:
     return any(row.get("label", 1.0) != 1.0 for part in parts for row in part.rows)
 
 
-def _tokenised(part: _Part, tokenizer: Any, max_length: int | None, columns: list[str]) -> Dataset | None:
+def _tokenised(part: _Part, renderer: Renderer, max_length: int | None, columns: list[str]) -> Dataset | None:
     """The rows that pass the token checks, a thousand at a time: ids are held as arrays, not as Python numbers."""
     from datasets import concatenate_datasets
 
     if not part.rows:
         return None
     chat = _is_chat(part.rows[0])
-    marks = markers(tokenizer, chat)
-    features = _features(chat, columns)
+    marks = markers(renderer.tokenizer, chat)
+    columns_of = features(chat, columns, message_keys(part.rows) if chat else ())
     branches = ["chosen", "rejected", *(["calibration"] if "calibration_ids" in columns else [])]
     tables, passed = [], []
     for start in range(0, len(part.rows), _TOKENISED_AT_ONCE):
         rows = part.rows[start : start + _TOKENISED_AT_ONCE]
         numbers = part.numbers[start : start + _TOKENISED_AT_ONCE]
         kept = []
-        for row, number, ids in zip(rows, numbers, _ids(rows, tokenizer, branches), strict=True):
+        for row, number, ids in zip(rows, numbers, _ids(rows, renderer, branches), strict=True):
             try:
                 if isinstance(ids, BadRow):
                     raise ids
@@ -345,78 +366,19 @@ def _tokenised(part: _Part, tokenizer: Any, max_length: int | None, columns: lis
             passed.append(number)
             kept.append({"label": 1.0} | row | ids[0])
         if kept:
-            tables.append(_table(kept, features))
+            tables.append(table(kept, columns_of))
     part.rows, part.numbers = [], passed
     return concatenate_datasets(tables) if tables else None
 
 
-def _ids(rows: list[Row], tokenizer: Any, branches: list[str]) -> Iterable[tuple[dict[str, Any], bool] | BadRow]:
+def _ids(rows: list[Row], renderer: Renderer, branches: list[str]) -> Iterable[tuple[dict[str, Any], bool] | BadRow]:
     """Token ids row by row: those that the rows bring, or the tokenizer's."""
     wanted = [f"{branch}_ids" for branch in branches]
     if all(column in rows[0] for column in wanted):
         return [({c: row[c] for c in ("prompt_ids", *wanted)}, False) for row in rows]
     if "prompt_ids" in rows[0]:
         raise UserError("data: the rows bring token ids, but no calibration_ids")
-    return encode(rows, tokenizer, branches)
-
-
-def _features(chat: bool, columns: list[str]) -> Any:
-    from datasets import Features, List, Value
-
-    ids = List(Value("int32"))
-    text = List({"role": Value("string"), "content": Value("string")}) if chat else Value("string")
-    kinds = {c: ids if c.endswith("_ids") else Value("float64") if c in NUMBER_COLUMNS else text for c in columns}
-    return Features(dict.fromkeys(TEXT_COLUMNS, text) | dict.fromkeys(ID_COLUMNS, ids) | kinds)
-
-
-def _table(rows: list[Row], features: Any) -> Dataset:
-    from datasets import Dataset
-
-    return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)
-
-
-def mixed(tables: list[Dataset | None], sources: list[Any], seed: int) -> tuple[Dataset, list[int]]:
-    """All rows of every source, or with weights the largest mixture of those shares; and the rows of each."""
-    from datasets import concatenate_datasets
-
-    have = [0 if table is None else len(table) for table in tables]
-    take = mixture(have, [source.weight for source in sources])
-    drawn = []
-    for place, (table, count) in enumerate(zip(tables, take, strict=True)):
-        if table is None or not count:
-            continue
-        if count < len(table):
-            kept = sorted(random.Random(f"{seed}/{place}").sample(range(len(table)), count))
-            table = table.select(kept, keep_in_memory=True)
-        drawn.append(table)
-    return (concatenate_datasets(drawn) if drawn else _table([], _features(False, []))), take
-
-
-def mixture(have: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """How many rows each source gives to the largest mixture with these shares; all of them without weights.
-
-    The total is the largest T with T * share_i <= have_i for every source; what rounding down leaves over goes to the
-    largest remainders, where there are rows left.
-    """
-    given = [weight for weight in weights if weight is not None]
-    if not given:
-        return list(have)
-    shares = [weight / sum(given) for weight in given]
-    total = min(int(n / share + 1e-9) for n, share in zip(have, shares, strict=True))
-    take = [min(n, int(total * share + 1e-9)) for n, share in zip(have, shares, strict=True)]
-    by_remainder = sorted(range(len(take)), key=lambda i: take[i] - total * shares[i])
-    for i in by_remainder:
-        if sum(take) < total and take[i] < have[i]:
-            take[i] += 1
-    return take
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """SHA-256 of every value of a data set, in order."""
-    digest = hashlib.sha256()
-    for batch in dataset.iter(_TOKENISED_AT_ONCE):
-        digest.update(json.dumps(batch, sort_keys=True).encode())
-    return digest.hexdigest()
+    return encode(rows, renderer.tokenizer, branches, renderer)
 
 
 def write_rejected(run: Path, *prepared: Prepared) -> Path | None:

@@ -9,20 +9,23 @@ tokens (`tokens`), whole data sets (`pipeline`).
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, read_text
+from alignment.files import iterate_json_lines, parse_json, read_text
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 # Numbers of each response of a pair: for both or for neither.
 TOGETHER = tuple((f"{name}_chosen", f"{name}_rejected") for name in ("reward", "preference", "log_odds", "prev"))
 NUMBER_COLUMNS = (*(column for pair in TOGETHER for column in pair), "margin", "label")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-OPTIONAL_COLUMNS = (*ID_COLUMNS, *NUMBER_COLUMNS, "calibration", "calibration_ids")
+READ_COLUMNS = (*NUMBER_COLUMNS, "calibration", "calibration_ids")  # by some objectives, or reward models
+OPTIONAL_COLUMNS = (*ID_COLUMNS, *READ_COLUMNS)
 # The beginning of chat messages that were written as text, as Python or JSON shows them.
 _WRITTEN = re.compile(r"""\s*\[?\s*\{\s*(['"])(?:(role|content)|from|value)\1\s*:""")
 
@@ -37,6 +40,11 @@ TIE = "tie"
 BOS_EOS = "bos_eos"
 BAD_NUMBER = "bad_number"
 UNKNOWN_FORM = "unknown_form"
+LOST_TEXT = "lost_text"
+CONTROL_TOKEN = "control_token"
+
+# What messages may have besides role and content: chat templates write it. `tool_calls` is JSON text.
+CARRIED = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 
 
 class BadRow(Exception):
@@ -73,15 +81,20 @@ def is_messages(value: Any) -> bool:
     )
 
 
-def canonical(row: dict[str, Any]) -> dict[str, Any]:
-    """The row's known columns, checked; messages keep `role` and `content` only, numbers are floats.
+def canonical(row: dict[str, Any], unread: Collection[str] = ()) -> dict[str, Any]:
+    """The row's known columns, checked; messages keep `role`, `content` and `CARRIED`, numbers are floats.
 
     A prompt may be empty only where its token ids are given, and so may a response.
+
+    Args:
+        row: as its form gives it.
+        unread: optional columns that nobody reads: they are left out, whatever is in them.
 
     Raises:
         BadRow: the first thing that is wrong.
     """
-    row = explicit_prompt({c: row[c] for c in (*TEXT_COLUMNS, *OPTIONAL_COLUMNS) if row.get(c) is not None})
+    columns = (c for c in (*TEXT_COLUMNS, *OPTIONAL_COLUMNS) if c not in unread)
+    row = explicit_prompt({c: row[c] for c in columns if row.get(c) is not None})
     for column in TEXT_COLUMNS:
         if column not in row:
             raise BadRow(MISSING_FIELD, f"{column} is missing")
@@ -104,8 +117,28 @@ def canonical(row: dict[str, Any]) -> dict[str, Any]:
     for one, other in (pair for given in TOGETHER for pair in (given, given[::-1])):
         if one in numbers and other not in numbers:
             raise BadRow(MISSING_FIELD, f"{other} is missing, and {one} is there")
-    plain = {c: [{"role": m["role"], "content": m["content"]} for m in row[c]] for c in texts if is_messages(row[c])}
+    plain = {c: [plain_message(m) for m in row[c]] for c in texts if is_messages(row[c])}
     return row | numbers | plain
+
+
+def plain_message(message: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a message that a chat template reads."""
+    found = {"role": message["role"], "content": message["content"]}
+    return found if len(message) == 2 else found | {c: message[c] for c in CARRIED if message.get(c)}
+
+
+def written_json(value: Any) -> Any:
+    """A value that may be written as JSON text, without the nulls that Parquet fills records up with."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except json.JSONDecodeError:
+            return value
+    if isinstance(value, dict):
+        return {key: written_json(v) if isinstance(v, dict | list) else v for key, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [written_json(v) if isinstance(v, dict | list) else v for v in value]
+    return value
 
 
 def refuse_written_messages(column: str, text: str) -> None:
@@ -145,11 +178,18 @@ def _check_text(row: dict[str, Any], column: str) -> None:
     if ids is not None:
         if column != "prompt" and not ids:
             raise BadRow(EMPTY, f"{column}_ids is empty")
-    elif not (value if isinstance(value, str) else value[-1]["content"] if value else "").strip():
+    elif not has_text(value):
         raise BadRow(EMPTY, f"{column} is empty")
     else:
         for text in [value] if isinstance(value, str) else [m["content"] for m in value]:
             refuse_written_messages(column, text)
+
+
+def has_text(value: Any) -> bool:
+    """Whether a text, or the last of a list of messages, says something; a call of a tool does."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return bool(value) and bool(value[-1]["content"].strip() or value[-1].get("tool_calls"))
 
 
 def explicit_prompt(row: dict[str, Any]) -> dict[str, Any]:

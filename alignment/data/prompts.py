@@ -11,11 +11,23 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment.data.messages import PLAIN, TextRules, settled, with_context
 from alignment.data.pipeline import Prepared, Rejected, described
-from alignment.data.preferences import EMPTY, MISSING_FIELD, NOT_TEXT, PROMPT_TOO_LONG, read_prompts, read_rows
+from alignment.data.preferences import (
+    EMPTY,
+    MISSING_FIELD,
+    NOT_TEXT,
+    PROMPT_TOO_LONG,
+    BadRow,
+    is_messages,
+    plain_message,
+    read_prompts,
+    read_rows,
+)
 from alignment.data.reading import raw_rows
+from alignment.data.rendering import Renderer
+from alignment.data.tokens import encode
 from alignment.errors import UserError, nearest
-from alignment.models.sampling import prompt_ids
 from alignment.recipes.rows import HubPromptsSection, SourceSection
 
 if TYPE_CHECKING:
@@ -30,6 +42,7 @@ def prepare_prompts(
     longest: int,
     answers: bool,
     max_rejected_share: float,
+    rules: TextRules = PLAIN,
 ) -> Prepared:
     """Columns `prompt`, `prompt_ids` and, with `answers`, `answer`.
 
@@ -39,6 +52,7 @@ def prepare_prompts(
         longest: tokens that a prompt, with its reference answer, may have; longer ones are set aside.
         answers: whether a reference answer is needed.
         max_rejected_share: for `write_rejected`.
+        rules: what becomes of reasoning, and of special tokens in the prompts' text.
 
     Raises:
         UserError: the file cannot be read, has too few prompts, or none that can be used.
@@ -58,12 +72,12 @@ def prepare_prompts(
         rows = [{"prompt": prompt} for prompt in read_prompts(file, limit)]
     kept: list[dict[str, Any]] = []
     rejected: list[Rejected] = []
+    renderer = Renderer(tokenizer, rules)
     for number, row in enumerate(rows, start=1):
-        found = _usable(row, tokenizer, longest, answers)
-        if isinstance(found, dict):
-            kept.append(found)
-        else:
-            rejected.append(Rejected(file, number, *found))
+        try:
+            kept.append(_usable(row, renderer, longest, answers))
+        except BadRow as bad:
+            rejected.append(Rejected(file, number, bad.reason, bad.detail))
     if not kept:
         raise UserError(
             f"{file}: none of {len(rows)} prompts can be used: row {rejected[0].row}: {rejected[0].detail}"
@@ -78,6 +92,7 @@ def prepare_prompts(
         counts,
         len(rows),
         role="prompts",
+        notes=tuple(renderer.notes("prompt")),
         max_rejected_share=max_rejected_share,
         sources=(described("prompts", file, "prompts", len(rows), len(kept), len(kept), rejected),),
     )
@@ -108,34 +123,39 @@ def _asked(prompt: Any, source: HubPromptsSection) -> Any:
     return prompt
 
 
-def _usable(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, longest: int, answers: bool
-) -> dict[str, Any] | tuple[str, str]:
-    """The row with its token ids, or (reason, what is wrong) without the row's text."""
-    prompt = row.get("prompt")
-    if prompt is None:
-        return MISSING_FIELD, "no prompt"
-    messages = isinstance(prompt, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt
-    )
-    if not isinstance(prompt, str) and not messages:
-        return NOT_TEXT, f"prompt is {type(prompt).__name__}, neither a text nor a list of chat messages"
+def _usable(row: dict[str, Any], renderer: Renderer, longest: int, answers: bool) -> dict[str, Any]:
+    """The row with its token ids.
+
+    Raises:
+        BadRow: what is wrong, without the row's text.
+    """
+    if row.get("prompt") is None:
+        raise BadRow(MISSING_FIELD, "no prompt")
+    row = settled(row, renderer.rules)
+    prompt, tokenizer = row["prompt"], renderer.tokenizer
+    if not isinstance(prompt, str) and not is_messages(prompt):
+        raise BadRow(NOT_TEXT, f"prompt is {type(prompt).__name__}, neither a text nor a list of chat messages")
     if not prompt:
-        return EMPTY, "prompt is empty"
-    if messages and tokenizer.chat_template is None:
-        return NOT_TEXT, "prompt is a list of chat messages, and the tokenizer has no chat template"
-    found: dict[str, Any] = {"prompt": prompt}
+        raise BadRow(EMPTY, "prompt is empty")
+    if not isinstance(prompt, str) and tokenizer.chat_template is None:
+        raise BadRow(NOT_TEXT, "prompt is a list of chat messages, and the tokenizer has no chat template")
+    if not isinstance(prompt, str):
+        prompt = [plain_message(message) for message in prompt]
+    found = with_context({"prompt": prompt}, row, renderer.rules)
     if answers:
         answer = row.get("answer")
         if not isinstance(answer, str) or not answer.strip():
-            return MISSING_FIELD, f"answer must be a text, got {json.dumps(answer)[:40]}"
+            raise BadRow(MISSING_FIELD, f"answer must be a text, got {json.dumps(answer)[:40]}")
         found["answer"] = answer
-    ids = prompt_ids(tokenizer, prompt)
+    encoded = encode([found], tokenizer, (), renderer)[0]
+    if isinstance(encoded, BadRow):
+        raise encoded
+    ids = encoded[0]["prompt_ids"]
     if not ids:
-        return EMPTY, "prompt has no token"
+        raise BadRow(EMPTY, "prompt has no token")
     tail = len(tokenizer(f" {found['answer']}", add_special_tokens=False).input_ids) + 1 if answers else 0
     if len(ids) + tail > longest:
-        return (
+        raise BadRow(
             PROMPT_TOO_LONG,
             f"{len(ids)} tokens{f' and {tail} of its answer' * answers}, and data.max_length less "
             f"generation.max_new_tokens leaves {longest}",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from alignment.data.messages import TextRules
 from alignment.data.overlap import prompt_hash, refuse_two_kinds, row_hash
 from alignment.data.pipeline import Prepared, prepare, refusal
 from alignment.errors import UserError
@@ -38,11 +39,12 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Unusable:
-    """Rows refused for one reason, and where the first of them stand."""
+    """Rows refused for one reason, where the first of them stand, and what is wrong with the first."""
 
     reason: str
     rows: int
     where: list[str]
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def data_report(recipe: Recipe) -> DataReport:
     """
     from alignment.models import load_tokenizer
     from alignment.objectives import get_objective
+    from alignment.objectives.base import row_columns
 
     data = recipe.data
     if data.train is None:
@@ -140,6 +143,8 @@ def data_report(recipe: Recipe) -> DataReport:
             max_rejected_share=data.max_rejected_share,
             calibration="calibration" in objective.needs,
             seed=recipe.training.seed,
+            rules=TextRules.of(data),
+            reads=row_columns(objective),
         )
         for role, sources in (("train", data.train), ("eval", data.eval))
         if sources is not None
@@ -215,7 +220,7 @@ def _unusable(prepared: Prepared) -> list[Unusable]:
     for reason, count in sorted(prepared.counts.items(), key=lambda item: -item[1]):
         first = [bad for bad in prepared.rejected if bad.reason == reason][:FIRST_ROWS]
         where = [f"{bad.file or bad.source}: {bad.row}" if several else str(bad.row) for bad in first]
-        found.append(Unusable(reason, count, where))
+        found.append(Unusable(reason, count, where, first[0].detail))
     return found
 
 
@@ -293,7 +298,8 @@ def _set_lines(found: SetReport, max_length: int) -> Iterator[str]:
     yield f"{found.role}: {found.used} of {found.read} rows can be used"
     for bad in found.unusable:
         more = ", …" if bad.rows > len(bad.where) else ""
-        yield f"  {bad.reason:<22}{bad.rows:>6}  row{'s' * (bad.rows > 1)} {', '.join(bad.where)}{more}"
+        where = f"row{'s' * (bad.rows > 1)} {', '.join(bad.where)}{more}"
+        yield f"  {bad.reason:<22}{bad.rows:>6}  {where}{f': {bad.detail}' * bool(bad.detail)}"
     if found.too_many:
         yield "  more than data.max_rejected_share, or all rows of a source"
     for note in found.notes:

@@ -24,7 +24,7 @@ svg { width: 100%; height: auto; } .bad { color: #b00020; }
 <p>{{ set.used }} of {{ set.read }} rows can be used.</p>
 {% if set.unusable %}<table><tr><th>reason</th><th>rows</th><th>first ones</th></tr>
 {% for bad in set.unusable %}
-<tr><td>{{ bad.reason }}</td><td>{{ bad.rows }}</td><td>{{ bad.where | join(", ") }}</td></tr>
+<tr><td>{{ bad.reason }}</td><td>{{ bad.rows }}</td><td>{{ bad.where | join(", ") }}: {{ bad.detail }}</td></tr>
 {% endfor %}</table>{% endif %}
 {% if set.used %}
 <ul><li>{{ bias(set) }}</li>

@@ -29,25 +29,33 @@ from alignment.data.forms import (
     check_columns,
     converter,
     form_of,
+    tidy,
     under_our_names,
-    with_system,
 )
-from alignment.data.pipeline import Prepared, Rejected, described, mixed, title
+from alignment.data.messages import PLAIN, TextRules, settled, with_context
+from alignment.data.pipeline import Prepared, Rejected, described, title
 from alignment.data.preferences import (
     BOS_EOS,
+    CONTROL_TOKEN,
     DIFFERENT_PROMPTS,
     EMPTY,
     MISSING_FIELD,
     NOT_TEXT,
     PROMPT_TOO_LONG,
+    READ_COLUMNS,
     UNKNOWN_FORM,
     BadRow,
+    has_text,
     is_messages,
+    plain_message,
     refuse_written_messages,
 )
 from alignment.data.reading import Place, Placed, raw_rows
+from alignment.data.rendering import Renderer
+from alignment.data.tables import mixed
 from alignment.data.tokens import Markers, check_bos, check_response, encode, markers
 from alignment.errors import UserError
+from alignment.models.chat import marked_ids, render
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,11 +76,12 @@ _NAMED = {"sharegpt": "conversations", "alpaca": "instruction"}  # `format`, whe
 class _Encoder:
     """Rows of one source to (input_ids, labels)."""
 
-    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
     max_length: int
     template: str | None  # one that marks assistant turns, or None: only the last turn is learned
 
     def __post_init__(self) -> None:
+        self.tokenizer = self.renderer.tokenizer
         self.marks: dict[bool, Markers] = {}
 
     def __call__(self, row: Row) -> tuple[list[int], list[int]]:
@@ -80,7 +89,7 @@ class _Encoder:
         if chat not in self.marks:
             self.marks[chat] = markers(self.tokenizer, chat)
         if "messages" in row and self.template is not None:
-            ids, labels = self._all_turns(row["messages"])
+            ids, labels = self._all_turns(row)
         else:
             ids, labels = self._completion(_last_turn(row) if "messages" in row else row, self.marks[chat])
         ids = ids[: self.max_length]
@@ -93,7 +102,7 @@ class _Encoder:
         given = "completion_ids" in row
         ids: Any = row
         if not given:
-            found = encode([row], self.tokenizer, ["completion"])[0]
+            found = encode([row], self.tokenizer, ["completion"], self.renderer)[0]
             if isinstance(found, BadRow):
                 raise found
             ids = found[0]
@@ -101,21 +110,19 @@ class _Encoder:
         check_response("completion", row["completion"], ids["completion_ids"], marks, given)
         return ids["prompt_ids"] + ids["completion_ids"], [IGNORED] * len(ids["prompt_ids"]) + ids["completion_ids"]
 
-    def _all_turns(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    def _all_turns(self, row: Row) -> tuple[list[int], list[int]]:
         from jinja2 import TemplateError
 
+        messages, tools = row["messages"], row.get("tools")
+        if self.renderer.controlled(row, ["messages"]) and self.renderer.rules.control_tokens == "text":
+            raise BadRow(CONTROL_TOKEN, "the assistant's turns cannot be told in text with marks; set sft.turns: last")
         try:
-            found: Any = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        except TemplateError as error:
+            text = render(self.tokenizer, [messages], generation=False, tools=[tools])[0]
+            ids, learned = marked_ids(self.tokenizer, messages, str(self.template), tools)
+        except (TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:120]
             raise BadRow(UNKNOWN_FORM, f"the chat template refuses it: {reason}") from None
-        ids, learned = found["input_ids"], found["assistant_masks"]
+        self.renderer.check(messages, tools, text, "messages")
         ends = sum(i in self.marks[True].ends for i, own in zip(ids, learned, strict=True) if own)
         turns = sum(m["role"] == "assistant" for m in messages)
         if ends != turns:
@@ -124,7 +131,7 @@ class _Encoder:
 
 
 def _last_turn(row: Row) -> Row:
-    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+    return row | {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
 
 
 def marking_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -151,7 +158,7 @@ def marking_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if template is None or not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
         return None
     turns = [{"role": role, "content": word} for role, word in (("user", "a"), ("assistant", "b")) * 2]
-    plain, marked = (tokenizer.apply_chat_template(turns, tokenize=False, chat_template=t) for t in (own, template))
+    plain, marked = (render(tokenizer, [turns], generation=False, template=t) for t in (own, template))
     return template if plain == marked else None
 
 
@@ -164,6 +171,7 @@ def prepare_supervised(
     turns: str = "all",
     max_rejected_share: float = 0.1,
     seed: int = 0,
+    rules: TextRules = PLAIN,
 ) -> Prepared:
     """Read, check, tokenise and mix sources; the data set has columns `input_ids` and `labels` (-100: not learned).
 
@@ -175,18 +183,19 @@ def prepare_supervised(
         turns: of `messages`: "all" assistant turns, or the "last".
         max_rejected_share: kept for `write_rejected`.
         seed: of the draw of a weighted mixture.
+        rules: what becomes of reasoning, and of special tokens in the rows' text.
 
     Raises:
         UserError: a source cannot be read, or its form not be told.
     """
     template = marking_template(tokenizer) if turns == "all" and tokenizer.chat_template else None
-    encoder = _Encoder(tokenizer, max_length, template)
+    encoder = _Encoder(Renderer(tokenizer, rules), max_length, template)
     tables: list[Dataset | None] = []
     found: list[tuple[str, int, list[Rejected]]] = []  # form, usable rows, others
     for source in sources:
         kept: list[tuple[list[int], list[int]]] = []
         rejected: list[Rejected] = []
-        form, rows = _converted(source, raw_rows(source, role), bool(tokenizer.chat_template))
+        form, rows = _converted(source, raw_rows(source, role), bool(tokenizer.chat_template), rules)
         for place, convert in rows:
             try:
                 kept.append(encoder(convert()))
@@ -201,7 +210,7 @@ def prepare_supervised(
     ]
     every = [bad for _, _, rejected in found for bad in rejected]
     only_last = turns == "all" and template is None and {"messages", "conversations"} & {e["form"] for e in entries}
-    note = "of conversations only the last turn is learned: the chat template does not mark assistant turns"
+    notes = ["of conversations only the last turn is learned: the chat template does not mark assistant turns"]
     return Prepared(
         dataset=dataset,
         rejected=every,
@@ -209,7 +218,7 @@ def prepare_supervised(
         rows=sum(entry["read"] for entry in entries),
         role=role,
         max_rejected_share=max_rejected_share,
-        notes=(note,) if only_last else (),
+        notes=(*(notes if only_last else ()), *encoder.renderer.notes(role)),
         sources=tuple(entries),
     )
 
@@ -221,15 +230,15 @@ def _table(rows: list[tuple[list[int], list[int]]]) -> Dataset | None:
 
 
 def _converted(
-    source: SourceSection, placed: Iterator[Placed], has_template: bool
+    source: SourceSection, placed: Iterator[Placed], has_template: bool, rules: TextRules
 ) -> tuple[str, Iterator[tuple[Place, Callable[[], Row]]]]:
     """The form of a source, and for each of its rows its place and what converts it (or raises `BadRow`)."""
     peeked = list(itertools.islice(placed, PEEKED))
     first, rows = [row for _, row in peeked], itertools.chain(peeked, placed)
     check_columns(source, first)
-    form = _form(source, [under_our_names(row, source.columns) for row in first])
+    form = _form(source, [tidy(under_our_names(row, source.columns)) for row in first])
     if form == "preferences":
-        name, preferred = converter(source, first, has_template)
+        name, preferred = converter(source, first, has_template, rules, READ_COLUMNS)
         return name, ((place, lambda row=row: _chosen(preferred(row))) for place, row in rows)
     if form is None:
         columns = ", ".join(dict.fromkeys(key for row in first for key in row)) or "(none)"
@@ -244,7 +253,12 @@ def _converted(
         "instruction": _instruction,
         "text": _text,
     }[form]
-    return form, ((place, lambda row=row: convert(under_our_names(row, source.columns), chat)) for place, row in rows)
+
+    def converted(row: Row) -> Row:
+        given = settled(under_our_names(row, source.columns), rules, source.ignore)
+        return with_context(convert(given, chat), given, rules)
+
+    return form, ((place, lambda row=row: converted(row)) for place, row in rows)
 
 
 def _form(source: SourceSection, first: Sequence[Row]) -> str | None:
@@ -262,7 +276,8 @@ def _form(source: SourceSection, first: Sequence[Row]) -> str | None:
 
 def _chosen(row: Row) -> Row:
     ids = {"prompt_ids": row["prompt_ids"], "completion_ids": row["chosen_ids"]} if "chosen_ids" in row else {}
-    return {"prompt": row["prompt"], "completion": row["chosen"], **ids}
+    tools = {"tools": row["tools"]} if "tools" in row else {}
+    return {"prompt": row["prompt"], "completion": row["chosen"], **ids, **tools}
 
 
 def _field(row: Row, column: str) -> Any:
@@ -273,14 +288,15 @@ def _field(row: Row, column: str) -> Any:
         raise BadRow(NOT_TEXT, f"{column}: expected text or a list of messages, got {type(value).__name__}")
     if isinstance(value, str):
         refuse_written_messages(column, value)
-    return value
+        return value
+    return [plain_message(message) for message in value]
 
 
 def _said(column: str, value: Any) -> Any:
     """Learned text or messages: not empty, and the assistant's."""
     if isinstance(value, list) and any(m["role"] in ("user", "system") for m in value):
         raise BadRow(DIFFERENT_PROMPTS, f"{column} has a message that is not an assistant's")
-    if not (value if isinstance(value, str) else value[-1]["content"] if value else "").strip():
+    if not has_text(value):
         raise BadRow(EMPTY, f"{column} is empty")
     return value
 
@@ -308,8 +324,7 @@ def _sharegpt(row: Row, chat: bool) -> Row:
     if not isinstance(turns, list):
         _field(row, "conversations")
         raise BadRow(NOT_TEXT, f"conversations: expected a list of messages, got {type(turns).__name__}")
-    messages = with_system({"prompt": chat_messages("conversations", turns)}, row.get("system"))["prompt"]
-    return _conversation({"messages": messages}, chat)
+    return _conversation(row | {"messages": chat_messages("conversations", turns)}, chat)
 
 
 def _text(row: Row, chat: bool) -> Row:
@@ -325,10 +340,10 @@ def _conversation(row: Row, chat: bool) -> Row:
         raise BadRow(NOT_TEXT, "messages: expected a list of messages, got str")
     if not messages or messages[-1]["role"] != "assistant":
         raise BadRow(MISSING_FIELD, "messages do not end with the assistant's")
-    if len(messages) == 1:
+    if len(messages) == 1 and not row.get("system"):
         raise BadRow(MISSING_FIELD, "messages hold no question to the answer")
     _said("messages", messages[-1:])
-    return {"messages": [{"role": m["role"], "content": m["content"]} for m in messages]}
+    return {"messages": messages}
 
 
 def refuse_overlap(trained: Dataset, held_out: Dataset | None) -> None:

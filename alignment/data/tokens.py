@@ -22,7 +22,9 @@ from alignment.data.preferences import (
     UNKNOWN_FORM,
     BadRow,
 )
+from alignment.data.rendering import Renderer
 from alignment.errors import UserError
+from alignment.models.chat import chat_ids, render, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +74,7 @@ def markers(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Markers:
         )
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        ids = _chat_ids(tokenizer, [probe], generation=False)[0]
+        ids = chat_ids(tokenizer, [probe], generation=False)[0]
     except (TemplateError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model: the chat template fails on a plain question and answer ({reason})") from error
@@ -90,34 +92,48 @@ def markers(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Markers:
     )
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Any], *, generation: bool) -> list[Ids]:
-    found: Any = tokenizer.apply_chat_template(
-        list(conversations), tokenize=True, add_generation_prompt=generation, return_dict=True
-    )
-    ids: list[Ids] = found["input_ids"]
-    return ids
+def _whole(
+    rows: Sequence[Row], branch: str | None, renderer: Renderer, marked: Sequence[bool], checked: bool
+) -> list[Ids | BadRow]:
+    """Ids of the prompts (None) or of prompt + response, tokenised whole and in one call.
 
-
-def _text_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
-    ids: list[Ids] = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    return ids
-
-
-def _whole(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], branch: str | None) -> list[Ids]:
-    """Ids of the prompts (None) or of prompt + response, tokenised whole and in one call."""
-    if isinstance(rows[0]["prompt"], str):
+    Args:
+        rows: all text or all chat.
+        branch: a response's column.
+        renderer: of the tokenizer.
+        marked: rows whose text has marks around special tokens.
+        checked: refuse what the chat template does not write.
+    """
+    tokenizer, chat = renderer.tokenizer, not isinstance(rows[0]["prompt"], str)
+    found: list[Ids | BadRow]
+    if not chat:
         eos = str(tokenizer.eos_token)
-        if branch is None:
-            return _text_ids(tokenizer, [row["prompt"] for row in rows])
-        ended = [row[branch] if row[branch].endswith(eos) else row[branch] + eos for row in rows]
-        return _text_ids(tokenizer, [row["prompt"] + text for row, text in zip(rows, ended, strict=True)])
-    if branch is None:
-        return _chat_ids(tokenizer, [row["prompt"] for row in rows], generation=True)
-    return _chat_ids(tokenizer, [row["prompt"] + row[branch] for row in rows], generation=False)
+        answers = ["" if branch is None else row[branch] for row in rows]
+        ended = [a if branch is None or a.endswith(eos) else a + eos for a in answers]
+        texts = [row["prompt"] + text for row, text in zip(rows, ended, strict=True)]
+        found = list(tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"])
+    else:
+        conversations = [row["prompt"] if branch is None else row["prompt"] + row[branch] for row in rows]
+        tools = [row.get("tools") for row in rows]
+        texts = render(tokenizer, conversations, generation=branch is None, tools=tools)
+        found = list(text_ids(tokenizer, texts))
+        for i, text in enumerate(texts if checked else ()):
+            try:
+                what = "prompt" if branch is None else f"prompt and {branch}"
+                renderer.check(conversations[i], tools[i], text, what)
+            except BadRow as bad:
+                found[i] = bad
+    for i, text in enumerate(texts):
+        if marked[i] and not isinstance(found[i], BadRow):
+            found[i] = renderer.marked_ids(text, chat=chat)
+    return found
 
 
 def encode(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, branches: Sequence[str]
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    branches: Sequence[str],
+    renderer: Renderer | None = None,
 ) -> list[tuple[dict[str, Ids], bool] | BadRow]:
     """Token ids of canonical rows, all text or all chat, none of which brings ids.
 
@@ -125,29 +141,59 @@ def encode(
         rows: at most some thousands; they are tokenised in one call per column.
         tokenizer: with a chat template if the rows are chat messages.
         branches: chosen, rejected, and calibration where wanted; the response begins where the first of them parts
-            from the prompt.
+            from the prompt. Without any, prompts are tokenised alone.
+        renderer: of the tokenizer: rows of which text is lost, or becomes special tokens, are refused as it says.
+            None: nothing is looked for (texts that are only scored).
 
     Returns:
         For each row its `…_ids`, and whether the prompt's end was lost because it is not a prefix in tokens; or what
-        the chat template says against the row.
+        is against the row.
     """
+    checked = renderer is not None
+    renderer = renderer or Renderer(tokenizer)
+    kept: list[Row] = []
+    marked: list[bool] = []
+    found: list[tuple[dict[str, Ids], bool] | BadRow | None] = [None] * len(rows)
+    columns = ("prompt", *branches)
+    for i, row in enumerate(rows):
+        try:
+            controlled = checked and renderer.controlled(row, columns)
+        except BadRow as bad:
+            found[i] = bad
+            continue
+        marked.append(controlled and renderer.rules.control_tokens == "text")
+        kept.append(renderer.as_text(row, columns) if marked[-1] else row)
+    encoded = iter(_encoded(kept, branches, renderer, marked, checked))
+    return [next(encoded) if one is None else one for one in found]
+
+
+def _encoded(
+    rows: list[Row], branches: Sequence[str], renderer: Renderer, marked: list[bool], checked: bool
+) -> list[tuple[dict[str, Ids], bool] | BadRow]:
     from jinja2 import TemplateError
 
     if not rows:
         return []
     try:
-        prompts = _whole(tokenizer, rows, None)
-        wholes = {branch: _whole(tokenizer, rows, branch) for branch in branches}
+        prompts = _whole(rows, None, renderer, marked, checked and not branches)
+        wholes = {branch: _whole(rows, branch, renderer, marked, checked) for branch in branches}
     except (TemplateError, TypeError, ValueError) as error:
         if len(rows) > 1:  # find the row
             half = len(rows) // 2
-            return encode(rows[:half], tokenizer, branches) + encode(rows[half:], tokenizer, branches)
+            parts = (slice(half), slice(half, None))
+            return [one for p in parts for one in _encoded(rows[p], branches, renderer, marked[p], checked)]
         return [BadRow(UNKNOWN_FORM, f"the chat template refuses it: {' '.join(str(error).split())[:120]}")]
     found: list[tuple[dict[str, Ids], bool] | BadRow] = []
-    for i, prompt in enumerate(prompts):
-        cut = min(_shared(prompt, wholes[branch][i]) for branch in branches)
-        ids = {f"{branch}_ids": wholes[branch][i][cut:] for branch in branches}
-        found.append(({"prompt_ids": prompt[:cut], **ids}, cut < len(prompt)))
+    for prompt, *answers in zip(prompts, *wholes.values(), strict=True):
+        bad = next((one for one in (prompt, *answers) if isinstance(one, BadRow)), None)
+        if bad is not None:
+            found.append(bad)
+            continue
+        assert not isinstance(prompt, BadRow)
+        ids = {branch: one for branch, one in zip(branches, answers, strict=True) if not isinstance(one, BadRow)}
+        cut = min((_shared(prompt, ids[branch]) for branch in branches), default=len(prompt))
+        responses = {f"{branch}_ids": ids[branch][cut:] for branch in branches}
+        found.append(({"prompt_ids": prompt[:cut], **responses}, cut < len(prompt)))
     return found
 
 

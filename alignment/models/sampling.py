@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from alignment.models.chat import chat_ids
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,8 +56,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt | Sequence[int
     given: Any = prompt
     if given and isinstance(given[0], int):
         return list(given)
-    encoded: Any = tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
+    return list(chat_ids(tokenizer, [given], generation=True)[0])
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

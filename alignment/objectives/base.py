@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from alignment.objectives.batch import POLICY_COLUMNS, MissingColumn, PairLogps
+from alignment.objectives.batch import NEEDS, POLICY_COLUMNS, MissingColumn, PairLogps
 
 BatchKind = Literal["pairs", "samples", "groups"]
 Judge = Literal["none", "reward", "oracle", "verifier"]
@@ -283,6 +283,12 @@ class Objective:
             gradients = torch.autograd.grad(total, [leaves["chosen"], leaves["rejected"]], allow_unused=True)
         parts = [gradient.abs() for gradient in gradients if gradient is not None]
         return torch.stack(parts).sum(0)
+
+
+def row_columns(*objectives: Objective) -> set[str]:
+    """The columns of a pair's row that objectives read, besides the pair's texts and token ids."""
+    found = {"label"} | {column for one in objectives for need in one.needs for column in NEEDS.get(need, ())}
+    return found | ({"calibration_ids"} if "calibration" in found else set())
 
 
 def reads_reference(objective: Objective) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.data import overlap
+from alignment.data.messages import TextRules
 from alignment.data.pipeline import Prepared, write_rejected
 from alignment.data.preferences import read_prompts as read_text_prompts
 from alignment.data.prompts import prepare_prompts
@@ -59,6 +60,7 @@ def write_prompts(recipe: IterateRecipe, out: Path) -> None:
             longest=recipe.data.max_length - recipe.generation.max_new_tokens,
             answers=False,
             max_rejected_share=recipe.data.max_rejected_share,
+            rules=TextRules.of(recipe.data),
         )
         for source in sources
     ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import InitErrorDetails
 
-from alignment.recipes.rows import Prompts
+from alignment.recipes.rows import Prompts, TextSection
 from alignment.recipes.schema import Section, Text, error, option, refused_at
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _several(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-class IterateDataSection(Section):
+class IterateDataSection(TextSection):
     """The prompts that the iterates answer."""
 
     refused: ClassVar[dict[str, str]] = {

@@ -50,7 +50,7 @@ SOURCE_COLUMNS = (
     *("prompt", "chosen", "rejected", "calibration", "label"),
     *("reward_chosen", "reward_rejected", "preference_chosen", "preference_rejected", "log_odds_chosen"),
     *("log_odds_rejected", "prev_chosen", "prev_rejected", "margin"),
-    *("conversations", "system", "instruction", "input", "output", "response1", "response2"),
+    *("conversations", "system", "tools", "instruction", "input", "output", "response1", "response2", "context"),
     *(SFT_COLUMNS := ("completion", "messages", "text")),
 )
 
@@ -70,11 +70,14 @@ class SourceSection(Section):
         None, "Share of this source in the mixture; for all sources or none.", "all rows of every source", gt=0
     )
     limit: int | None = option(None, "Read only the first so many rows.", "all", ge=1)
-    format: Literal["auto", "preference", "hh", "sharegpt", "alpaca"] = option(
+    format: Literal["auto", "preference", "hh", "sharegpt", "alpaca", "graded"] = option(
         "auto", "Form of the rows.", "told from the columns and first rows"
     )
     columns: dict[str, Names] | None = option(
         None, "Our column names to the source's; label may name several.", "the form's own names"
+    )
+    ignore: list[Text] = option(
+        [], "Columns, and keys of messages, to leave out though they hold what no token would: [images].", "none"
     )
     ties: Literal["drop", "soft"] = option("drop", "Undecided pairs: drop, or keep with label 0.5.", "alignment")
     zero: Literal["tie", "first", "second"] | None = option(
@@ -133,7 +136,18 @@ def _named_split(text: str) -> dict[str, str]:
 Sources = Annotated[list[SourceSection], BeforeValidator(_sources)]
 
 
-class PreferenceRows(Section):
+class TextSection(Section):
+    """What becomes of text that a chat template may drop or a tokenizer mistake for its own marks."""
+
+    reasoning: Literal["keep", "remove"] | None = option(
+        None, "Thoughts before an answer: keep, or remove them.", "rows that give them apart are refused"
+    )
+    control_tokens: Literal["refuse", "text", "keep"] = option(
+        "refuse", "Rows whose text has special tokens: refuse, read them as text, or keep them as tokens.", "alignment"
+    )
+
+
+class PreferenceRows(TextSection):
     """Preferences that are given, and what is refused of them."""
 
     train: Sources | None = option(

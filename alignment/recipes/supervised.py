@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from alignment.recipes.rows import Sources
+from alignment.recipes.rows import Sources, TextSection
 from alignment.recipes.schema import Section, option
 from alignment.recipes.training import BaseTrainingSection
 from alignment.recipes.trl_keys import PASSED_THROUGH, REFUSED
@@ -61,7 +61,7 @@ class SftSection(Section):
     )
 
 
-class SftDataSection(Section):
+class SftDataSection(TextSection):
     """Texts to learn: prompt and completion, chat `messages`, plain `text`, or preferences (chosen is learned)."""
 
     refused: ClassVar[dict[str, str]] = {

@@ -40,6 +40,7 @@ def mend(
         raise UserError(f"{out}: exists; name a new file")
     if recipe.data.train is None:
         raise UserError(f"{recipe.path}: data.train: is needed; rows that a run samples are in its preferences.jsonl")
+    from alignment.data.messages import TextRules
     from alignment.data.pipeline import prepare
     from alignment.data.preferences import ID_COLUMNS
     from alignment.models import load_tokenizer
@@ -47,7 +48,8 @@ def mend(
 
     name, limit = recipe.model.name_or_path, recipe.data.max_length
     tokenizer = load_tokenizer(name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
-    rows = prepare(recipe.data.train, tokenizer, max_length=limit, role="train", seed=recipe.training.seed).dataset
+    seeds, rules = recipe.training.seed, TextRules.of(recipe.data)
+    rows = prepare(recipe.data.train, tokenizer, max_length=limit, role="train", seed=seeds, rules=rules).dataset
     model = load_reward_model(outputs=1, fresh_head=True, **recipe.model.model_dump())
     if isinstance(recipe, RewardModelRecipe):
         pad = settle_padding(model, tokenizer, recipe.reward_model.pad_token)

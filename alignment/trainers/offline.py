@@ -24,7 +24,7 @@ from alignment.data.pipeline import prepare_rows
 from alignment.data.preferences import ID_COLUMNS, NUMBER_COLUMNS
 from alignment.errors import UserError
 from alignment.objectives import PairLogps
-from alignment.objectives.base import Objective, reads_reference
+from alignment.objectives.base import Objective, reads_reference, row_columns
 from alignment.objectives.batch import NEEDS
 from alignment.trainers.calibration import Calibration
 from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
@@ -169,7 +169,8 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             dataset = dataset.filter(prompt_fits, fn_kwargs={"max_length": args.max_length})
             reasons = f"their prompts have max_length {args.max_length} tokens or more"
         else:
-            settings = {"max_length": args.max_length, "calibration": self._calibrated}
+            settings: dict[str, Any] = {"max_length": args.max_length, "calibration": self._calibrated}
+            settings["reads"] = row_columns(self.objective)
             prepared = prepare_rows(
                 dataset.to_list(), f"{dataset_name} data", processing_class, role=dataset_name, **settings
             )

@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from trl import RLOOConfig
 
 from alignment.data import overlap
-from alignment.data.pipeline import Prepared, fingerprint, write_rejected
+from alignment.data.messages import TextRules
+from alignment.data.pipeline import Prepared, write_rejected
 from alignment.data.preferences import read_prompts
 from alignment.data.prompts import prepare_prompts
+from alignment.data.tables import fingerprint
 from alignment.errors import UserError
 from alignment.files import file_digest
 from alignment.models import load_model, load_tokenizer
@@ -75,6 +77,7 @@ def given_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepare
         longest=recipe.data.max_length - recipe.generation.max_new_tokens,
         answers=objective_of(recipe).card.batch == "groups",
         max_rejected_share=recipe.data.max_rejected_share,
+        rules=TextRules.of(recipe.data),
     )
 
 

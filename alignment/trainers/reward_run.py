@@ -23,7 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig
 
 from alignment.data import overlap
-from alignment.data.pipeline import Prepared, fingerprint, prepare, write_rejected
+from alignment.data.messages import TextRules
+from alignment.data.pipeline import Prepared, prepare, write_rejected
+from alignment.data.tables import fingerprint
 from alignment.errors import UserError
 from alignment.files import write_json, write_json_lines
 from alignment.models import load_tokenizer
@@ -108,6 +110,14 @@ def _digest_of_rows(recipe: RewardModelRecipe, given: Prepared) -> str:
     return fingerprint(_with_columns(recipe, given.dataset, training=True))
 
 
+# The number columns that a value of reward_model.margin reads.
+MARGIN_COLUMNS: dict[str | None, tuple[str, ...]] = {
+    None: ("label",),
+    "margin": ("label", "margin"),
+    "rewards": ("label", "reward_chosen", "reward_rejected"),
+}
+
+
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +132,8 @@ def _rows(recipe: RewardModelRecipe, role: str, tokenizer: PreTrainedTokenizerBa
         seed=recipe.training.seed,
         max_length=recipe.data.max_length,
         max_rejected_share=recipe.data.max_rejected_share,
+        rules=TextRules.of(recipe.data),
+        reads=MARGIN_COLUMNS[recipe.reward_model.margin],
     )
 
 

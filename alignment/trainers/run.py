@@ -19,9 +19,11 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig
 
 from alignment.data import overlap
-from alignment.data.pipeline import Prepared, fingerprint, prepare, prepare_rows, write_rejected
+from alignment.data.messages import TextRules
+from alignment.data.pipeline import Prepared, prepare, prepare_rows, write_rejected
 from alignment.data.preferences import read_prompts, read_rows
 from alignment.data.sampled import best_against_worst, with_label_noise
+from alignment.data.tables import fingerprint
 from alignment.errors import UserError
 from alignment.files import json_digest, write_json_lines
 from alignment.models import load_model, load_tokenizer
@@ -29,7 +31,7 @@ from alignment.models.digest import weights_digest
 from alignment.models.gguf import cache_root
 from alignment.models.sampling import prompt_ids, sample
 from alignment.objectives import get_objective
-from alignment.objectives.base import Objective, reads_reference
+from alignment.objectives.base import Objective, reads_reference, row_columns
 from alignment.recipes import Recipe
 from alignment.rewards import get_oracle, get_reward
 from alignment.trainers import rundir
@@ -132,6 +134,8 @@ def _row_settings(recipe: Recipe) -> dict[str, Any]:
         "max_length": recipe.data.max_length,
         "max_rejected_share": recipe.data.max_rejected_share,
         "calibration": "calibration" in objective.needs,
+        "rules": TextRules.of(recipe.data),
+        "reads": row_columns(objective),
     }
 
 

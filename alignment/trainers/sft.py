@@ -18,8 +18,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from alignment.data.pipeline import Prepared, fingerprint, write_rejected
+from alignment.data.messages import TextRules
+from alignment.data.pipeline import Prepared, write_rejected
 from alignment.data.supervised import prepare_supervised, refuse_overlap
+from alignment.data.tables import fingerprint
 from alignment.models import load_model, load_tokenizer
 from alignment.recipes import SftRecipe
 from alignment.trainers import rundir
@@ -141,6 +143,7 @@ def _rows(recipe: SftRecipe, role: str, tokenizer: PreTrainedTokenizerBase) -> P
         turns=recipe.sft.turns,
         max_rejected_share=recipe.data.max_rejected_share,
         seed=recipe.training.seed,
+        rules=TextRules.of(recipe.data),
     )
 
 

@@ -26,8 +26,10 @@ def write_given(recipe: CompareRecipe, arms: Sequence[Arm], prompts: Prompts) ->
         UserError: the data cannot be used, share prompts with those, or are not those that the folder's runs began on.
     """
     from alignment.data import overlap
+    from alignment.data.messages import TextRules
     from alignment.data.pipeline import prepare, write_rejected
     from alignment.models import load_tokenizer
+    from alignment.objectives.base import row_columns
 
     model, data, file = recipe.model, recipe.data, recipe.folder / GIVEN
     assert data.train is not None
@@ -44,6 +46,8 @@ def write_given(recipe: CompareRecipe, arms: Sequence[Arm], prompts: Prompts) ->
         max_rejected_share=data.max_rejected_share,
         calibration=any("calibration" in arm.objective(arm.points[0]).needs for arm in arms),
         seed=recipe.training.seed,
+        rules=TextRules.of(data),
+        reads=row_columns(*(arm.objective(point) for arm in arms for point in arm.points)),
     )
     for part, where in ((prompts.validation, "compare.validation"), (prompts.test, "evaluation.prompts")):
         judged = overlap.judged_on(None, map(str, part), where)

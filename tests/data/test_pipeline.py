@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from alignment.data.pipeline import fingerprint, mixture, prepare_rows, write_rejected
+from alignment.data.pipeline import prepare_rows, write_rejected
+from alignment.data.tables import fingerprint, mixture
 from alignment.errors import UserError
 from tests.data.building import TEMPLATE, letters, prepared, refused, reply, texts, user, write
 
@@ -212,7 +213,7 @@ def test_batches_do_not_show(tmp_path, monkeypatch):
     whole = prepared(name)
     monkeypatch.setattr("alignment.data.pipeline._TOKENISED_AT_ONCE", 4)
     apart = prepared(name)
-    assert refused(apart) == refused(whole) == [(8, "bos_eos"), (20, "bos_eos")]
+    assert refused(apart) == refused(whole) == [(8, "control_token"), (20, "control_token")]
     assert apart.dataset.to_list() == whole.dataset.to_list()
 
 

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from alignment.data.messages import TextRules
 from alignment.data.pipeline import prepare_rows
 from alignment.errors import UserError
 from tests.data.building import TEMPLATE, letters, refused, reply, said, user
@@ -153,7 +154,7 @@ LONGER = TALKS | {"prompt": [*user("p"), *reply("q"), *user("r")]}
     ],
 )
 def test_bos_and_eos_exactly_once(tokenizer, row, detail):
-    found = rows_of([row], tokenizer)
+    found = rows_of([row], tokenizer, rules=TextRules(control_tokens="keep"))
     assert [(bad.reason, bad.detail) for bad in found.rejected] == ([] if detail is None else [("bos_eos", detail)])
 
 

@@ -146,8 +146,8 @@ def pairs(tmp_path: Path, rows: list) -> Path:
         ([GOOD, GOOD | {"chosen": " cold ."}], "same_responses"),
         ([GOOD, CHAT], "unknown_form"),
         ([CHAT, CHAT | {"chosen": "kind ."}], "unknown_form"),
-        ([GOOD | {"reward_chosen": 1.0, "reward_rejected": 0.0}, GOOD], "missing_field"),
-        ([GOOD | {"reward_chosen": "high"}], "bad_number"),
+        ([CHAT, CHAT | {"images": ["a.png"]}], "lost_text"),
+        ([GOOD | {"label": 0.7}, GOOD | {"label": "high"}], "bad_number"),
     ],
 )
 def test_too_many_unusable_rows_are_written_down_and_named(refused, tmp_path, rows, reason):
