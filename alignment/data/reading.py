@@ -39,7 +39,15 @@ Placed = tuple[Place, Row]
 Splits = dict[str, Callable[[], Iterable[Placed]]]
 
 DEFAULT_SPLIT = {"train": "train", "eval": "test"}
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # how the hub numbers the files of one split
+# How the hub numbers the files of one split; older ones have a hash, too.
+_SHARD = re.compile(r"-\d{5}-of-(?P<of>\d{5})(-[0-9a-f]{8,})?$")
+_SPLIT_NAME = re.compile(r"(train|test|valid|validation|val|dev|eval)([_-].+)?")
+# Files that lie beside data, or are of a model or a run, and end like data.
+COMPANIONS = frozenset(
+    "dataset_infos.json dataset_info.json dataset_dict.json state.json metadata.json config.json manifest.json "
+    "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "adapter_config.json model.safetensors.index.json trainer_state.json package.json".split()
+)
 _SLICED = re.compile(r"[\[+]")
 _JSON = (".json", ".json.gz")
 _ROWS_AT_ONCE = 1000
@@ -126,20 +134,57 @@ def _slices(name: str, sizes: dict[str, int], wanted: str) -> list[Any]:
 
 
 def _folder_splits(folder: Path) -> Splits:
-    """One split per file name (`train.jsonl`), numbered parts of one split together; of the folder or its data/."""
+    """One split per file name (`train.jsonl`), numbered parts of one split together; of the folder or its data/.
+
+    Where neither has a file, folders that are called like splits (`train/0000.parquet`) are splits.
+    """
     for place in (folder, folder / "data"):
-        files = sorted(file for file in place.glob("*") if file.name.endswith(DATA_ENDINGS))
+        files = _data_files(place)
         if files:
             break
     else:
-        raise UserError(f"{folder}: holds no data file ({', '.join(DATA_ENDINGS)})")
+        inside = {child.name: found for child in sorted(folder.iterdir()) if (found := _data_files(child))}
+        if not any(map(_SPLIT_NAME.fullmatch, inside)):
+            raise UserError(f"{folder}: holds no data file ({', '.join(DATA_ENDINGS)}){_instead(folder, inside)}")
+        return {name: partial(_read_files, found) for name, found in inside.items() if _SPLIT_NAME.fullmatch(name)}
     parts: dict[str, list[Path]] = {}
     for file in files:
         parts.setdefault(_SHARD.sub("", file.name.split(".")[0]), []).append(file)
     for split, found in parts.items():
         if len(found) > 1 and not all(_SHARD.search(file.name.split(".")[0]) for file in found):
             raise UserError(f"{folder}: {found[0].name} and {found[1].name} are both split {split!r}; keep one")
+        _refuse_missing_parts(folder, split, found)
     return {split: partial(_read_files, found) for split, found in parts.items()}
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """A folder's own data files, without what hub, git and `datasets` put beside them."""
+    if folder.name.startswith(".") or not folder.is_dir():
+        return []
+    names = (file for file in folder.iterdir() if file.name.endswith(DATA_ENDINGS) and file.is_file())
+    return sorted(file for file in names if file.name not in COMPANIONS and not file.name.startswith("."))
+
+
+def _refuse_missing_parts(folder: Path, split: str, files: list[Path]) -> None:
+    """A clone that stopped half-way has some of a split's parts, and a second download has parts of another set."""
+    totals = {int(found["of"]) for file in files if (found := _SHARD.search(file.name.split(".")[0]))}
+    if totals and totals != {len(files)}:
+        wanted = " or ".join(map(str, sorted(totals)))
+        remedy = "complete the download, or rename the parts to use these alone"
+        raise UserError(f"{folder}: split {split!r} has {len(files)} parts, and their names say {wanted}: {remedy}")
+
+
+def _instead(folder: Path, inside: Iterable[str]) -> str:
+    """What is there instead of data files."""
+    if any(folder.glob("*.arrow")) or (folder / "dataset_dict.json").is_file():
+        return "; it was written by save_to_disk: write it with to_parquet or to_json"
+    if any(folder.glob("*.safetensors")):
+        return ", but a model's weights"
+    folders = list(inside)
+    if folders:
+        return f"; its folders do: name one of them ({', '.join(f'{folder}/{name}' for name in folders[:5])})"
+    there = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
+    return f"; there is {', '.join(there[:5])}{', …' * (len(there) > 5)}" if there else "; it is empty"
 
 
 def _read_files(files: list[Path]) -> Iterator[Placed]:

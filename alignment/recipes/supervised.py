@@ -17,7 +17,7 @@ from alignment.recipes.trl_keys import PASSED_THROUGH, REFUSED
 
 _PREFERENCES = "belongs to preference training (objective, scripts/train.py)"
 _ROWS = "rows, masks and their ends are made before TRL sees them; see the data and sft sections"
-_PACKING = "every row stands alone: packed rows would change what a global batch is"
+_PACKING = "every row stands alone: group_by_length puts rows of like length together, which saves the padding"
 
 # Fields of `DPOConfig` that `SFTConfig` lacks.
 _DPO_ONLY = (
@@ -34,9 +34,7 @@ SFT_REFUSED: dict[str, str] = {
     "average_tokens_across_devices": "on: the loss is a mean over the tokens of the whole global batch",
     "pad_to_multiple_of": "rows are padded to the longest of their batch",
     "padding_free": _PACKING,
-    "packing": _PACKING,
-    "packing_strategy": _PACKING,
-    "eval_packing": _PACKING,
+    **dict.fromkeys(("packing", "packing_strategy", "eval_packing", "sample_packing", "neat_packing"), _PACKING),
     "shuffle_dataset": "rows are shuffled every epoch; see group_by_length",
     "dataset_text_field": _ROWS,
     "dataset_kwargs": _ROWS,

@@ -22,6 +22,24 @@ _PREDICTIONS = "evaluation keeps losses and log-probabilities; there are no pred
 _CONNECTED = "never read: the processes are connected before TRL's arguments exist"
 _FUSED = "log-probabilities come from alignment's own forward pass; TRL's kernel would be ignored"
 
+# Keys of older versions, of TRL's other trainers and of other programs, which are found in recipes.
+ELSEWHERE: dict[str, str] = {
+    **dict.fromkeys(
+        ("packing", "packing_strategy", "eval_packing", "sample_packing", "neat_packing"),
+        "rows are not packed: group_by_length puts rows of like length together, which saves the padding",
+    ),
+    "max_seq_length": "write data.max_length",
+    "max_completion_length": "write data.max_length, for prompt and response together",
+    "max_target_length": "write data.max_length, for prompt and response together",
+    "assistant_only_loss": "only responses are learned",
+    "completion_only_loss": "only responses are learned",
+    "no_cuda": "now called use_cpu",
+    "per_gpu_train_batch_size": "write per_device_train_batch_size, or leave it to global_batch_size",
+    "warmup_ratio": "write warmup_steps: a number below 1 is a share of all steps",
+    "max_prompt_length": "write data.max_length, for prompt and response together",
+    "evaluation_strategy": "now called eval_strategy",
+}
+
 REFUSED: dict[str, str] = {
     "gradient_accumulation_steps": "derived: global_batch_size / (per_device_train_batch_size x processes)",
     "auto_find_batch_size": _BATCH,
@@ -87,10 +105,7 @@ REFUSED: dict[str, str] = {
     "hub_always_push": "never read: only the trained model is uploaded, once, at the end",
     "hub_token": "a recipe is shared, a secret is not; log in with `hf auth login`",
     "pad_token": "deprecated in TRL; the tokenizer's own is used",
-    # Not of this TRL, but still found in recipes.
-    "warmup_ratio": "write warmup_steps: a number below 1 is a share of all steps",
-    "max_prompt_length": "write data.max_length, for prompt and response together",
-    "evaluation_strategy": "now called eval_strategy",
+    **ELSEWHERE,
 }
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]

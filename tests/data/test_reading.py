@@ -171,3 +171,39 @@ def test_places_without_data(tmp_path):
         write(tmp_path / name, ROWS)
     with pytest.raises(UserError, match=r"train\.csv and train\.jsonl are both split 'train'; keep one"):
         read(tmp_path)
+
+
+def test_a_folder_as_a_clone_of_the_hub_leaves_it(tmp_path):
+    """Shards with a hash, in data/, and whatever else lies beside data."""
+    (tmp_path / "data").mkdir()
+    for i, digest in enumerate(("6ef3991c06080e14", "aaf3991c06080e14")):
+        write(tmp_path / "data" / f"train-0000{i}-of-00002-{digest}.parquet", [{"a": i}])
+    write(tmp_path / "data" / "test-00000-of-00001-7ef3991c06080e14.parquet", [{"a": 7}])
+    for name in ("README.md", ".gitattributes", "dataset_infos.json", ".hidden.json", "picture.png"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / ".cache").mkdir()
+    assert read(tmp_path) == [{"a": 0}, {"a": 1}] and read(tmp_path, "eval") == [{"a": 7}]
+    (tmp_path / "data" / "train-00001-of-00002-aaf3991c06080e14.parquet").unlink()
+    with pytest.raises(UserError, match="split 'train' has 1 parts, and their names say 2: complete the download"):
+        read(tmp_path)
+
+
+def test_a_folder_without_data_says_what_there_is_instead(tmp_path):
+    def refusal() -> str:
+        with pytest.raises(UserError) as refused:
+            read(tmp_path)
+        return str(refused.value)
+
+    assert "it is empty" in refusal()
+    (tmp_path / "all.zip").write_text("")
+    assert "there is all.zip" in refusal()
+    for config in ("harmless-base", "helpful-base"):
+        (tmp_path / config).mkdir()
+        write(tmp_path / config / "train.jsonl.gz", ROWS)
+    assert f"name one of them ({tmp_path}/harmless-base, {tmp_path}/helpful-base)" in refusal()
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)  # its state.json is no data
+    assert "it was written by save_to_disk" in refusal()
+    (tmp_path / "train").mkdir()
+    write(tmp_path / "train" / "0001.parquet", ROWS[1:])
+    write(tmp_path / "train" / "0000.parquet", ROWS[:1])
+    assert read(tmp_path) == ROWS
