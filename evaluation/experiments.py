@@ -57,10 +57,15 @@ def over_seeds(values: Iterable[float]) -> dict[str, float | None]:
 
 
 def cell(found: Mapping[str, float | None], digits: int = 3) -> str:
-    """`0.52 [0.50, 0.54]`; without the interval where there is one seed, a dash where there is no number."""
+    """`0.52 [0.50, 0.54]`; without the interval where there is one seed, a dash where there is no number.
+
+    Seeds that are all alike have no spread to make an interval of: `0.52 (every seed)`.
+    """
     mean, low, high = found["mean"], found["low"], found["high"]
     if mean is None:
         return "–"
     if low is None or high is None:
         return f"{mean:.{digits}f}"
+    if low == high:
+        return f"{mean:.{digits}f} (every seed)"
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from alignment.errors import UserError, nearest, run_or_exit
 from evaluation.files import deliver
-from evaluation.intervals import Interval, percentile_interval
+from evaluation.intervals import FEW_PROMPTS, Interval, percentile_interval
 from evaluation.statistics import cluster_codes, cluster_sums, holm, sign_flip_p_value
 
 Array = NDArray[np.float64]
@@ -139,7 +139,7 @@ def rate(
         style: [n, k] differences of style, second relative to first (`evaluation.style`).
         features: k names of the columns of `style`.
         anchor: the system with θ = 0; None: the mean is 0.
-        resamples: bootstrap resamples; 0 for no intervals (the limits are then NaN).
+        resamples: bootstrap resamples; 0 for no intervals (the limits are then NaN, as where resamples are all alike).
         seed: of the resampling.
         level: of the intervals.
 
@@ -168,16 +168,22 @@ def rate(
 
     estimate = centred(found)
     draws = np.array([centred(w) for w in kept]).reshape(len(kept), len(estimate))
-    limits = [
-        percentile_interval(value, draws[:, i], level) if kept else Interval(value, math.nan, math.nan)
-        for i, value in enumerate(estimate.tolist())
-    ]
+    limits = [_interval(value, draws[:, i], level) for i, value in enumerate(estimate.tolist())]
+    if at is not None:
+        limits[at] = Interval(0.0, 0.0, 0.0)  # by definition
     return Ratings(
         dict(zip(names, limits[:count], strict=True)),
         dict(zip(features, limits[count:], strict=True)),
         len(kept),
         resamples - len(kept),
     )
+
+
+def _interval(value: float, draws: Array, level: float) -> Interval:
+    """The bootstrap's; limits NaN without resamples, and where all are alike, as those of one prompt are."""
+    if not len(draws) or np.ptp(draws) <= 1e-12 * max(1.0, abs(value)):
+        return Interval(value, math.nan, math.nan)
+    return percentile_interval(value, draws, level)
 
 
 @dataclass(frozen=True)
@@ -328,15 +334,20 @@ def rate_files(
 
 
 def _limits(value: Interval) -> dict[str, Any]:
-    return {"estimate": value.estimate, "interval": [value.low, value.high]}
+    return {"estimate": value.estimate, "interval": _known([value.low, value.high])}
+
+
+def _known(limits: list[float]) -> list[float | None]:
+    return [None if math.isnan(limit) else limit for limit in limits]
 
 
 def _system(name: str, theta: Interval, games: int) -> dict[str, Any]:
     """Elo points are θ scaled; `win_rate` is P(it beats a system at θ = 0)."""
     values = (theta.estimate, theta.low, theta.high)
     elo, win = [ELO * v for v in values], [1 / (1 + math.exp(-v)) for v in values]
-    return {"name": name, "theta": values[0], "interval": list(values[1:]), "elo": elo[0], "elo_interval": elo[1:],
-            "win_rate": win[0], "win_rate_interval": win[1:], "games": games}  # fmt: skip
+    return {"name": name, "theta": values[0], "interval": _known(list(values[1:])), "elo": elo[0],
+            "elo_interval": _known(elo[1:]), "win_rate": win[0], "win_rate_interval": _known(win[1:]),
+            "games": games}  # fmt: skip
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -345,11 +356,14 @@ def describe(result: dict[str, Any]) -> str:
     lines = [f"| system | Elo | 95 % interval | beats {against} | pairs |", "| --- | --- | --- | --- | --- |"]
     for one in result["systems"]:
         low, high = one["elo_interval"]
-        row = f"| {one['name']} | {one['elo']:+.0f} | {low:+.0f} to {high:+.0f} | {100 * one['win_rate']:.1f} % |"
+        limits = "not known" if low is None else f"{low:+.0f} to {high:+.0f}"
+        row = f"| {one['name']} | {one['elo']:+.0f} | {limits} | {100 * one['win_rate']:.1f} % |"
         lines.append(f"{row} {one['games']} |")
     drawn, same = result["bootstrap"], [row for row in result["pairs"] if row["p_holm"] > 0.05]
     text = f"\n{result['annotations']} pairs of {result['prompts']} prompts; {drawn['resamples']} resamples of prompts"
     lines.append(f"{text}, {drawn['left_out']} without finite ratings left out; circles of three: {result['circles']}")
+    if result["prompts"] < FEW_PROMPTS:
+        lines.append(f"{result['prompts']} prompts: intervals that resample fewer than {FEW_PROMPTS} are too narrow")
     lines += [
         f"no significant difference (Holm over {len(result['pairs'])} pairs): {row['first']} and {row['second']}, "
         f"p = {row['p_holm']:.2g}"
@@ -357,7 +371,8 @@ def describe(result: dict[str, Any]) -> str:
     ]
     for name, value in result["style"].items():
         low, high = value["interval"]
-        lines.append(f"style {name}: {value['estimate']:+.3f} nats per standard deviation ({low:+.3f} to {high:+.3f})")
+        limits = "interval not known" if low is None else f"{low:+.3f} to {high:+.3f}"
+        lines.append(f"style {name}: {value['estimate']:+.3f} nats per standard deviation ({limits})")
     lines += [f"style {name}: differs in {k} pairs only, left out" for name, k in result["style_left_out"].items()]
     return "\n".join(lines)
 

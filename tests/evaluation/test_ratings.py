@@ -277,3 +277,14 @@ def test_a_feature_that_differs_in_nine_pairs_is_left_out_and_in_ten_is_not(tmp_
         rows = [battle(f"i{k}", float(k % 3 > 0), two="a b c" if k < count else "c d") for k in range(30)]
         found = rated(tmp_path, rows, style=["length"])
         assert (found["style_left_out"], len(found["style"])) == (left_out, 1 - len(left_out))
+
+
+def test_resamples_that_are_all_alike_are_no_interval(tmp_path):
+    """One prompt: every resample is the whole. An interval of no width would say that the rating is known exactly."""
+    rows = [battle("one", share) for share in (1.0, 0.0, 1.0, 1.0)]
+    found = rated(tmp_path, rows)
+    one, anchor = found["systems"]
+    assert one["interval"] == one["elo_interval"] == one["win_rate_interval"] == [None, None]
+    assert anchor["interval"] == [0, 0]  # by definition
+    assert describe(found).count("| not known |") == 1
+    assert "1 prompts: intervals that resample fewer than 30 are too narrow" in describe(found)

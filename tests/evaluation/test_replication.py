@@ -107,6 +107,7 @@ def test_summaries():
     half = 4.302652729911275 * 1.0 / math.sqrt(3)  # t(0.975, 2), standard deviation 1
     assert found["x"] == pytest.approx({"mean": 2.0, "low": 2 - half, "high": 2 + half})
     assert found["y"] == {"mean": None, "low": None, "high": None} and cell(found["y"]) == "–"
+    assert cell({"mean": 0.5, "low": 0.5, "high": 0.5}) == "0.500 (every seed)"
     curve = [{"kl": 0.0, "reward": 1.0}, {"kl": 4.0, "reward": 3.0}, {"kl": 6.0, "reward": 5.0}]
     assert reward_at(curve, 5.0) == 4.0 and math.isnan(reward_at(curve, 7.0))
 
