@@ -25,7 +25,7 @@ from alignment.trainers.collation import BRANCHES
 from alignment.trainers.degree import cut_copies
 from alignment.trainers.offline import PreferenceTrainer
 from alignment.trainers.run import build_trainer, run_arguments
-from alignment.trainers.scoring import ROW_KEYS, TOLERANCE, relative_gap, repaired, sequence_logps
+from alignment.trainers.scoring import ROW_KEYS, relative_gap, repaired, sequence_logps
 
 # A run's doings beside its steps, none of which belongs into a look at the first batch.
 QUIET = {
@@ -143,7 +143,7 @@ def _facts(
         pairs=len(start),
         layout=trainer.collator.layout,
         layout_gap=gap,
-        tolerance=TOLERANCE[trainer._compute_dtype],
+        tolerance=trainer.tolerance,
         reward_chosen=float(chosen),
         reward_rejected=float(rejected),
         loss=_mean_loss(objective, batch),

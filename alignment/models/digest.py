@@ -42,7 +42,8 @@ def weights_digest(model: torch.nn.Module, only_frozen: bool = False) -> str:
 
 
 def gathered_parameter(parameter: Any, writing: bool = False) -> contextlib.AbstractContextManager[Any]:
-    """The whole of a parameter that ZeRO-3 has split over the processes; all of them must come here together.
+    """The whole of a parameter (or of several) that ZeRO-3 has split over the processes; all of them must come here
+    together.
 
     With `writing`, what the main process has written is what all have afterwards.
     """
@@ -51,7 +52,8 @@ def gathered_parameter(parameter: Any, writing: bool = False) -> contextlib.Abst
     import deepspeed
 
     rank = 0 if writing else None
-    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], rank)
+    several = parameter if isinstance(parameter, list) else [parameter]
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(several, rank)
     return gathered
 
 

@@ -40,7 +40,7 @@ class RolloutCollator:
 
     def __call__(self, records: Sequence[Record]) -> dict[str, torch.Tensor]:
         """`learned` `[B]` (0 for records that are left out), rows, lengths `[B, k]`, and the records' numbers."""
-        responses = [[*(r.scored or r.responses), *([r.opponent or []] if self.calibrated else [])] for r in records]
+        responses = [self.responses(r) for r in records]
         batch = {
             "learned": torch.tensor([0.0 if r.skipped else 1.0 for r in records]),
             "lengths": torch.tensor([[len(ids) for ids in group] for group in responses], dtype=torch.float32),
@@ -54,6 +54,10 @@ class RolloutCollator:
             batch["verified"] = torch.tensor([r.verified for r in records])
         prompts = [self.prompt_ids[r.row] for r in records]
         return batch | build_rows(prompts, responses, self.pad_token_id, self.layout)
+
+    def responses(self, record: Record) -> list[list[int]]:
+        """Token ids of all that is scored of a record."""
+        return [*(record.scored or record.responses), *([record.opponent or []] if self.calibrated else [])]
 
 
 def sample_pairs(inputs: dict[str, torch.Tensor], policy: torch.Tensor) -> SamplePairs:

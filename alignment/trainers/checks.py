@@ -16,7 +16,7 @@ import torch
 from alignment.files import read_json_object, write_json
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective
-from alignment.trainers.scoring import TOLERANCE, relative_gap
+from alignment.trainers.scoring import relative_gap
 
 POLICY = ("chosen", "rejected", "calibration")
 
@@ -25,7 +25,7 @@ def step_zero_problem(
     objective: Objective,
     batch: PairLogps,
     start: torch.Tensor,
-    dtype: torch.dtype,
+    tolerance: float,
     start_is_reference: bool,
     same_pass: bool = False,
 ) -> str | None:
@@ -35,14 +35,13 @@ def step_zero_problem(
         objective: the objective being trained.
         batch: the first batch, as training scored it.
         start: `[B, k]` log-probs of the same responses under the starting model, scored independently.
-        dtype: in which the model computes (of its weights, or autocast's).
+        tolerance: relative difference that rounding explains, as measured (`unpadded.allowed`).
         start_is_reference: whether training starts at the reference.
         same_pass: the reference has just scored the same rows in the same layout, so that only another model, not
             rounding, explains more than a fifth of the tolerance.
     """
     columns = {name: value for name in POLICY if (value := getattr(batch, name)) is not None}
     policy = torch.stack([value.detach() for value in columns.values()], dim=1)
-    tolerance = TOLERANCE[dtype]
     if not batch.chosen.requires_grad:
         return "no parameter is trainable: nothing would be learned"
     if not torch.isfinite(policy).all():
@@ -101,15 +100,22 @@ def losses_and_slopes(objective: Objective, batch: PairLogps) -> tuple[torch.Ten
     return losses.detach(), torch.stack([g.abs() for g in gradients if g is not None]).amax(0)
 
 
-def write_start(file: Path, rows: dict[str, torch.Tensor], start: torch.Tensor) -> None:
-    """Keep what the run began with: rows of its first batch and their log-probs under the starting model."""
-    write_json(file, {"rows": {key: value.tolist() for key, value in rows.items()}, "logps": start.tolist()})
+def write_start(
+    file: Path, rows: dict[str, torch.Tensor], start: torch.Tensor, frozen: dict[str, torch.Tensor]
+) -> None:
+    """Keep what the run began with: rows of its first batch, their log-probs under the starting model, and under the
+    frozen ones ("ref", "prev")."""
+    kept = {"rows": {key: value.tolist() for key, value in rows.items()}, "logps": start.tolist()}
+    write_json(file, kept | {"frozen": {name: value.tolist() for name, value in frozen.items()}})
 
 
-def read_start(file: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
-    """(rows, `[B, k]` log-probs) that `write_start` kept; None where there is no such file."""
+def read_start(
+    file: Path, device: torch.device
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]] | None:
+    """(rows, `[B, k]` log-probs, frozen log-probs) that `write_start` kept; None where there is no such file."""
     if not file.is_file():
         return None
     kept = read_json_object(file)
     rows = {key: torch.tensor(value, device=device) for key, value in kept["rows"].items()}
-    return rows, torch.tensor(kept["logps"], device=device)
+    frozen = {name: torch.tensor(value, device=device) for name, value in kept.get("frozen", {}).items()}
+    return rows, torch.tensor(kept["logps"], device=device), frozen

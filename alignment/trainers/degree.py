@@ -149,7 +149,13 @@ def length_limits(lengths: Sequence[int], labels: Sequence[int], degrees: int) -
 
 
 class DegreeHead(nn.Linear):
-    """Hidden state → N logits, in fp32; starts at zero, so that the degree loss starts at log N."""
+    """Hidden state → N logits, in fp32; starts at zero, so that the degree loss starts at log N.
+
+    Attributes:
+        hooks: that read it in its model's forward.
+    """
+
+    hooks: Sequence[Any] = ()
 
     def __init__(self, width: int, degrees: int, device: torch.device, dtype: torch.dtype):
         super().__init__(width, degrees, device=device, dtype=dtype)
@@ -199,10 +205,19 @@ def attach_head(model: Any, degrees: int, dtype: torch.dtype = torch.float32) ->
         # DDP takes outputs apart and together again: a dictionary stands that, transformers' class no further entry.
         return {"logits": output.logits, "degree_logits": head(hidden[rows, positions])}
 
-    model.register_forward_pre_hook(take, with_kwargs=True)
-    plain.get_decoder().register_forward_hook(keep)
-    model.register_forward_hook(add)
+    head.hooks = [
+        model.register_forward_pre_hook(take, with_kwargs=True),
+        plain.get_decoder().register_forward_hook(keep),
+        model.register_forward_hook(add),
+    ]
     return head
+
+
+def detach_head(model: Any) -> None:
+    """Take off the head that an earlier trainer has left on the model: the next one would read it, and save it."""
+    head = model._modules.pop(NAME, None)
+    for hook in () if head is None else head.hooks:
+        hook.remove()
 
 
 class DegreeTrainer(DPOTrainer):

@@ -64,7 +64,7 @@ def frozen_logps(
     lengths: Sequence[int],
     per_device: int,
     parts: dict[str, Any],
-    tolerance: float,
+    tolerance: Callable[[], float],
     label: str,
 ) -> tuple[torch.Tensor, bool]:
     """The table of all rows, from the cache or computed by all processes together.
@@ -75,7 +75,7 @@ def frozen_logps(
         lengths: tokens of each of the n rows, to batch like with like.
         per_device: rows per call.
         parts: of the key; any JSON values.
-        tolerance: relative difference at which a loaded table is not that of this model.
+        tolerance: relative difference at which a loaded table is not that of this model; asked after `score`.
         label: of the model, for progress and warnings.
 
     Returns:
@@ -88,7 +88,7 @@ def frozen_logps(
     if table is not None and len(table) == len(lengths):
         rows = sorted({round(i * (len(lengths) - 1) / max(CHECKED_ROWS - 1, 1)) for i in range(CHECKED_ROWS)})
         gap = relative_gap(score(rows).cpu(), table[rows])
-        off = reduce(torch.tensor(float(gap > tolerance), device=accelerator.device), reduction="sum")
+        off = reduce(torch.tensor(float(gap > tolerance()), device=accelerator.device), reduction="sum")
         if float(off) == 0:
             return table, True
         _say(accelerator, f"warning: {file}: kept {label} log-probs differ from this model's; computing them again")

@@ -11,11 +11,10 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig
@@ -27,19 +26,23 @@ from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective, reads_reference, row_columns
 from alignment.objectives.batch import NEEDS
 from alignment.trainers.calibration import Calibration
-from alignment.trainers.checks import losses_and_slopes, read_start, step_zero_problem, write_start
-from alignment.trainers.collation import BRANCHES, FROZEN_COLUMNS, LengthGroupedSampler, PairCollator, prompt_fits
-from alignment.trainers.degree import COLUMNS, DegreeTrainer
+from alignment.trainers.checks import losses_and_slopes, step_zero_problem
+from alignment.trainers.collation import (
+    BRANCHES,
+    FROZEN_COLUMNS,
+    LengthGroupedSampler,
+    PairCollator,
+    prompt_fits,
+    truncated,
+)
+from alignment.trainers.degree import COLUMNS, DegreeTrainer, cut_copies
+from alignment.trainers.frozen_check import FrozenCheck
 from alignment.trainers.layout import possible_layout
 from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals, agreement
 from alignment.trainers.normalized import NormalizedGradient
 from alignment.trainers.reference import ReferenceTrainer
-from alignment.trainers.scoring import (
-    TOLERANCE,
-    Layout,
-    relative_gap,
-    scored_tokens,
-)
+from alignment.trainers.scoring import Layout, scored_tokens
+from alignment.trainers.unpadded import Group, column_widths, extremes
 
 JUDGED = ("reward", "preference", "log_odds")  # what a judge has written into the rows
 HINTS = {"log_odds": "; gpo needs log-odds, and an oracle that answers 0 or 1 has none: use sppo or a soft oracle"}
@@ -113,7 +116,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         self._totals = {"train": Totals(), "eval": Totals()}
         self._calibration = {"train": Calibration(objective), "eval": Calibration(objective)}
         self._layout_settled = self._begun = self._gradient_seen = False
-        self._start: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
+        self._check = FrozenCheck(self)
         data = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
         layout = possible_layout(layout, model, peft_config)
         ref_model = self._plan_frozen(model, ref_model, start_model, peft_config, data, processing_class)
@@ -135,6 +138,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             **more,
         )
         self._refuse_other_precision()
+        self._extremes = self._extreme_groups()
         if self.start_model is not None:
             self.start_model = self._prepared(self.start_model)
         if self._precompute:
@@ -145,6 +149,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         self._normalize = NormalizedGradient(self) if normalized_gradient else None
         self.add_callback(DisplacementAlarm(displacement_alarm))
         self.add_callback(EpochOrder(self))
+        self.add_callback(self._check)
         if self.aux_loss_enabled:
             warnings.warn("the router's auxiliary loss is not added: only the objective is trained", stacklevel=2)
 
@@ -204,6 +209,44 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
 
     # --- log-probs ----------------------------------------------------------------------------------------------
 
+    def _extreme_groups(self) -> list[Group]:
+        """Token ids of the widest, the longest, the narrowest and a middling row of all that will be scored.
+
+        Raises:
+            UserError: a row is longer than the model's position encoding stands.
+        """
+        branches, limit = BRANCHES[: self._branches], self.collator.max_length
+        rows: list[Any] = []
+        both: tuple[Any, Any] = self.train_dataset, self.eval_dataset
+        for data in both:
+            if data is None:
+                continue
+            widths = column_widths(data, branches, limit)
+            if self.copied:
+                copies = [sum(map(len, ids)) for ids in data["degree_ids"]]
+                widths = [(wide + more, longest) for (wide, longest), more in zip(widths, copies, strict=True)]
+            rows += [(widths[i], data[i]) for i in extremes(widths)]
+        rows = [rows[i] for i in extremes([w for w, _ in rows])]
+        self._refuse_switching(self._ref_config or self.model.config, max(w[1] for w, _ in rows))
+        self._refuse_switching(self.model.config, max(w[1] for w, _ in rows))
+        return [
+            (
+                row["prompt_ids"],
+                [
+                    *(cut_copies(row, limit, len(self.copied))[0] if self.copied else []),
+                    *(truncated(row, branch, limit) for branch in branches),
+                ],
+            )
+            for _, row in rows
+        ]
+
+    def _settle_layout(self, model: Any, config: Any = None) -> None:
+        """Before the first row is scored: compare the layouts on the extremes of all rows, so that none is wider."""
+        self._layout_settled = config is None
+        self._compare(model, self._extremes, config)
+        if self._layout_settled and self._ref_config is not None and self.ref_model is not None:
+            self._compare(self.ref_model, self._extremes, self._ref_config)  # a model of its own
+
     def pair_logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> PairLogps:
         """Every column that the objective may read, from one policy pass and at most one reference pass."""
         degrees: dict[str, torch.Tensor] = {}
@@ -252,7 +295,9 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         if return_outputs:
             raise UserError("training: `compute_metrics` needs logits, which are not kept; leave it out")
         if not self._layout_settled:
-            self._settle_layout(model, inputs)
+            self._settle_layout(model)
+        if self.model.training and not self._begun:
+            self._check.show(model, self._paired(inputs))
         batch = self.pair_logps(model, inputs)
         if self.model.training and not self._begun:
             self._begin(model, inputs, batch)
@@ -282,18 +327,10 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         """
         self._begun = True
         starts_at_reference = self.start_is_reference and self._needs_reference
-        file = Path(str(self.args.output_dir)) / "start.json"
         if self.state.global_step > 0:
             self._gradient_seen = True  # looked for at the start; the end of a run may well have none left
-            self._start = self._kept_start(file)
             # Precomputed: there is no model to ask; the run directory compares `frozen_digests` instead.
-            if self._start is not None and starts_at_reference and not self._precompute:
-                gap = relative_gap(self._score_frozen("ref", model, self._start[0]), self._start[1])
-                if self._any_process(gap > TOLERANCE[self._compute_dtype]):
-                    raise UserError(
-                        f"--resume: the reference's log-probs are off by a relative {gap:.2g} from the model that "
-                        f"this run began with: the weights behind {self.model.config._name_or_path!r} have changed"
-                    )
+            self._check.resume(model, starts_at_reference)
         else:
             paired = self._paired(inputs)
             model.eval()
@@ -301,26 +338,12 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
                 start = self._score(model, paired)
             model.train()
             problem = step_zero_problem(
-                self.objective, batch, start, self._compute_dtype, starts_at_reference, not self._precompute
+                self.objective, batch, start, self.tolerance, starts_at_reference, not self._precompute
             )
             if self._any_process(problem is not None):
                 raise UserError(f"step-0 check: {problem or 'another process stopped'}")
-            if self.accelerator.is_main_process:
-                write_start(file, paired, start)
-            self.accelerator.wait_for_everyone()
-            self._start = self._kept_start(file)
+            self._check.begin(model, paired, start)
         self._totals["train"].restart()
-
-    def _kept_start(self, file: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
-        """What the main process reads; the folder of another machine may not have the file."""
-        kept = read_start(file, torch.device("cpu")) if self.accelerator.is_main_process else None
-        if self.accelerator.num_processes > 1:
-            (kept,) = broadcast_object_list([kept], from_process=0)
-        if kept is None:
-            return None
-        rows, start = kept
-        device = self.accelerator.device
-        return {key: value.to(device) for key, value in rows.items()}, start.to(device)
 
     def _look_for_gradient(self, batch: PairLogps) -> None:
         """Stop where the objective pushes no pair of any process in the first three steps: nothing would be learned.
@@ -397,8 +420,8 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         found = self._totals[mode].reduce(reduce)
         if self.objective.card.bradley_terry:
             found |= self._calibration[mode].reduce(reduce, self.accelerator.device)
-        if found and mode == "train" and "displacement/chosen" not in found and self._start is not None:
-            rows, start = self._start  # no reference tells where the pairs of this step began: the first batch does
+        if found and mode == "train" and "displacement/chosen" not in found and self._check.start is not None:
+            rows, start = self._check.start  # no reference tells where this step's pairs began: the first batch does
             with torch.no_grad(), self.accelerator.autocast():
                 moved = (self._score(self.model_wrapped, rows) - start).mean(0)
             found |= {"displacement/chosen": float(moved[0]), "displacement/rejected": float(moved[1])}

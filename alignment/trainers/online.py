@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import RLOOConfig
-from trl.models.utils import disable_gradient_checkpointing
 
 from alignment.errors import UserError
 from alignment.objectives.base import Objective
@@ -31,6 +29,7 @@ from alignment.rewards.base import PreferenceOracle, RewardFunction
 from alignment.trainers import chains, judging
 from alignment.trainers.batches import RolloutCollator, group_logps, labelled_pairs, sample_pairs
 from alignment.trainers.drawing import Sampler
+from alignment.trainers.frozen_check import FrozenCheck
 from alignment.trainers.layout import possible_layout
 from alignment.trainers.metrics import Totals
 from alignment.trainers.rollout import (
@@ -44,7 +43,7 @@ from alignment.trainers.rollout import (
     read_records,
 )
 from alignment.trainers.rollout_log import STAGES, RolloutLogTrainer
-from alignment.trainers.scoring import TOLERANCE, Layout, branch_tokens, forward_rows, relative_gap, scored_tokens
+from alignment.trainers.scoring import Layout, branch_tokens, forward_rows, scored_tokens
 
 
 class OnlinePreferenceTrainer(RolloutLogTrainer):
@@ -101,9 +100,10 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
         self._precompute = False
         self._branches = 3 if rollouts.calibration else rollouts.samples
         self.draw_batch = rollouts.batch
-        self._layout_settled = self._checked = self._said_lost = self._said_unmarked = False
+        self._checked = self._begun = self._said_lost = self._said_unmarked = False
         self._totals = {"train": Totals(), "eval": Totals()}
         self._seconds, self._tokens = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0)
+        self._check = FrozenCheck(self)
         self._current: tuple[int, int] | None = None
         self._records: list[Record] = []
         self.prompts, self.columns = prompts, prompts.to_dict()
@@ -135,8 +135,12 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
             self.ref_model = self._prepared(reference.requires_grad_(False))
         self._refuse_unfit()
         self.add_callback(_StepBegin(self))
+        self.add_callback(self._check)
 
     def _refuse_unfit(self) -> None:
+        settings: Any = self.args
+        longest = max(map(len, self.columns["prompt_ids"])) + settings.max_completion_length
+        self._refuse_switching(self.model.config, longest)
         if self.rollouts.look_ahead:
             if self.args.fp16:
                 raise UserError("training.fp16: the look-ahead of egpo has no loss scaling; use bf16 or neither")
@@ -160,9 +164,6 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
         self._micro += 1
         return self._on_device(inputs)
 
-    def _on_device(self, records: Sequence[Record]) -> dict[str, torch.Tensor]:
-        return {key: value.to(self.accelerator.device) for key, value in self.collator(records).items()}
-
     # --- a step --------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
@@ -174,6 +175,8 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
             self._refuse_short_replay(rollout)
         if self._current != (rollout, 0):
             self._roll_out(rollout, 0)
+        if not self._begun:
+            self._begin()
         if self.rollouts.look_ahead:
             self._look_ahead(rollout, places)
         self._share_out(places)
@@ -243,6 +246,7 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
         self._spent("sample", began, sum(len(ids) for r in records for ids in r.responses))
         began = time.perf_counter()
         self._judge(records, [rollout * len(rows) + i for i in range(len(rows))][mine])
+        self._compare_if_wider(records)
         self._score_frozen_columns(records)
         self._records = gather_object(records)
         self._current = (rollout, phase)
@@ -360,44 +364,6 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
             record.valid.append(1.0)
             record.spans.append((len(chain[0]), len(chain[0]) + before, len(chain[0]) + len(tail)))
             record.scored.append(chain[0] + tail)
-
-    @torch.no_grad()
-    def _score_frozen_columns(self, records: list[Record]) -> None:
-        """`behaviour_*` and `ref_*` of every record, under the policy as it is and the reference."""
-        wanted = [] if self.kind == "groups" else ["behaviour"]
-        wanted += ["ref"] * self._needs_reference * (self.kind != "groups")
-        names = ("first", "second", "calibration")[: self._branches]
-        size = self.args.per_device_train_batch_size
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)  # type: ignore[arg-type]
-        with checkpointing, self.accelerator.autocast():
-            for start in range(0, len(records), size):
-                part = records[start : start + size]
-                inputs = self._on_device(part)
-                if not self._layout_settled:
-                    self._settle_layout(self.model_wrapped, inputs)
-                found = {}
-                for name in wanted:
-                    found[name] = (
-                        self._score(self.model_wrapped, inputs)
-                        if name == "behaviour"
-                        else self._score_frozen("ref", self.model_wrapped, inputs)
-                    )
-                    self._tokens["score"] += int(scored_tokens(inputs["row_segments"]).sum())
-                    for record, values in zip(part, found[name].tolist(), strict=True):
-                        record.numbers |= {f"{name}_{n}": v for n, v in zip(names, values, strict=True)}
-                self._check_start(found)
-
-    def _check_start(self, found: dict[str, torch.Tensor]) -> None:
-        """Before the first update policy and reference are one model, where the recipe says so."""
-        if self._checked or "ref" not in found or not self.start_is_reference or self.state.global_step:
-            return
-        self._checked = True
-        gap = relative_gap(found["behaviour"], found["ref"])
-        if self._any_process(gap > TOLERANCE[self._compute_dtype]):
-            raise UserError(
-                f"step-0 check: policy and reference differ by a relative {gap:.2g} in log-prob, so that implicit "
-                "rewards do not start at 0: the reference is another model, has another dtype, or dropout is active"
-            )
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 

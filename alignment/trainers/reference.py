@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import inspect
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import extract_model_from_parallel, is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
@@ -23,9 +25,9 @@ from alignment.errors import UserError
 from alignment.models.digest import model_digest
 from alignment.objectives.base import Objective
 from alignment.trainers.collation import BRANCHES, truncated
+from alignment.trainers.degree import detach_head
 from alignment.trainers.frozen import frozen_logps, rows_digest
 from alignment.trainers.layout import LayoutTrainer
-from alignment.trainers.scoring import TOLERANCE
 
 
 class ReferenceTrainer(LayoutTrainer):
@@ -40,11 +42,19 @@ class ReferenceTrainer(LayoutTrainer):
     _precompute: bool
     _scores_start: bool
     _ref_config: Any
+    _layout_settled: bool
+
+    def _settle_layout(self, model: Any, config: Any = None) -> None:
+        """Compare the layouts once, before the first row is scored."""
+        raise NotImplementedError
 
     def _plan_frozen(
         self, model: Any, ref_model: Any, start_model: Any, peft_config: Any, data: list[Dataset], tokenizer: Any
     ) -> Any:
         """Before TRL's own set-up: which models are frozen; returns the reference for TRL, or None."""
+        # What an earlier trainer has left on the model: its degree head, and the autocast of its precision.
+        detach_head(model)
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
         reads_previous = "previous" in self.objective.needs
         given = ["prev_chosen" in rows.column_names for rows in data]
         if reads_previous and self.start_is_reference and given[0]:
@@ -119,6 +129,7 @@ class ReferenceTrainer(LayoutTrainer):
         columns = ["prompt_ids", *(f"{b}_ids" for b in branches)]
         plain = data.select_columns(columns)
         lengths: list[int] = []
+        config = self._ref_config if prefix == "ref" else None
 
         def rows() -> Iterator[list[list[int]]]:  # read twice from the table on disk rather than held in memory
             for row in plain:
@@ -131,8 +142,10 @@ class ReferenceTrainer(LayoutTrainer):
         def score(numbers: list[int]) -> torch.Tensor:
             inputs = self.collator([plain[i] for i in numbers])
             inputs = {key: value.to(self.accelerator.device) for key, value in inputs.items()}
-            if not self._layout_settled:
-                self._settle_layout(model, inputs)
+            nonlocal config
+            if config is not None or not self._layout_settled:
+                self._settle_layout(model, config)
+                config = None
             return self._score_frozen(prefix, model, inputs)
 
         table, kept = frozen_logps(
@@ -145,7 +158,7 @@ class ReferenceTrainer(LayoutTrainer):
                 "rows": content,
                 "dtype": [str(self.model.dtype), str(self._compute_dtype)],
             },
-            TOLERANCE[self._compute_dtype],
+            lambda: self.tolerance,
             {"ref": "reference", "prev": "previous-iterate"}[prefix],
         )
         if self.accelerator.is_main_process:
@@ -166,6 +179,13 @@ class ReferenceTrainer(LayoutTrainer):
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
             return self._score(model if frozen is None else frozen, inputs, config)
 
+    def frozen_scores(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`{"ref": [B, k], "prev": …}` under every frozen model that is at hand; with `precompute` none is."""
+        if not self._needs_reference or self._precompute:
+            return {}
+        prefixes = ("ref", "prev") if self._scores_start else ("ref",)
+        return {prefix: self._score_frozen(prefix, model, inputs) for prefix in prefixes}
+
     def compute_ref_log_probs(self, model, inputs):
         """TRL's public name: `(ref_chosen [B], ref_rejected [B])`."""
         sums = self._score_frozen("ref", model, inputs)
@@ -181,10 +201,46 @@ class ReferenceTrainer(LayoutTrainer):
 
 
 def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The reference: `model` as it is in memory now."""
+    """The reference: `model` as it is in memory now.
+
+    Raises:
+        UserError: a copy would not be one, or would compute with `model`'s weights.
+    """
     if any("ds_id" in vars(parameter) for parameter in model.parameters()):
         raise UserError("ZeRO-3 shards the model while it loads: give `ref_model`, loaded from the same weights")
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    if any("_hf_hook" in vars(module) for module in model.modules()):
+        raise UserError(
+            "model: accelerate has spread it over devices (device_map), and its hooks cannot be copied: give "
+            "`ref_model`, loaded from the same weights, or load the model without device_map"
+        )
+    frozen = copy.deepcopy(model)
+    originals = {id(part) for module in model.modules() for part in (module, *module.parameters(recurse=False))}
+    for name, module in frozen.named_modules():
+        for attribute, value in list(vars(module).items()):
+            if not callable(value) or isinstance(value, torch.nn.Module):
+                continue
+            # A method that a trainer has put in the place of the class's own, or kept for accelerate's unwrapping.
+            if attribute in dir(type(module)) or attribute == "_original_forward":
+                del vars(module)[attribute]
+            elif _reaches(value, originals):
+                raise UserError(
+                    f"model: {name or type(module).__name__}.{attribute} is bound to this model, and a copy of it "
+                    "would compute with this model's weights: give `ref_model`, loaded from the same weights"
+                )
+    return frozen.eval().requires_grad_(False)
+
+
+def _reaches(function: Any, parts: set[int], depth: int = 4) -> bool:
+    """Whether a function holds one of these objects: as its `self`, its arguments, or in its closure."""
+    if id(function) in parts:
+        return True
+    if depth == 0:
+        return False
+    held = [*inspect.getclosurevars(function).nonlocals.values()] if inspect.isfunction(function) else []
+    held += [getattr(function, "__self__", None), getattr(function, "__func__", None)]
+    if isinstance(function, functools.partial):
+        held += [function.func, *function.args, *function.keywords.values()]
+    return any(_reaches(value, parts, depth - 1) for value in held if value is not None)
 
 
 def _keep_adapter(model: Any) -> None:

@@ -339,7 +339,7 @@ def _with_features(recipe: RewardModelRecipe, state: PartialState, model: Any, d
     parts = {"what": "trunk features", "rows": rows_digest(rows), "model": model_digest(trunk), "pad": pad}
     lengths = [sum(map(len, row)) for row in rows]
     size = recipe.training.per_device_eval_batch_size
-    table, kept = frozen_logps(state, score, lengths, size, parts, 1e-3, "features")
+    table, kept = frozen_logps(state, score, lengths, size, parts, lambda: 1e-3, "features")
     if kept:
         say(state, f"  the same features are in the cache: {cache_file(parts)}")
     bad = (~table.isfinite().all(1)).nonzero().flatten().tolist()

@@ -11,23 +11,20 @@ from typing import Any
 
 import torch
 
-from alignment.trainers.lookahead import LookAheadTrainer
 from alignment.trainers.metrics import Totals
 from alignment.trainers.rollout import Record, Rollouts
 from alignment.trainers.rollout_numbers import judgement, rollout_numbers
+from alignment.trainers.rollout_scoring import RolloutScoringTrainer
 from alignment.trainers.scoring import scored_tokens
 
 STAGES = ("sample", "score", "train")
 
 
-class RolloutLogTrainer(LookAheadTrainer):
-    """The log; `kind` is the objective's `card.batch`, `columns` those of the prompts."""
+class RolloutLogTrainer(RolloutScoringTrainer):
+    """The log."""
 
-    kind: str
-    columns: Any
     rollouts: Rollouts
     _seconds: dict[str, float]
-    _tokens: dict[str, int]
     _totals: dict[str, Totals]
 
     def _spent(self, stage: str, began: float, tokens: int) -> None:

@@ -26,9 +26,6 @@ Layout = Literal["shared_prefix", "paired"]
 ROW_KEYS = ("row_ids", "row_positions", "row_segments", "row_labels")  # not "labels": Trainer counts those
 PAD, PROMPT = -1, 0  # segment numbers; response j (from 0) is segment j + 1
 IGNORED = -100  # label of a position that is not scored
-# By how much two ways of computing one log-prob may differ, relative to its size (at least 1 nat). In half precision
-# two layouts of one row differ by about 1e-2, and so do batched and one-by-one.
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
 def build_rows(
@@ -94,9 +91,11 @@ def why_not_shared(config: Any) -> str | None:
     """Why this model cannot take shared-prefix rows, or None where nothing is known against it.
 
     Attention must accept a 4-D mask (sdpa or eager), positions must come from `position_ids` (not ALiBi), every layer
-    must be full or sliding attention. The first batch is compared with `paired` all the same (`layouts_agree`).
+    must be full or sliding attention. Rows are compared all the same (`LayoutTrainer`).
     """
     text = config.get_text_config()
+    if "local" in (getattr(text, "attention_layers", None) or ()):
+        return f"{text.model_type} counts its local window in columns"
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"{text.model_type} has layers of kind {', '.join(sorted(kinds))}"
@@ -106,6 +105,20 @@ def why_not_shared(config: Any) -> str | None:
         return f"{text.model_type} uses ALiBi"
     if text.model_type in ("mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "zamba", "zamba2", "recurrent_gemma"):
         return f"{text.model_type} is recurrent"
+    return None
+
+
+def frequencies_switch_at(config: Any) -> tuple[str, int] | None:
+    """(rope_type, tokens) where a row longer than that changes the position encoding of every row in its batch.
+
+    transformers picks the frequencies of dynamic NTK and longrope by the largest position of the batch.
+    """
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    for rope in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if (kind := rope.get("rope_type")) in ("dynamic", "longrope"):
+            original = rope.get("original_max_position_embeddings") if kind == "longrope" else None
+            return kind, int(original or text.max_position_embeddings)
     return None
 
 
@@ -212,8 +225,8 @@ def unfold(per_row: torch.Tensor, branches: int) -> torch.Tensor:
 
 
 def relative_gap(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference of log-probs, relative to their size (at least 1 nat), to be held against `TOLERANCE`;
-    infinite where anything is not a number, which would pass every comparison."""
+    """Largest difference of log-probs, relative to their size (at least 1 nat); infinite where anything
+    is not a number, which would pass every comparison."""
     gap = float(((found - expected).abs() / expected.abs().clamp(min=1.0)).max())
     return gap if math.isfinite(gap) else math.inf
 
@@ -226,7 +239,7 @@ def scored_tokens(segments: torch.Tensor) -> torch.Tensor:
 def repaired(rows: dict[str, torch.Tensor], branches: int, pad_token_id: int) -> dict[str, torch.Tensor]:
     """Shared rows taken apart into `paired` rows of the same tokens, on the same device.
 
-    For the comparison on the first batch; training collates its layout directly.
+    For comparisons, and for batches that were collated before the layout was settled.
     """
     ids, positions, segments, labels = (rows[key].tolist() for key in ROW_KEYS)
     apart = []

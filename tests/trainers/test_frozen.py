@@ -276,7 +276,7 @@ def test_a_table_is_built_once_by_all_processes_together(monkeypatch, own_cache)
             scored[state.process_index].append(rows)
             return table[rows]
 
-        return frozen.frozen_logps(state, score, lengths, 2, {"of": "a test"}, 1e-3, "reference")
+        return frozen.frozen_logps(state, score, lengths, 2, {"of": "a test"}, lambda: 1e-3, "reference")
 
     for found, kept in in_two_ranks(monkeypatch, run):
         assert torch.equal(found, table) and not kept
