@@ -21,6 +21,7 @@ import typer
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import iterate_json_lines, read_json_object, write_json
+from alignment.models.card import refresh
 from alignment.rewards.aggregate import aggregate
 from alignment.rewards.diagnostics import agreement_matrix, disagreement, expected_calibration_error
 from evaluation.intervals import share_interval
@@ -38,8 +39,11 @@ def write_held_out(run: Path) -> list[str]:
     if not all(file.is_file() for file in files):
         return []
     result = summarise([[row for _, row in iterate_json_lines(file)] for file in files], _facts(members))
-    write_json(run / RESULT, result)
-    return describe(result)
+    lines = describe(result)
+    write_json(run / RESULT, {**result, "summary": lines})
+    for folder in dict.fromkeys([run, *members]):
+        refresh(folder)
+    return lines
 
 
 def _facts(members: list[Path]) -> list[dict[str, Any]]:

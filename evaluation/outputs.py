@@ -77,10 +77,19 @@ def write_output(folder: Path, comparison: Comparison) -> list[Path]:
 
 
 def write_into_run(run_dir: Path, comparison: Comparison) -> list[Path]:
-    """Write a comparison into a run and refresh the run's report."""
+    """Write a comparison into a run, then the run's report and model cards, which quote it."""
+    from alignment.models.card import refresh
     from evaluation.report import write_report
 
-    return [*write_comparison(run_dir, comparison), write_report(run_dir)]
+    result = {**comparison.result, "summary": summary(comparison.result)}
+    return [*write_comparison(run_dir, replace(comparison, result=result)), *refresh(run_dir), write_report(run_dir)]
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """What a model card says of a comparison: the rate with its interval, against whom, judged by what, and how."""
+    quoted = ("Wilson", "prompts", "test", "length", "judge", "not scored", "sampling", "overlap")
+    against = f"{' '.join(headline(result).split())} against {result['baseline']}"
+    return [against, *(f"{name}: {text}" for name, text in facts(result) if name in quoted)]
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alignment.models.card import CARD
+
 Array = NDArray[np.float64]
 
 AT_ONCE = 128  # rows of a forward pass
@@ -37,12 +39,18 @@ def log_probs(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Array:
 def stamps_of_files(load: Mapping[str, Any]) -> list[list[Any]]:
     """Name, size and time of a local model's files: other ones hold another model. Empty of a hub id.
 
+    Its card is left out: a win rate rewrites that, and its samples are still the model's.
+
     Args:
         load: arguments of `load_model`; name_or_path and adapter are looked at.
     """
     places = [Path(load[key]) for key in ("name_or_path", "adapter") if load.get(key)]
     files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    return [
+        [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+        for file in files
+        if file.is_file() and file.name != CARD
+    ]
 
 
 def tables_won(

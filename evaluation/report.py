@@ -20,6 +20,7 @@ if __package__ in (None, ""):  # started as `python evaluation/report.py`: this 
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import iterate_json_lines, read_json_object, write_text
+from alignment.models.card import is_outdated
 from evaluation import comparison, curves
 from evaluation.pages import page_environment
 
@@ -62,13 +63,14 @@ def report_content(run: Path) -> dict[str, Any]:
     samples_file = run / "samples.jsonl"
     samples = [row for _, row in iterate_json_lines(samples_file)] if result and samples_file.is_file() else []
     recipe = manifest.get("recipe") or {}
+    model = recipe.get("model") or {}
     return {
         "name": run.resolve().name,
         "command": f"python -m evaluation.win_rate {shlex.quote(str(run))}",
         "objective_name": (recipe.get("objective") or {}).get("name"),
-        "model_name": (recipe.get("model") or {}).get("name_or_path"),
+        "model_name": " + ".join(str(model[key]) for key in ("name_or_path", "adapter") if model.get(key)),
         "result": describe_result(result) if result else None,
-        "outdated": bool(result) and is_outdated(run),
+        "outdated": bool(result) and is_outdated(run, run / "win_rate.json"),
         "brief": training_brief(metrics),
         "alarm": displacement_alarm(metrics, recipe),
         "figures": draw_figures(metrics),
@@ -87,12 +89,6 @@ def _optional_object(path: Path) -> dict[str, Any]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl, as far as training has written them."""
     return [row for _, row in iterate_json_lines(path, skip_unfinished=True)] if path.is_file() else []
-
-
-def is_outdated(run: Path) -> bool:
-    """Whether the model in `final` was saved after win_rate.json was written: a finished run was taken up again."""
-    saved = [file.stat().st_mtime for file in (run / "final").glob("*")]
-    return bool(saved) and (run / "win_rate.json").stat().st_mtime < max(saved)
 
 
 def describe_result(result: dict[str, Any]) -> dict[str, Any]:

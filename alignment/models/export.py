@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.errors import UserError
-from alignment.files import PACKAGE_SCHEME, read_json_object, write_text
+from alignment.files import read_json_object, write_text
+from alignment.models.card import Card, adapter_of, measured
 from alignment.models.loading import DTYPES, load_model, load_tokenizer, resolve_path
 from alignment.models.reward_model import FACTS, load_reward_model, read_facts
 
@@ -28,16 +29,19 @@ if TYPE_CHECKING:
 EXACT = 1e-4
 ROUNDED = {"float32": EXACT, "bfloat16": 1e-1, "float16": 2e-2}
 PROMPTS = ("The", "Once upon a time there was", "def add(a, b):\n    return", "1 2 3 4 5 6 7 8 9 10 11 12")
-METHODS = {"sft": ", trained by supervised fine-tuning", "reward_model": ", trained as a reward model"}
-SHOWN = ("objective", "sft", "reward_model", "model", "lora", "data", "training")  # of the recipe, in the model card
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a folder with weights, and the recipe of its run where there is one."""
+    """What is exported: a folder with weights, and the manifest of its run where there is one."""
 
     folder: Path
-    recipe: dict[str, Any]
+    manifest: dict[str, Any]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe; empty where there is no run."""
+        return self.manifest.get("recipe") or {}
 
     @property
     def is_adapter(self) -> bool:
@@ -89,7 +93,7 @@ def find_source(run: Path) -> Source:
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"{folder}: neither a run (manifest.json) nor a model (config.json) nor an adapter")
     manifest = folder.resolve().parent / "manifest.json"
-    return Source(folder, read_json_object(manifest).get("recipe") or {} if manifest.is_file() else {})
+    return Source(folder, read_json_object(manifest) if manifest.is_file() else {})
 
 
 def export(run: Path, target: Path, dtype: str | None = None) -> list[str]:
@@ -299,69 +303,21 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         raise UserError(f"export: transformers does not save this model: {reason}") from error
 
 
-def _public_name(name: str) -> str:
-    """A name without this machine's folders: hub ids and package:// stay, of a path only the last part does."""
-    is_path = name.startswith((".", "~", os.sep)) or Path(name).exists()
-    return Path(name).name if is_path and not name.startswith(PACKAGE_SCHEME) else name
-
-
-def _public(value: Any) -> Any:
-    """A recipe's value without keys that are null, and with every path reduced to its last part."""
-    if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_public(item) for item in value]
-    return _public_name(value) if isinstance(value, str) else value
-
-
-CARD = """\
----
-{head}---
-
-# {name}
-
-{what}
-
-Written by `alignment export` (alignment {version}), which compared its logits with the trained model's. It needs
-transformers and nothing else:
-
-```python
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-"""
-
-
 def model_card(source: Source, name: str, dtype: str) -> str:
-    """README.md of the exported folder: what it is, from which base, by which recipe. No paths of this machine."""
-    import yaml
-
+    """README.md of the exported folder: that of the trained model, whose adapter is in the weights now."""
     from alignment import __version__
 
-    recipe = _public({section: source.recipe[section] for section in SHOWN if source.recipe.get(section)})
-    recipe.get("training", {}).pop("output_dir", None)
-    written = source.model_section.get("name_or_path") or (source.is_adapter and source.base) or None
-    method = recipe.get("objective", {}).get("name") or next((name for name in METHODS if name in recipe), None)
-    scores = source.is_reward_model
-    head: dict[str, Any] = {"library_name": "transformers"}
-    head["pipeline_tag"] = "text-classification" if scores else "text-generation"
-    head["tags"] = ["alignment", *([method] if method else [])]
-    what = f"A LoRA adapter merged into {written and _public_name(written)}" if source.is_adapter else "A full model"
-    if method:
-        what += METHODS.get(method, f", trained with the objective `{method}`")
-    if written and not source.is_adapter:
-        what += f"; training started from {_public_name(written)}"
-    if written and _public_name(written) == written and not written.startswith(PACKAGE_SCHEME):
-        head["base_model"] = written
-    text = CARD.format(
-        head=yaml.safe_dump(head, sort_keys=False),
-        name=name,
-        what=f"{what}. {dtype} weights.",
-        version=__version__,
-        auto="AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM",
+    run = source.folder.resolve().parent
+    card = Card(
+        name,
+        source.manifest,
+        adapter=adapter_of(source.folder),
+        merged=source.is_adapter,
+        scores=source.is_reward_model,
+        measured=measured(run) if source.folder.name == "final" else (),
+        dtype=dtype,
+        place=name,
+        origin=f"Written by `alignment export` (alignment {__version__}), which compared its logits with the trained "
+        "model's. It needs transformers and nothing else.",
     )
-    if recipe:
-        text += f"\n## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```\n"
-    return text
+    return card.text()

@@ -19,6 +19,7 @@ import yaml
 from alignment.errors import UserError
 from alignment.files import file_digest, iterate_json_lines, read_json_object, write_json_lines, write_text
 from alignment.locks import alone, is_leftover, make_folder, remove_unfinished
+from alignment.models.card import write_card
 from alignment.pipeline.ledger import Ledger, unfinished
 from alignment.pipeline.processes import PATIENCE, run_stage
 from alignment.processes import plan_batches
@@ -81,6 +82,7 @@ def run(recipe: IterateRecipe, accelerate_config: Path | None = None) -> Path:
                 write_json_lines(folder / "metrics.jsonl", [_summary(folder, t) for t in range(1, iteration + 1)])
         ledger.note(chat=_chat(folder), steps=_steps(folder, recipe.iterate.iterations))
         _point_to_last(folder, recipe.iterate.iterations)
+        write_card(folder, folder)
         for work in (*folder.glob("unfinished"), *folder.glob("iteration-*/unfinished")):
             work.rmdir()
     return folder
@@ -128,7 +130,11 @@ def _say(recipe: IterateRecipe, iteration: int, stage: str) -> None:
 
 
 def _facts(recipe: IterateRecipe) -> dict[str, Any]:
+    from alignment.objectives import get_objective
+
+    card = get_objective(recipe.objective.name, **recipe.objective.hyperparameters).card
     return {
+        "method": {"title": card.title, "paper": card.paper},
         "seed": recipe.training.seed,
         "versions": {name: version(name) for name in PACKAGES},
         "objective_file_sha256": _objective_digest(recipe),

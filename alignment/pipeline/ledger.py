@@ -12,6 +12,7 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.files import file_digest, read_json_object, write_json, write_text
+from alignment.models.card import CARD
 
 # Of a training run what counts is the model and how it came about; checkpoints may be deleted to save space.
 LASTING = {"train": ("final", "metrics.jsonl")}
@@ -23,7 +24,7 @@ def unfinished(folder: Path) -> Path:
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a stage's files."""
+    """SHA-256 over the names and contents of a stage's files, apart from model cards: evaluations rewrite those."""
     total = hashlib.sha256()
     parts = LASTING.get(folder.name)
     roots = [folder] if parts is None else [folder / part for part in parts]
@@ -31,8 +32,9 @@ def digest(folder: Path) -> str:
         file for root in roots for file in ([root] if root.is_file() else root.rglob("*")) if file.is_file()
     )
     for file in files:
-        total.update(f"{file.relative_to(folder)}\0".encode())
-        total.update(file_digest(file).encode())
+        if file.name != CARD:
+            total.update(f"{file.relative_to(folder)}\0".encode())
+            total.update(file_digest(file).encode())
     return total.hexdigest()
 
 

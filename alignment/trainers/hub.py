@@ -55,7 +55,7 @@ def claim(trainer: Any) -> None:
 
 
 def push(trainer: Any, final: Path) -> str:
-    """Upload `final`, by transformers' `push_to_hub` with TRL's tags and model card; returns the repository's name.
+    """Upload `final`, by transformers' `push_to_hub` with our model card; returns the repository's name.
 
     Raises:
         UserError: the upload failed. What is on disk stays as it is.

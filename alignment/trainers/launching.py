@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from alignment.errors import UserError
 from alignment.files import write_json
 from alignment.models.loading import settle_accelerator
+from alignment.models.public_names import digest_of_start
 from alignment.processes import WAIT_HOURS, plan_batches, set_threads
 from alignment.recipes import AnyRecipe, EveryRecipe
 from alignment.trainers import hub, rundir
@@ -235,8 +236,10 @@ def carry_out(
         rundir.refuse_other_sharding(run, manifest["sharding"], state.num_processes)
         rundir.refuse_other_data(run, manifest["data_fingerprint"])
         rundir.refuse_other_weights(run, manifest.get("frozen_weights", {}))
+    trainer.manifest = manifest
     state.wait_for_everyone()
     if state.is_main_process:
+        manifest["start_sha256"] = digest_of_start(recipe.model.model_dump())
         write_json(run / "manifest.json", manifest)
     say(state, f"[3/3] training: {announced}")
     if recipe.training.push_to_hub and state.is_main_process:
@@ -284,8 +287,7 @@ def save_final(trainer: Any, run: Path, state: PartialState, extra: Callable[[Pa
         shutil.rmtree(
             beside / "ref", ignore_errors=True
         )  # TRL's frozen copy of the adapter that training started from
-        trainer.create_model_card(model_name=run.name)  # into the run, as with every checkpoint
-        shutil.copy(run / "README.md", beside / "README.md")
+        trainer.create_model_card(model_name=run.name)
         if extra is not None:
             extra(beside)
         final, before = run / "final", run / ".final-before"

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from alignment.errors import UserError
+from alignment.objectives.base import Objective
+from alignment.trainers.card import CardTrainer
 from alignment.trainers.scoring import (
     ROW_KEYS,
     Layout,
@@ -30,7 +32,7 @@ from alignment.trainers.unpadded import Group, allowed, rounding_noise, unpadded
 _NOT_TAKEN = (TypeError, ValueError, AttributeError, RuntimeError)  # what models raise at arguments they do not take
 
 
-class LayoutTrainer(Trainer):
+class LayoutTrainer(CardTrainer):
     """Scores batches in the collator's layout; the attributes are set by the trainers that build on it.
 
     Attributes:
@@ -39,10 +41,17 @@ class LayoutTrainer(Trainer):
     """
 
     model: Any
+    objective: Objective
     collator: Any
     _branches: int
     tolerance: float = allowed(0.0)
     compared: tuple[int, int] = (0, 0)
+
+    def card_section(self) -> dict[str, Any]:  # noqa: D102 - CardTrainer's
+        return {"name": self.objective.card.name, **self.objective.hyperparameters}
+
+    def card_method(self) -> dict[str, str]:  # noqa: D102 - CardTrainer's
+        return {"title": self.objective.card.title, "paper": self.objective.card.paper}
 
     @property
     def _compute_dtype(self) -> torch.dtype:

@@ -23,6 +23,7 @@ from alignment.errors import UserError
 from alignment.models.digest import gathered_parameter
 from alignment.models.reward_model import Facts, head_of, padded
 from alignment.rewards.losses import RewardLoss, general_score, unit
+from alignment.trainers.card import CardTrainer
 from alignment.trainers.collation import LengthGroupedSampler, truncated
 from alignment.trainers.metrics import EpochOrder, Totals, agreement
 
@@ -102,7 +103,7 @@ def init_head(model: Any, seed: int, outputs: int) -> None:
         parameter.copy_(torch.stack(rows))
 
 
-class RewardModelTrainer(RewardTrainer):
+class RewardModelTrainer(CardTrainer, RewardTrainer):
     """Fit scores to preferences: k heads at once, hard or soft labels, any loss of `alignment.rewards.losses`.
 
     Args:
@@ -121,6 +122,7 @@ class RewardModelTrainer(RewardTrainer):
     """
 
     model: Any
+    trains = "reward_model"
     _tag_names = ["alignment", "trl", "reward-model"]
     _name = "alignment"
 

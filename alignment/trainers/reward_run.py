@@ -29,6 +29,7 @@ from alignment.data.tables import fingerprint
 from alignment.errors import UserError
 from alignment.files import write_json, write_json_lines
 from alignment.models import load_tokenizer
+from alignment.models.card import refresh
 from alignment.models.digest import model_digest
 from alignment.models.reward_model import Facts, load_reward_model, settle_padding, trunk_features
 from alignment.recipes import RewardModelRecipe
@@ -94,6 +95,7 @@ def train(recipe: RewardModelRecipe, resume: bool = False) -> Path:
         _train_one(member, state, tokenizer, given, held_out, resume and began and has_checkpoint)
     if state.is_main_process:
         write_json(run / "manifest.json", known(recipe, state.num_processes) | {"members": members})
+        refresh(run)
     state.wait_for_everyone()
     return run
 

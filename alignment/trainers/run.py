@@ -114,9 +114,11 @@ def objective_of(recipe: Recipe) -> Objective:
 
 def begun(recipe: Recipe, world: int) -> dict[str, Any]:
     """What is known of a run before it begins."""
+    card = objective_of(recipe).card
     return known(recipe, world) | {
         "objective": {"name": recipe.objective.name, **recipe.objective.hyperparameters},
         "objective_file_sha256": rundir.objective_digest(recipe),
+        "method": {"title": card.title, "paper": card.paper},
     }
 
 

@@ -25,6 +25,7 @@ from alignment.data.tables import fingerprint
 from alignment.models import load_model, load_tokenizer
 from alignment.recipes import SftRecipe
 from alignment.trainers import rundir
+from alignment.trainers.card import CardTrainer
 from alignment.trainers.collation import LengthGroupedSampler
 from alignment.trainers.launching import (
     adapter_config,
@@ -44,7 +45,7 @@ from alignment.trainers.launching import (
 from alignment.trainers.metrics import EpochOrder
 
 
-class SupervisedTrainer(SFTTrainer):
+class SupervisedTrainer(CardTrainer, SFTTrainer):
     """TRL's SFTTrainer on rows that are tokens already, in the batches of preference training.
 
     Args:
@@ -53,6 +54,7 @@ class SupervisedTrainer(SFTTrainer):
         more: as in TRL.
     """
 
+    trains = "sft"
     _tag_names = ["alignment", "trl", "sft"]
     _name = "alignment"
 

@@ -49,7 +49,7 @@ def test_run_directory_is_complete(one: Path):
     assert manifest["recipe"]["training"]["global_batch_size"] == 8
     assert [row[0] for row in series(one, "loss")] == list(range(1, steps + 1))
     assert "<html" in (one / "report.html").read_text()
-    assert "alignment" in (one / "final" / "README.md").read_text()  # TRL's model card
+    assert "alignment" in (one / "final" / "README.md").read_text()  # the model card
     AutoTokenizer.from_pretrained(one / "final")
     AutoModelForCausalLM.from_pretrained(one / "final")
     assert not [path.name for path in one.iterdir() if path.name.startswith(".")]  # nothing half-written

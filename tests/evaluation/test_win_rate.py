@@ -20,6 +20,7 @@ from alignment.rewards import get_reward
 from evaluation.comparison import Side, compare, describe
 from evaluation.files import Prompt, locate_prompts, refuse_training_prompts
 from evaluation.plans import ModelSource, Plan, plan_of_run, run_plan
+from evaluation.report import report_content
 from evaluation.win_rate import app, choose_form, run_program, win_rate_of_files
 from tests import tiny_lm
 
@@ -337,9 +338,13 @@ def test_run_directory_end_to_end(tmp_path, capsys):
         shares.append(sum((a > b) + (a == b) / 2 for a, b in itertools.product(*lengths)) / 4)
     assert result["win_rate"] == pytest.approx(sum(shares) / 4)
     assert (run_dir / "report.html").is_file()
+    rate = f"Win rate {100 * result['win_rate']:.1f} % (95 % interval"
+    assert all(f"- {rate}" in (place / "README.md").read_text() for place in (run_dir, run_dir / "final"))
     before = (run_dir / "samples.jsonl").read_text()
     evaluate(run_dir)
     assert (run_dir / "samples.jsonl").read_text() == before  # same seed, same samples
+    assert len(list((run_dir / "win_rate_samples").iterdir())) == 2  # the card has changed, the model has not
+    assert not report_content(run_dir)["outdated"]
 
 
 def test_a_model_against_itself_draws_anew_and_comes_out_near_one_half(tiny, tmp_path):

@@ -168,7 +168,7 @@ def test_final_arrives_and_nothing_else(started, hub, tmp_path):
     assert hub.requests.index("GET /api/whoami-v2") < hub.requests.index("POST /api/repos/create")
     assert {"POST /api/models/me/kind/branch/v1", "GET /api/models/me/kind/auth-check/write"} <= set(hub.requests)
     card = hub.files["README.md"].decode()
-    assert "me/kind" in card and "- trl" in card and "- alignment" in card  # TRL's card and tags
+    assert "# kind" in card and "me/kind" in card and "- alignment" in card and "- dpo" in card  # our card and tags
     assert f"uploaded {final} to me/kind" in said and TOKEN not in said
     assert TOKEN.encode() not in everything(tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint-1").is_dir()  # checkpoints stay here
