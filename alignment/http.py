@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -206,6 +207,76 @@ class Connection:
     def one_line(self, text: str) -> str:
         """What a server said, for an error's one line; without the key, which some of them repeat."""
         return " ".join(self.without_key(text).split())[:200]
+
+
+LOGPROBS = frozenset({"logprobs", "top_logprobs"})  # two keys, one wish
+
+
+class Dialect:
+    """Which keys of a request one server wants under another name, or not at all; learned from its refusals.
+
+    Servers of one protocol differ: OpenAI's newer models take `max_completion_tokens` in place of `max_tokens`, some
+    no `logprobs`, `temperature` or `seed`. A request refused for such a key is sent again without it, and so are all
+    further ones once that went well.
+    """
+
+    def __init__(self, where: str, changes: Mapping[str, tuple[str | None, str]]) -> None:
+        """
+        Args:
+            where: what the line on standard error begins with.
+            changes: key -> (its other name, or None to leave it out; what the user is told once, "" for nothing).
+                Other keys stay as they are.
+        """
+        self.where, self.changes = where, changes
+        self._learned: set[str] = set()
+        self._lock = threading.Lock()
+
+    def post(self, connection: Connection, path: str, body: Mapping[str, Any]) -> Any:
+        """The server's response to the body as it wants it; its refusal where it wants something else.
+
+        Raises:
+            Failed: there is none.
+        """
+        changed = set(self._learned)
+        while True:
+            names = {key: self.changes[key][0] if key in changed else key for key in body}
+            sent = {name: body[key] for key, name in names.items() if name is not None}
+            response = connection.post(path, sent)
+            key = refused_key(response, [key for key in self.changes if key in body and key not in changed])
+            if key is None:
+                break
+            changed |= LOGPROBS if key in LOGPROBS else {key}
+        if response.status_code == 200:
+            self._say(changed & set(body))
+        return response
+
+    def _say(self, changed: set[str]) -> None:
+        with self._lock:
+            new, self._learned = changed - self._learned, self._learned | changed
+        for key in sorted(new):
+            if self.changes[key][1]:
+                print(f"warning: {self.where}: the server refuses {key!r}: {self.changes[key][1]}", file=sys.stderr)
+
+
+_REFUSES = re.compile(
+    r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not (?:permitted|allowed|available|implemented)|"
+    r"invalid (?:parameter|argument)|extra_forbidden|deprecated",
+    re.IGNORECASE,
+)
+
+
+def refused_key(response: Any, keys: Iterable[str]) -> str | None:
+    """Which of a request's keys the server will not have, by the words of its refusal; None where it names none.
+
+    OpenAI, Azure, vLLM, SGLang, llama.cpp, Groq and Mistral name the key in `error.param` or in the message.
+    """
+    status, text = response.status_code, response.text
+    if status not in range(400, 500) or status in (401, 403, 408, 429):
+        return None
+    named = {key: re.search(rf"(?<![A-Za-z0-9_]){key}(?![A-Za-z0-9_])", text, re.IGNORECASE) for key in keys}
+    refuses = _REFUSES.search(text) is not None
+    places = {key: found.start() for key, found in named.items() if found and (refuses or key in LOGPROBS)}
+    return min(places, key=lambda key: places[key]) if places else None
 
 
 def is_endpoint(url: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from alignment.errors import UserError
-from alignment.http import Connection, Failed, JsonServer, is_endpoint, is_variable, parsed
+from alignment.http import Connection, Dialect, Failed, JsonServer, is_endpoint, is_variable, parsed, refused_key
 from alignment.models.sampling import Generation, Prompt, Sample
 
 
@@ -58,6 +58,11 @@ class EndpointBackend:
             )
         manners = {key: getattr(self, key) for key in ("api_key_env", "timeout", "retries", "concurrency")}
         self._server = JsonServer(self.base_url.rstrip("/"), where="sampling", kept="Whole shards", **manners)
+        # What changes no sample's distribution. At 1, temperature and top_p are left out where a server wants it so.
+        note = "it is left out, and the same seed need not give the same samples"
+        changes = {"max_tokens": ("max_completion_tokens", ""), "seed": (None, note)}
+        self._dialect = Dialect(self._server.where, changes)
+        self._neutral = Dialect(self._server.where, {**changes, "temperature": (None, ""), "top_p": (None, "")})
 
     def describe(self) -> dict[str, Any]:
         """Address, model, and where token ids come from."""
@@ -97,10 +102,14 @@ class EndpointBackend:
     def _ask(self, connection: Connection, prompt: Prompt, body: dict[str, Any]) -> list[Sample]:
         chat = not isinstance(prompt, str)
         path, key = ("/chat/completions", "messages") if chat else ("/completions", "prompt")
-        response = connection.post(path, {**body, key: prompt})
-        connection.refuse(
-            response, self.model, f"the server refuses this request to {path}: check model, prompt and lengths"
-        )
+        dialect = self._neutral if body["temperature"] == body["top_p"] == 1 else self._dialect
+        response = dialect.post(connection, path, {**body, key: prompt})
+        refused = refused_key(response, ("temperature", "top_p", "top_k"))
+        remedy = f"the server refuses this request to {path}: check model, prompt and lengths"
+        if refused is not None:
+            neutral = 0 if refused == "top_k" else 1
+            remedy = f"without {refused}: {body.get(refused)} samples would be others; set {refused}: {neutral}"
+        connection.refuse(response, self.model, remedy)
         answer = parsed(response)
         choices = answer.get("choices") if isinstance(answer, dict) else None
         texts = [_text(choice, chat) for choice in choices] if isinstance(choices, list) else [None]

@@ -5,8 +5,8 @@
       base_url: http://127.0.0.1:8000/v1
       model: Qwen/Qwen2.5-7B-Instruct
 
-Here is what is asked and how an answer is read; keeping answers is in `judge_client`, sending and retrying in
-`alignment.http`.
+Here is what is asked; how an answer is read is in `verdicts`, keeping answers in `judge_client`, sending and retrying
+in `alignment.http`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from alignment.http import JsonServer, is_endpoint, is_variable
 from alignment.rewards.base import Prompt, prompt_text
 from alignment.rewards.judge_client import ChatClient, Reply
 from alignment.rewards.oracles import symmetric
+from alignment.rewards.verdicts import TIE, Verdict, first_from_logprobs, read_verdict
 
-LABELS = ("A", "B")  # of the response shown first, and second
 PLACES = ("prompt", "first", "second")
 TEMPLATE = """\
 Below are an instruction and two responses to it. Decide which response is better.
@@ -55,12 +55,6 @@ Answer with one letter and nothing else: A if response A is better, B if respons
 """
 OURS = ("model", "messages", "temperature", "max_tokens", "logprobs", "top_logprobs", "seed", "stream", "n")
 _PLACE = re.compile(r"\{(prompt|first|second)\}")
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-_BOXED = re.compile(r"\[\[([AB])\]\]")
-_PLAIN = re.compile(
-    r"[\W_]*(?:(?i:the )?(?i:better )?(?i:answer|response|verdict)(?i: is)?[\W_]*)?"  # "**Response", "The answer is:"
-    r"([AB])(?:[.:)\]*\n]|[\W_]*\Z)"
-)
 
 
 @dataclass
@@ -108,11 +102,12 @@ class LLMJudge:
     Attributes:
         model: the endpoint's name of the model.
         base_url: http:// or https://, up to before `/chat/completions`.
-        template: text file with `{prompt}`, `{first}` and `{second}` that asks for A or B. Default: `TEMPLATE`.
+        template: text file with `{prompt}`, `{first}` and `{second}` that asks for A or B, or another form that
+            `verdicts` reads. Default: `TEMPLATE`.
         temperature: of sampling the answer; above 0 one sample is drawn per order.
         max_tokens: of the answer. A model that thinks first needs room for it.
-        logprobs: true: P(first) from the log-probs of A and B where the answer begins; false: from the text; auto:
-            from log-probs where the endpoint gives them and A or B is among them, else from the text.
+        logprobs: true: P(first) from the log-probs of A and B at the token that carries the verdict; false: from the
+            text; auto: from log-probs where the endpoint gives them and the verdict has a token, else from the text.
         seed: sent along where it is given.
         extra: further keys of the request's body, such as `{chat_template_kwargs: {enable_thinking: false}}`.
         timeout: seconds without a byte until a try counts as failed.
@@ -221,63 +216,34 @@ class LLMJudge:
                 "set logprobs: auto or false"
             )
         text = str((choice.get("message") or {}).get("content") or "")
-        found = first_from_logprobs(tokens, text) if tokens and self.logprobs else None
+        verdict = read_verdict(text, cut=choice.get("finish_reason") == "length")
+        found = self._weighed(tokens, text, verdict)
         self.tally.from_logprobs += found is not None
-        if found is None and self.logprobs is not True:
-            found = first_from_text(text)
+        if found is None and verdict is not None and (self.logprobs is not True or verdict.first == TIE):
+            found = verdict.first
         if found is None:
             if not self.tally.invalid:
                 self.tally.example = repr((text if choice else str(reply.answer["error"]))[:80])
             self.tally.invalid += 1
         return found
 
+    def _weighed(self, tokens: Any, text: str, verdict: Verdict | None) -> float | None:
+        """P(the text shown first) from log-probs, where the verdict has a token of its own and they do not contradict.
+
+        A greedy answer is the likeliest: log-probs that prefer the other letter are then not of this choice. Above
+        temperature 0 the text is one draw from P, and P is what counts.
+        """
+        if not tokens or not self.logprobs or verdict is None or verdict.place is None:
+            return None
+        found = first_from_logprobs(tokens, text, verdict.place)
+        against = found is not None and (found - TIE) * (verdict.first - TIE) < 0
+        return None if against and self.temperature == 0 else found
+
     def describe(self) -> str:
         deciding = {f.name: getattr(self, f.name) for f in fields(self) if f.compare and f.name not in ("template",)}
         digest = hashlib.sha256(self._question.encode()).hexdigest()[:12]
         settings = json.dumps({**deciding, "base_url": self.base_url.rstrip("/")}, sort_keys=True)
         return f"language model as judge, both orders, template with SHA-256 {digest}, {settings}"
-
-
-def first_from_logprobs(tokens: Sequence[Mapping[str, Any]], text: str) -> float | None:
-    """P(A), normalised over A and B, where the answer begins; as AlpacaEval's `logprob_parser` (cd543a149).
-
-    p = exp(lp[A] - logsumexp(lp[A], lp[B])), where a label that is not among the alternatives has -inf. Unlike there,
-    white space around a token does not count (" A" and "A" add up), and tokens of nothing else do not begin an answer.
-
-    Args:
-        tokens: `choices[0].logprobs.content` of a chat completion, log-probs in nats.
-        text: the answer. Where it does not begin with the first of `tokens`, these are of thoughts before it.
-
-    Returns:
-        In [0, 1]; None where neither label is among the alternatives, or the tokens are not those of the answer.
-    """
-    begin = next((token for token in tokens if str(token.get("token", "")).strip()), None)
-    if begin is None or not text.lstrip().startswith(str(begin["token"]).strip()):
-        return None
-    given = {str(t.get("token")): t.get("logprob") for t in (*(begin.get("top_logprobs") or ()), begin)}
-    known = {name: float(lp) for name, lp in given.items() if isinstance(lp, int | float) and lp > -math.inf}
-    a, b = ([lp for name, lp in known.items() if name.strip() == label] for label in LABELS)
-    if not a and not b:
-        return None
-    top = max([*a, *b])  # so that nothing underflows
-    weight_a, weight_b = (sum(math.exp(lp - top) for lp in side) for side in (a, b))
-    return weight_a / (weight_a + weight_b)
-
-
-def first_from_text(text: str) -> float | None:
-    """1.0 for A, 0.0 for B, None where the text does not clearly say one.
-
-    Clear is `[[A]]` anywhere, with no `[[B]]`; or a text that begins with the letter, perhaps after "The answer is",
-    and does not name the other one. What a model thinks aloud first (`<think>…</think>`) is not read.
-    """
-    text = _THOUGHT.sub("", text)
-    boxed = set(_BOXED.findall(text))
-    if len(boxed) == 1:
-        return float(boxed == {LABELS[0]})
-    plain = _PLAIN.match(text)
-    if boxed or plain is None or re.search(rf"\b{LABELS[plain[1] == LABELS[0]]}\b", text):
-        return None
-    return float(plain[1] == LABELS[0])
 
 
 def _checks(judge: LLMJudge) -> list[tuple[str, str, bool]]:

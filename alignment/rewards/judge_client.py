@@ -16,7 +16,7 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.files import json_digest, read_json_object, write_text
-from alignment.http import Connection, Failed, JsonServer, parsed
+from alignment.http import Connection, Dialect, Failed, JsonServer, parsed, refused_key
 
 FORMAT = 1  # of the cache; part of the key
 TOP_LOGPROBS = 5  # alternatives per token that are asked for, as AlpacaEval does (alpaca_eval_clf, cd543a149)
@@ -51,7 +51,11 @@ class ChatClient:
     cache: Path
 
     def __post_init__(self) -> None:
-        self._refuses_logprobs = False
+        own = "its own setting is used, and answers may differ from run to run"
+        changes = {"max_tokens": ("max_completion_tokens", ""), "temperature": (None, own), "seed": (None, own)}
+        without = {"logprobs": (None, ""), "top_logprobs": (None, "")}
+        self._plain = Dialect(self.server.where, changes)
+        self._weighed = Dialect(self.server.where, {**changes, **without})
 
     def file(self, request: Mapping[str, Any]) -> Path:
         """Where the answer to a request is kept: a name from everything that decides it."""
@@ -63,7 +67,8 @@ class ChatClient:
 
         Args:
             requests: bodies of chat completions. `logprobs` is true, false or "auto": asked for, and done without
-                where the endpoint refuses a request because of it.
+                where the endpoint refuses a request because of it. So are temperature and seed, with a warning;
+                `max_tokens` goes by the name that the endpoint takes.
 
         Raises:
             UserError: the endpoint cannot be used: dead, refuses the key, the model or the request, says nothing
@@ -86,28 +91,23 @@ class ChatClient:
 
     def _try(self, connection: Connection, request: Mapping[str, Any]) -> Any:
         """One try; `Failed` if another may go better, UserError if none will."""
-        response = self._send(connection, request, logprobs=not self._refuses_logprobs)
-        refused = response.status_code in range(400, 500) and "logprob" in response.text.lower()
-        if refused and request["logprobs"] == "auto" and not self._refuses_logprobs:
-            response = self._send(connection, request, logprobs=False)
-            self._refuses_logprobs = response.status_code == 200
+        dialect, body = self._plain, {**request, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        if not request["logprobs"]:
+            del body["logprobs"], body["top_logprobs"]
+        elif request["logprobs"] == "auto":
+            dialect = self._weighed
+        response = dialect.post(connection, "/chat/completions", body)
         said = connection.one_line(response.text)
         if response.status_code in (400, 413, 422) and _UNANSWERABLE.search(response.text):
             return {"error": {"status": response.status_code, "message": said}}
         remedy = "the server refuses this request: check model, max_tokens, temperature and extra"
-        if refused and request["logprobs"] is True:
+        if request["logprobs"] is True and refused_key(response, ("logprobs", "top_logprobs")):
             remedy = "set logprobs: auto or false"
         connection.refuse(response, request["model"], remedy)
         answer = parsed(response)
         if not is_completion(answer):
             raise Failed(f"no chat completion but {said!r}")
         return answer
-
-    def _send(self, connection: Connection, request: Mapping[str, Any], *, logprobs: bool) -> Any:
-        body = {**request, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        if not request["logprobs"] or (request["logprobs"] == "auto" and not logprobs):
-            del body["logprobs"], body["top_logprobs"]
-        return connection.post("/chat/completions", body)
 
 
 def is_completion(answer: Any) -> bool:

@@ -124,6 +124,45 @@ def test_exact_counts_or_an_error(tiny, tmp_path, change, message):
     assert not list(tmp_path.glob("pool/shards/*"))
 
 
+def without(*keys):
+    """A server that refuses these keys of a request, as OpenAI words it."""
+
+    def answer(body, number):
+        refused = next((key for key in keys if key in body), None)
+        if refused is not None:
+            return Answer({"error": {"message": f"Unsupported parameter: '{refused}' is not supported."}}, status=400)
+        return completing({"seed": 0, **body}, number)
+
+    return answer
+
+
+def test_keys_that_a_server_refuses_are_renamed_or_left_out_where_samples_stay_the_same(tiny, tmp_path, capsys):
+    """At temperature 1 and top_p 1, leaving both out changes nothing; leaving out the seed is said once."""
+    with endpoint(without("max_tokens", "temperature", "top_p", "seed")) as server:
+        pool = draw(tiny, server.url, tmp_path / "pool", generation=Generation(8, 1.0), concurrency=1)
+        assert len(server.requests) == 4 + len(PROMPTS)
+    last = server.requests[-1]
+    assert last["max_completion_tokens"] == 8 and not {"max_tokens", "temperature", "top_p", "seed"} & set(last)
+    assert pool.prompts == len(PROMPTS)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: sampling")]
+    assert len(warned) == 1 and "refuses 'seed'" in warned[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "generation", "remedy"),
+    [
+        ("temperature", Generation(8, 0.7), "without temperature: 0.7 samples would be others; set temperature: 1"),
+        ("top_p", Generation(8, 1.0, 0.9), "without top_p: 0.9 samples would be others; set top_p: 1"),
+        ("top_k", Generation(8, 1.0, top_k=5), "without top_k: 5 samples would be others; set top_k: 0"),
+    ],
+)
+def test_a_key_that_decides_what_is_drawn_is_never_left_out(tiny, tmp_path, key, generation, remedy):
+    with endpoint(without(key)) as server, pytest.raises(UserError) as caught:
+        draw(tiny, server.url, tmp_path / "pool", generation=generation, concurrency=1)
+    assert str(caught.value).endswith(remedy) and "\n" not in str(caught.value)
+    assert len(server.requests) == 1 and not list(tmp_path.glob("pool/shards/*"))
+
+
 def test_ids_that_the_server_does_not_give(tiny, tmp_path):
     def without(body, number):
         return completing({**body, "return_token_ids": False}, number)
