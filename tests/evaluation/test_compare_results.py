@@ -308,11 +308,11 @@ def test_each_seed_chooses_its_own_point_where_all_of_them_tune(files):
 
 
 def test_a_report_of_seeds_with_points_of_their_own(files):
-    """dpo took two values; f_dpo with reverse KL two others: one method that was tuned twice, and not tested."""
-    recipe = loaded(files, "compare.objectives=[dpo, {name: f_dpo, divergence: reverse_kl}, ipo]", "compare.seeds=2",
+    """dpo took two values; f_dpo with reverse KL one of another grid: one method that was tuned twice, and not tested."""
+    recipe = loaded(files, "compare.objectives=[dpo, {name: f_dpo, divergence: reverse_kl, beta: 0.2}, ipo]", "compare.seeds=2",
                     "compare.tuning_seeds=seeds", "evaluation.bootstrap=200")  # fmt: skip
     arms = arms_of(recipe)
-    low, middle, high = arms[0].points
+    (low, middle, _), (*_, high) = arms[0].points, arms[1].points
     taken = ([low, middle], [high, high], [arms[2].points[0]] * 2)
     rows = [[{"value": v, "win_rate": 0.5, "kl": 1.0, "chosen": values.count(v)} for v in arm.points]
             for arm, values in zip(arms, taken, strict=True)]  # fmt: skip
