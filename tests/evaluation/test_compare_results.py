@@ -308,9 +308,9 @@ def test_each_seed_chooses_its_own_point_where_all_of_them_tune(files):
 
 
 def test_a_report_of_seeds_with_points_of_their_own(files):
-    """dpo took two values; f_dpo with reverse KL one of another grid: one method that was tuned twice, and not tested."""
-    recipe = loaded(files, "compare.objectives=[dpo, {name: f_dpo, divergence: reverse_kl, beta: 0.2}, ipo]", "compare.seeds=2",
-                    "compare.tuning_seeds=seeds", "evaluation.bootstrap=200")  # fmt: skip
+    """dpo took two values, f_dpo with reverse KL one of another grid: one method, tuned twice, and not tested."""
+    objectives = "compare.objectives=[dpo, {name: f_dpo, divergence: reverse_kl, beta: 0.2}, ipo]"
+    recipe = loaded(files, objectives, "compare.seeds=2", "compare.tuning_seeds=seeds", "evaluation.bootstrap=200")
     arms = arms_of(recipe)
     (low, middle, _), (*_, high) = arms[0].points, arms[1].points
     taken = ([low, middle], [high, high], [arms[2].points[0]] * 2)
