@@ -119,9 +119,13 @@ def sample_side(source: ModelSource, plan: Plan) -> Side:
 
 def _pool_side(source: ModelSource, plan: Plan, root: Path) -> Side:
     from alignment.models.backends import VllmBackend
+    from alignment.models.chat import pin_date, pinned_date
     from alignment.models.pools import sample_pool
 
     tokenizer = load_source_tokenizer(source, plan.chat)
+    if plan.chat:  # a run's model has its run's date, and is compared on the same prompts
+        both = (load_source_tokenizer(one, plan.chat) for one in (plan.model, plan.baseline))
+        pin_date(tokenizer, next(filter(None, map(pinned_date, both)), None))
     n = 1 if plan.generation.greedy else plan.samples_per_prompt
     pool = sample_pool(
         source.load,

@@ -89,6 +89,7 @@ def _is_local(name: str) -> bool:
 def _rows(recipe: Recipe, options: Options, console: Console) -> tuple[Any, Prepared | None]:
     """The tokenizer, and the first rows of the recipe's data; None for what cannot be had here."""
     from alignment.models import load_tokenizer
+    from alignment.models.chat import pin_date
 
     _heading(console, "Data, as the model sees it")
     name = recipe.model.name_or_path
@@ -101,6 +102,9 @@ def _rows(recipe: Recipe, options: Options, console: Console) -> tuple[Any, Prep
             raise
         _say(console, "warning", f"not looked at, for want of the tokenizer: {error}")
         return None, None
+    date = pin_date(tokenizer)
+    if date is not None:
+        _say(console, "note", f"the chat template writes a date, here {date}: a run keeps the date that it begins on")
     if recipe.data.prompts is not None:
         _prompts(recipe, tokenizer, console)
         return tokenizer, None
@@ -142,9 +146,12 @@ def _first_rows(recipe: Recipe) -> Recipe:
 
 
 def _given(recipe: Recipe, tokenizer: Any) -> Prepared | None:
+    from alignment.trainers.opening import refuse_unfit
     from alignment.trainers.run import given_rows
 
-    return given_rows(_first_rows(recipe), "train", tokenizer)
+    found = given_rows(_first_rows(recipe), "train", tokenizer)
+    refuse_unfit(recipe, tokenizer, [found.dataset] if found else [])
+    return found
 
 
 def _sampled(recipe: Recipe, options: Options, tokenizer: Any, console: Console) -> Prepared | None:

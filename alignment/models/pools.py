@@ -25,6 +25,7 @@ from alignment.errors import UserError
 from alignment.files import iterate_json_lines, json_digest, read_json_object, write_json, write_json_lines
 from alignment.locks import alone, is_leftover, make_folder, remove_unfinished
 from alignment.models.backends import Backend, TransformersBackend
+from alignment.models.chat import DATE, pin_date, pinned_date
 from alignment.models.sampling import Generation, Prompt, Sample, prompt_ids
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def sample_pool(
     settle_accelerator()
     state = PartialState()
     backend = backend or TransformersBackend(load, tokenizer)
+    date = _settle_date(tokenizer, folder, state)
     manifest = {
         "format": FORMAT,
         "model": name or str(load["name_or_path"]),
@@ -175,6 +177,7 @@ def sample_pool(
         "prompts": len(prompts),
         "prompts_sha256": json_digest(list(prompts)),
         "template_sha256": json_digest(getattr(tokenizer, "chat_template", None)),
+        **({} if date is None else {DATE: date}),
         "n": n,
         **asdict(generation),
         "seed": seed,
@@ -196,6 +199,19 @@ def sample_pool(
         _warn_of_idle(Pool(folder, manifest), state)
         _draw(Pool(folder, manifest), backend, tokenizer, prompts, generation, state, progress)
     return open_pool(folder)
+
+
+def _settle_date(tokenizer: Any, folder: Path, state: PartialState) -> str | None:
+    """The date that the chat template writes in all of a pool: the tokenizer's, or the one that the pool began on."""
+    file = folder / "manifest.json"
+    begun = read_json_object(file).get(DATE) if file.is_file() and pinned_date(tokenizer) is None else None
+    dates: list[str | None] = [pin_date(tokenizer, begun)]
+    if state.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(dates, from_process=0)
+        pin_date(tokenizer, dates[0])
+    return dates[0]
 
 
 def _refuse_greed(generation: Generation, n: int) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from alignment.errors import UserError
 from alignment.models.chat import chat_ids
+from alignment.models.limits import limits_of
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +146,16 @@ class _Sampler:
         return Sample(ids, str(self.tokenizer.decode(ids, skip_special_tokens=True)), finished)
 
 
+def _refuse_long(model: PreTrainedModel, prompt: int, new: int) -> None:
+    """UserError where learned positions end before the longest continuation."""
+    limits = limits_of(model)
+    if limits.learned and limits.positions is not None and prompt + new > limits.positions:
+        raise UserError(
+            f"the model has {limits.positions} positions: a prompt of {prompt} tokens and max_new_tokens {new} are "
+            f"{prompt + new}"
+        )
+
+
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -173,6 +185,9 @@ def sample(
 
     Returns:
         One list of n samples per prompt, in the order of `prompts`.
+
+    Raises:
+        UserError: the model's learned positions end before a continuation does.
     """
     import torch
     from tqdm import tqdm
@@ -182,6 +197,7 @@ def sample(
     settings = {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampler = _Sampler(model, tokenizer, draws, max_new_tokens=max_new_tokens, do_sample=not greedy, **settings)
     encoded = [prompt_ids(tokenizer, p) for p in prompts]
+    _refuse_long(model, max(map(len, encoded), default=0), max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))  # like lengths together: little padding
     per_batch = max(1, batch_size // draws)
     found: list[list[Sample]] = [[] for _ in prompts]

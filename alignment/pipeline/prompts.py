@@ -17,9 +17,11 @@ from alignment.data.prompts import prepare_prompts
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, read_json_object, write_json, write_json_lines
 from alignment.models import load_tokenizer
+from alignment.models.chat import pin_date
 from alignment.recipes import IterateRecipe
 from alignment.rewards import get_oracle, get_reward
 from alignment.trainers.launching import tokenizer_arguments
+from alignment.trainers.opening import dated, refuse_unfit
 
 
 def seed_of(seed: int, iteration: int, role: str) -> int:
@@ -51,6 +53,7 @@ def write_prompts(recipe: IterateRecipe, out: Path) -> None:
         UserError: too few prompts, or some that the evaluation asks.
     """
     tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))
+    pin_date(tokenizer)
     settings, sources = recipe.iterate, recipe.data.prompts
     found = [
         prepare_prompts(
@@ -64,6 +67,7 @@ def write_prompts(recipe: IterateRecipe, out: Path) -> None:
         )
         for source in sources
     ]
+    refuse_unfit(recipe, tokenizer, [p.dataset for p in found], new_tokens=recipe.generation.max_new_tokens)
     found = [_not_judged_on(recipe, prepared, str(s.name)) for prepared, s in zip(found, sources, strict=True)]
     out.mkdir(parents=True, exist_ok=True)
     write_rejected(out, *found)
@@ -77,7 +81,8 @@ def write_prompts(recipe: IterateRecipe, out: Path) -> None:
     read, once = sum(len(prepared.dataset) for prepared in found), sum(map(len, fresh))
     facts = {"usable": read, "repeated": read - once, "not_asked": once - len(rows)}
     asked = {str(t): counts[t] for t in sorted(counts)}
-    write_json(out / "counts.json", {**facts, "iterations": asked, "judge": judge_of(recipe).describe()})
+    rest = {"iterations": asked, "judge": judge_of(recipe).describe(), **dated(tokenizer)}
+    write_json(out / "counts.json", facts | rest)
     print(f"  {settings.iterations} iterations of {', '.join(map(str, asked.values()))}", flush=True)
     for name in ("repeated", "not_asked"):
         if facts[name]:

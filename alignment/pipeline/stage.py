@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.files import read_json_object
 from alignment.locks import alone
 from alignment.pipeline.ledger import unfinished
 from alignment.pipeline.processes import PATIENCE, complaining, die_with_parent
@@ -87,6 +88,7 @@ def _draw(
     from accelerate import PartialState
 
     from alignment.models import load_tokenizer
+    from alignment.models.chat import DATE, pin_date
     from alignment.models.pools import sample_pool
     from alignment.models.sampling import Generation
     from alignment.pipeline.prompts import read_prompts, seed_of
@@ -94,6 +96,7 @@ def _draw(
 
     state = begin(recipe)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))
+    pin_date(tokenizer, read_json_object(run / "prompts" / "counts.json").get(DATE))
     prompts = [row["prompt"] for row in read_prompts(run, iteration)]
     settings = {k: v for k, v in recipe.generation.drawing.items() if k != "seed"}
     pool = sample_pool(

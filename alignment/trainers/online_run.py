@@ -22,7 +22,7 @@ from alignment.data.prompts import prepare_prompts
 from alignment.data.tables import fingerprint
 from alignment.errors import UserError
 from alignment.files import file_digest
-from alignment.models import load_model, load_tokenizer
+from alignment.models import load_model
 from alignment.recipes import Recipe
 from alignment.recipes.on_policy import rollout_settings
 from alignment.rewards import get_oracle, get_reward
@@ -40,9 +40,9 @@ from alignment.trainers.launching import (
     run_directory,
     say,
     setting_up,
-    tokenizer_arguments,
 )
 from alignment.trainers.online import OnlinePreferenceTrainer, Rollouts
+from alignment.trainers.opening import dated, open_tokenizer, refuse_unfit
 from alignment.trainers.run import begun, frozen_models, objective_of
 
 
@@ -55,9 +55,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     started = time.perf_counter()
     run = Path(recipe.training.output_dir)
     state = begin(recipe)
-    tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))
+    tokenizer = open_tokenizer(recipe, state, resume)
     prompts = _not_judged_on(recipe, given_prompts(recipe, tokenizer))
-    with run_directory(recipe, state, resume, begun(recipe, state.num_processes)) as checkpoint:
+    refuse_unfit(recipe, tokenizer, [prompts.dataset], state, recipe.generation.max_new_tokens)
+    manifest = begun(recipe, state.num_processes) | dated(tokenizer)
+    with run_directory(recipe, state, resume, manifest) as checkpoint:
         _train_in(run, recipe, state, tokenizer, prompts, checkpoint, started)
     return run
 
@@ -184,7 +186,7 @@ def _train_in(
         trainer = build_trainer(recipe, args, prompts, tokenizer)
     order, replay = trainer.order, recipe.generation.replay
     judge = trainer.reward or trainer.oracle
-    manifest = begun(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer)
+    manifest = begun(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer) | dated(tokenizer)
     manifest |= {
         "prompts": len(prompts.dataset),
         "rollouts": {"per_epoch": order.rollouts_per_epoch, "steps": order.steps_per_rollout},

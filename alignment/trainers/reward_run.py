@@ -28,7 +28,6 @@ from alignment.data.pipeline import Prepared, prepare, write_rejected
 from alignment.data.tables import fingerprint
 from alignment.errors import UserError
 from alignment.files import write_json, write_json_lines
-from alignment.models import load_tokenizer
 from alignment.models.card import refresh
 from alignment.models.digest import model_digest
 from alignment.models.reward_model import Facts, load_reward_model, settle_padding, trunk_features
@@ -50,9 +49,9 @@ from alignment.trainers.launching import (
     run_directory,
     say,
     setting_up,
-    tokenizer_arguments,
     trl_config,
 )
+from alignment.trainers.opening import dated, open_tokenizer, refuse_unfit
 from alignment.trainers.reward_model import BRANCHES, FEATURES, RewardModelTrainer, init_head, without_trunk
 
 HELD_OUT = "held_out.jsonl"
@@ -65,10 +64,11 @@ def train(recipe: RewardModelRecipe, resume: bool = False) -> Path:
         UserError: anything that the user can mend; before the first step it leaves everything as it was.
     """
     state = begin(recipe)
-    tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))
+    tokenizer = open_tokenizer(recipe, state, resume)
     given, held_out = (_rows(recipe, role, tokenizer) for role in ("train", "eval"))
     assert given is not None  # the schema says so
     given = _without_judged(recipe, given, held_out)
+    refuse_unfit(recipe, tokenizer, [found.dataset for found in (given, held_out) if found], state)
     run, members = Path(recipe.training.output_dir), recipe.reward_model.members
     if members == 1 or recipe.reward_model.mode == "shared_trunk":
         _train_one(recipe, state, tokenizer, given, held_out, resume)
@@ -210,7 +210,8 @@ def _train_one(
     resume: bool,
 ) -> None:
     started = time.perf_counter()
-    with run_directory(recipe, state, resume, known(recipe, state.num_processes)) as checkpoint:
+    manifest = known(recipe, state.num_processes) | dated(tokenizer)
+    with run_directory(recipe, state, resume, manifest) as checkpoint:
         _train_in(Path(recipe.training.output_dir), recipe, state, tokenizer, given, held_out, checkpoint, started)
 
 
@@ -251,7 +252,7 @@ def _train_in(
         model.requires_grad_(False).score.requires_grad_(True)
     with without_trunk(model, frozen):
         trainer = build_trainer(recipe, args, model, facts, data, judged, tokenizer)
-        manifest = known(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer)
+        manifest = known(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer) | dated(tokenizer)
         manifest |= {
             "pairs": len(data),
             "repeated_pairs": -len(data) % recipe.training.global_batch_size,

@@ -26,7 +26,7 @@ from alignment.data.sampled import best_against_worst, with_label_noise
 from alignment.data.tables import fingerprint
 from alignment.errors import UserError
 from alignment.files import json_digest, write_json_lines
-from alignment.models import load_model, load_tokenizer
+from alignment.models import load_model
 from alignment.models.digest import weights_digest
 from alignment.models.gguf import cache_root
 from alignment.models.sampling import prompt_ids, sample
@@ -48,10 +48,10 @@ from alignment.trainers.launching import (
     run_directory,
     say,
     setting_up,
-    tokenizer_arguments,
     trl_config,
 )
 from alignment.trainers.offline import PreferenceTrainer
+from alignment.trainers.opening import dated, open_tokenizer, refuse_unfit
 
 SAMPLES_FORMAT = "2"  # part of the cache key: raise it when the same settings give other pairs
 
@@ -256,9 +256,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     started = time.perf_counter()
     run = Path(recipe.training.output_dir)
     state = begin(recipe)
-    tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))
+    tokenizer = open_tokenizer(recipe, state, resume)
     given, held_out = (given_rows(recipe, role, tokenizer) for role in ("train", "eval"))
-    with run_directory(recipe, state, resume, begun(recipe, state.num_processes)) as checkpoint:
+    refuse_unfit(recipe, tokenizer, [found.dataset for found in (given, held_out) if found], state)
+    manifest = begun(recipe, state.num_processes) | dated(tokenizer)
+    with run_directory(recipe, state, resume, manifest) as checkpoint:
         _train_in(run, recipe, state, tokenizer, given, held_out, checkpoint, started)
     return run
 
@@ -286,7 +288,7 @@ def _train_in(
         trainer = build_trainer(recipe, args, data, held_out.dataset if held_out else None, tokenizer)
     pairs = len(trainer.train_dataset)  # type: ignore[arg-type]  # a Dataset, by our constructor
     repeated = -pairs % recipe.training.global_batch_size
-    manifest = begun(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer)
+    manifest = begun(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer) | dated(tokenizer)
     manifest |= {
         "pairs": pairs,
         "repeated_pairs": repeated,

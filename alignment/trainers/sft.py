@@ -22,7 +22,7 @@ from alignment.data.messages import TextRules
 from alignment.data.pipeline import Prepared, write_rejected
 from alignment.data.supervised import prepare_supervised, refuse_overlap
 from alignment.data.tables import fingerprint
-from alignment.models import load_model, load_tokenizer
+from alignment.models import load_model
 from alignment.recipes import SftRecipe
 from alignment.trainers import rundir
 from alignment.trainers.card import CardTrainer
@@ -39,10 +39,10 @@ from alignment.trainers.launching import (
     run_directory,
     say,
     setting_up,
-    tokenizer_arguments,
     trl_config,
 )
 from alignment.trainers.metrics import EpochOrder
+from alignment.trainers.opening import dated, open_tokenizer, refuse_unfit
 
 
 class SupervisedTrainer(CardTrainer, SFTTrainer):
@@ -124,11 +124,13 @@ def train(recipe: SftRecipe, resume: bool = False) -> Path:
     started = time.perf_counter()
     run = Path(recipe.training.output_dir)
     state = begin(recipe)
-    tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))
+    tokenizer = open_tokenizer(recipe, state, resume)
     data, held_out = (_rows(recipe, role, tokenizer) for role in ("train", "eval"))
     assert data is not None  # the schema says so
     refuse_overlap(data.dataset, held_out.dataset if held_out else None)
-    with run_directory(recipe, state, resume, known(recipe, state.num_processes)) as checkpoint:
+    refuse_unfit(recipe, tokenizer, [found.dataset for found in (data, held_out) if found], state)
+    manifest = known(recipe, state.num_processes) | dated(tokenizer)
+    with run_directory(recipe, state, resume, manifest) as checkpoint:
         _train_in(run, recipe, state, tokenizer, data, held_out, checkpoint, started)
     return run
 
@@ -174,7 +176,7 @@ def _train_in(
         trainer = build_trainer(recipe, args, rows.dataset, held_out.dataset if held_out else None, tokenizer)
     count = len(rows.dataset)
     repeated = -count % recipe.training.global_batch_size
-    manifest = known(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer)
+    manifest = known(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer) | dated(tokenizer)
     manifest |= {
         "repeated_rows": repeated,
         "rows": {prepared.role: prepared.manifest() for prepared in both},
