@@ -270,7 +270,7 @@ def judge_sentence(result: dict[str, Any]) -> str:
     judged = {
         True: f" This judge IS the {kind} that the model was trained on: the win rate shows that training worked, "
         "not that people would prefer the result.",
-        False: " The model was not trained on this judge.",
+        False: " This run was not trained on this judge.",
         None: "",
     }
     return f"{description}.{judged[result.get('judge_is_training_reward')]}"

@@ -14,12 +14,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from alignment.data.overlap import trained_among
 from alignment.errors import UserError
 from alignment.files import read_json_object
+from alignment.models.public_names import start_parts
 from alignment.models.sampling import Generation
 from alignment.rewards import PreferenceOracle, RewardFunction, get_oracle, get_reward
+from alignment.rewards.oracles import RewardOracle, as_reward_section
 from evaluation.comparison import Comparison, Side, compare
-from evaluation.files import Prompt, locate_prompts, refuse_training_prompts
+from evaluation.files import Prompt, locate_prompts, refuse_training_prompts, shorten
 from evaluation.policies import stamps_of_files
 
 RESAMPLES = 10_000
@@ -291,7 +294,7 @@ def plan_of_run(
         resamples=resamples or evaluation.get("bootstrap", RESAMPLES),
         seed=seed,
         chat=bool(manifest.get("chat", False)) if chat is None else chat,
-        notes={"judge_is_training_reward": is_training_reward, **_overlap_notes(run_dir, found)},
+        notes={"judge_is_training_reward": is_training_reward, **_overlap_notes(run_dir, manifest, found)},
         samples=samples,
         vllm=vllm,
     )
@@ -299,8 +302,9 @@ def plan_of_run(
 
 def _judge_of_run(
     run_dir: Path, manifest: Mapping[str, Any], reward: RewardFunction | None, oracle: PreferenceOracle | None
-) -> tuple[RewardFunction | None, PreferenceOracle | None, bool]:
-    """The judge, a reward or an oracle, and whether it made the training data (given preferences come from elsewhere).
+) -> tuple[RewardFunction | None, PreferenceOracle | None, bool | None]:
+    """The judge, a reward or an oracle, and whether it made the training data: None where that was given, since who
+    judged it is not recorded, and of the training's reward in another form.
 
     The recipe's judge is used unless one is given.
     """
@@ -315,7 +319,17 @@ def _judge_of_run(
     if reward is not None and oracle is not None:
         raise UserError(f"{run_dir}: its recipe has reward: and oracle: sections; name one with --reward or --oracle")
     drawn = not section(manifest, "data").get("train")
-    return reward, oracle, drawn and (reward, oracle) == (own_reward, own_oracle)
+    if (reward, oracle) == (own_reward, own_oracle):
+        return reward, oracle, True if drawn else None
+    one_reward = _reward_of(reward, oracle) == _reward_of(own_reward, own_oracle)
+    return reward, oracle, None if one_reward or not drawn else False
+
+
+def _reward_of(reward: RewardFunction | None, oracle: PreferenceOracle | None) -> Any:
+    """What decides: of an oracle that compares scores, the reward that gives them."""
+    if not isinstance(oracle, RewardOracle):
+        return reward or oracle
+    return get_reward(**as_reward_section(oracle.reward))
 
 
 def _models_of_run(run_dir: Path, model: Mapping[str, Any]) -> tuple[ModelSource, ModelSource]:
@@ -324,18 +338,33 @@ def _models_of_run(run_dir: Path, model: Mapping[str, Any]) -> tuple[ModelSource
     loading = {str(key): model[key] for key in shared if key in model}
     start = {"name_or_path": model["name_or_path"], "adapter": model.get("adapter")}
     final = str(run_dir / "final")
-    name = " + ".join(part for part in start.values() if part)
+    name = " + ".join(start_parts(start))
     trained = ModelSource(final, {"name_or_path": final, **loading})
     return trained, ModelSource(name, {**start, **loading}, BASELINE_SEED_OFFSET)
 
 
-def _overlap_notes(run_dir: Path, prompts: list[Prompt]) -> dict[str, Any]:
-    """Of a run on pairs its preferences say what was trained on, of an iterative run its prompts."""
-    files = [run_dir / "preferences.jsonl", run_dir / "prompts" / "prompts.jsonl"]
-    trained_on = next((file for file in files if file.is_file()), None)
-    if trained_on is None:
-        note = f"not checked: {files[0]} is absent, so training prompts are unknown"
-        return {"training_prompts": None, "overlap_note": note}
-    trained = refuse_training_prompts(prompts, trained_on)
-    note = f"none of these prompts is among the {trained} training prompts"
+def _overlap_notes(run_dir: Path, manifest: Mapping[str, Any], prompts: list[Prompt]) -> dict[str, Any]:
+    """What is known of prompts that are both trained and judged on, of what the run itself was trained on.
+
+    A run keeps its prompts' hashes; an iterative run has its prompts, and older runs the pairs that they sampled.
+    """
+    if (kept := trained_among(run_dir, [prompt.text for prompt in prompts])) is not None:
+        trained, shared = kept
+        if shared and section(manifest, "data").get("overlap") != "allow":
+            first = prompts[shared[0]]
+            raise UserError(
+                f"{first.where}: prompt {shorten(first.text)} was trained on; {len(shared)} of {len(prompts)} "
+                "evaluation prompts were; evaluate on prompts absent from training"
+            )
+        if shared:
+            note = f"{len(shared)} of these {len(prompts)} prompts were trained on (data.overlap: allow)"
+            return {"training_prompts": trained, "overlap_note": note}
+    else:
+        files = [run_dir / "preferences.jsonl", run_dir / "prompts" / "prompts.jsonl"]
+        trained_on = next((file for file in files if file.is_file()), None)
+        if trained_on is None:
+            note = "not checked: the run keeps no list of the prompts that it was trained on"
+            return {"training_prompts": None, "overlap_note": note}
+        trained = refuse_training_prompts(prompts, trained_on)
+    note = f"none of these prompts is among the {trained} that this run was trained on"
     return {"training_prompts": trained, "overlap_note": note}

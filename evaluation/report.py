@@ -21,6 +21,7 @@ if __package__ in (None, ""):  # started as `python evaluation/report.py`: this 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import iterate_json_lines, read_json_object, write_text
 from alignment.models.card import is_outdated
+from alignment.models.public_names import start_parts
 from evaluation import comparison, curves
 from evaluation.pages import page_environment
 
@@ -68,7 +69,7 @@ def report_content(run: Path) -> dict[str, Any]:
         "name": run.resolve().name,
         "command": f"python -m evaluation.win_rate {shlex.quote(str(run))}",
         "objective_name": (recipe.get("objective") or {}).get("name"),
-        "model_name": " + ".join(str(model[key]) for key in ("name_or_path", "adapter") if model.get(key)),
+        "model_name": " + ".join(start_parts(model)),
         "result": describe_result(result) if result else None,
         "outdated": bool(result) and is_outdated(run, run / "win_rate.json"),
         "brief": training_brief(metrics),

@@ -11,16 +11,21 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.data.forms import questions
 from alignment.data.preferences import same_prompt
 from alignment.errors import UserError
+from alignment.files import read_text, write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from alignment.data.pipeline import Prepared
+
+TRAINED = "training_prompts.txt"  # of a run: what later evaluations are compared with
+DIGITS = 16  # of a prompt's hash there: two of a million prompts share them with probability 3e-8
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,20 @@ def prompt_hash(prompt: Any) -> str:
 def row_hash(row: dict[str, Any]) -> str:
     """The same for rows with the same prompt and responses, whichever of them is preferred."""
     return _hash(_asked(row["prompt"]), *sorted([_words(row["chosen"]), _words(row["rejected"])]))
+
+
+def write_trained(run: Path, prompts: Iterable[Any]) -> None:
+    """Keep the hashes of the prompts that a run trains on: a line of `DIGITS` hex digits each, sorted."""
+    hashes = sorted({prompt_hash(prompt)[:DIGITS] for prompt in prompts})
+    write_text(run / TRAINED, "".join(f"{line}\n" for line in hashes))
+
+
+def trained_among(run: Path, prompts: Sequence[Any]) -> tuple[int, list[int]] | None:
+    """How many different prompts a run was trained on, and the places of those in `prompts`; None if it kept none."""
+    if not (run / TRAINED).is_file():
+        return None
+    hashes = set(read_text(run / TRAINED).split())
+    return len(hashes), [i for i, prompt in enumerate(prompts) if prompt_hash(prompt)[:DIGITS] in hashes]
 
 
 def judged_on(held_out: Dataset | None, prompts: Iterable[str] = (), where: str = "evaluation.prompts") -> Judged:

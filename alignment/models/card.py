@@ -23,7 +23,7 @@ from alignment.models.public_names import (
     public_name,
     public_text,
     run_name,
-    start_name,
+    start_parts,
 )
 
 CARD = "README.md"
@@ -131,10 +131,9 @@ class Card:
 
     def what(self) -> str:
         """One sentence: what the folder holds, of what, trained how."""
-        start = start_name(self.model)
+        parts = [public_name(part) for part in start_parts(self.model)]
         if self.adapter is not None:
-            named = self.model.get("name_or_path")
-            base = public_name(str(named)) if named else "a base model"
+            base = parts[0] if parts else "a base model"
             kind = str(self.adapter.get("peft_type") or "LoRA").replace("PeftType.", "").replace("LORA", "LoRA")
             article = "An" if kind[0] in "AEIO" else "A"
             what = (
@@ -145,8 +144,8 @@ class Card:
         else:
             what = "A reward model" if self.scores else "A full model"
         what += self._method()
-        if start and (self.adapter is None or self.model.get("adapter")):
-            what += f"; training started from {start}"
+        if parts and (self.adapter is None or len(parts) > 1):
+            what += f"; training started from {' + '.join(parts)}"
         return f"{what}." + (f" {self.dtype} weights." if self.dtype else "")
 
     def _method(self) -> str:
@@ -159,12 +158,13 @@ class Card:
     def facts(self) -> list[tuple[str, str]]:
         """Base, adapter, objective and paper."""
         model, method = self.model, self.manifest.get("method") or {}
+        parts = [public_name(part) for part in start_parts(model)]
         objective = dict(self.recipe.get("objective") or {})
         name, _ = objective.pop("name", None), objective.pop("file", None)
         found: list[tuple[str, str | None]] = [
-            ("Base model", public_name(str(model["name_or_path"])) if model.get("name_or_path") else "not recorded"),
+            ("Base model", parts[0] if parts else "not recorded"),
             ("Revision", model.get("revision")),
-            ("Adapter at the start", public_name(str(model["adapter"])) if model.get("adapter") else None),
+            ("Adapter at the start", " + ".join(parts[1:])),
             *((f"SHA-256 of {name}", digest) for name, digest in (self.manifest.get("start_sha256") or {}).items()),
             *((f"SHA-256 of the {name} in memory", digest) for name, digest in self._frozen()),
             ("Quantisation in training", model.get("quantization")),

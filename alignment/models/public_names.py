@@ -62,9 +62,17 @@ def public(value: Any) -> Any:
     return public_name(value) if isinstance(value, str) else value
 
 
-def start_name(model: Mapping[str, Any]) -> str:
-    """The model that training started from: its name, with the adapter on top of it where there is one."""
-    return " + ".join(public_name(str(model[key])) for key in ("name_or_path", "adapter") if model.get(key))
+def start_parts(model: Mapping[str, Any]) -> list[str]:
+    """Base and adapters that training started from, as a recipe's `model` and the adapters' folders name them."""
+    parts = [str(model[key]) for key in ("name_or_path", "adapter") if model.get(key)]
+    while parts and len(parts) < 20 and (below := _adapters_base(parts[0])):
+        parts.insert(0, below)
+    return parts
+
+
+def _adapters_base(name: str) -> str | None:
+    file = Path(name).expanduser() / "adapter_config.json"
+    return read_json_object(file).get("base_model_name_or_path") if file.is_file() else None
 
 
 def hub_base(name: str | None) -> str | None:
@@ -76,17 +84,15 @@ def hub_base(name: str | None) -> str | None:
         manifest = folder.resolve().parent / "manifest.json"
         if folder.name == "final" and manifest.is_file():
             name = ((read_json_object(manifest).get("recipe") or {}).get("model") or {}).get("name_or_path")
-        elif (folder / "adapter_config.json").is_file():
-            name = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
         else:
-            return None
+            name = _adapters_base(name)
     return None
 
 
 def digest_of_start(model: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of the weight files of a local start, by what is shown of its name; empty for hub models."""
     found = {}
-    for name in (str(model[key]) for key in ("name_or_path", "adapter") if model.get(key)):
+    for name in start_parts(model):
         path = package_file(name) if name.startswith(PACKAGE_SCHEME) else Path(name).expanduser()
         files = [path] if path.is_file() else sorted(file for kind in WEIGHTS for file in path.glob(kind))
         if len(files) == 1:

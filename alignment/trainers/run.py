@@ -300,6 +300,8 @@ def _train_in(
         **({"degraded_copies": trainer.copy_facts} if trainer.copy_facts else {}),
     }
     repeats = f" (and {repeated} repeats, to fill the last batch)" * bool(repeated)
+    if state.is_main_process:
+        overlap.write_trained(run, data["prompt"])
     what = f"{pairs} pairs{repeats}, objective {recipe.objective.name}"
     carry_out(trainer, recipe, run, state, checkpoint, manifest, what)
     seconds = {"preferences": sampled - started, "training": time.perf_counter() - sampled, "total": started}

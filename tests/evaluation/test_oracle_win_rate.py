@@ -171,12 +171,13 @@ def test_the_judge_that_is_named_comes_before_the_recipe_s(tmp_path):
     plan = plan_of_run(own)
     assert (plan.judge, plan.oracle) == (None, get_oracle(**section))
     plan = plan_of_run(own, oracle=get_oracle("bradley_terry", reward={"name": "length"}, temperature=2))
-    assert plan.notes["judge_is_training_reward"] is False
+    assert plan.notes["judge_is_training_reward"] is None  # the same reward, another oracle
     plan = plan_of_run(own, judge=get_reward("length"))
-    assert plan.oracle is None and plan.notes["judge_is_training_reward"] is False
+    assert plan.oracle is None and plan.notes["judge_is_training_reward"] is None
+    assert plan_of_run(own, judge=get_reward("vader")).notes["judge_is_training_reward"] is False
     with pytest.raises(UserError, match="has reward: and oracle: sections; name one with --reward or --oracle"):
         plan_of_run(given)
-    assert plan_of_run(given, oracle=get_oracle(**section)).notes["judge_is_training_reward"] is False
+    assert plan_of_run(given, oracle=get_oracle(**section)).notes["judge_is_training_reward"] is None
 
 
 def test_options_reach_the_program(tmp_path, monkeypatch):

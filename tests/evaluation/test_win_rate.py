@@ -282,7 +282,7 @@ def test_judge_is_the_training_reward_only_when_it_made_the_data(tmp_path):
         (folder / "final").mkdir()
     assert plan_of_run(drawn).notes["judge_is_training_reward"] is True
     assert plan_of_run(drawn, judge=get_reward("vader")).notes["judge_is_training_reward"] is False
-    assert plan_of_run(given).notes["judge_is_training_reward"] is False
+    assert plan_of_run(given).notes["judge_is_training_reward"] is None  # who judged those pairs is not recorded
     (drawn / "preferences.jsonl").unlink()
     assert "not checked" in plan_of_run(drawn).notes["overlap_note"]
 

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PromptTuningConfig
 from trl import RewardConfig, SFTConfig
 
+from alignment.errors import UserError
 from alignment.files import write_json, write_json_lines
 from alignment.models import load_model, load_tokenizer
 from alignment.models.card import Card, measured, refresh
@@ -22,10 +23,13 @@ from alignment.models.public_names import hub_base, public_name, public_text, ru
 from alignment.models.reward_model import Facts, load_reward_model, settle_padding
 from alignment.pipeline.ledger import digest
 from alignment.recipes import load_recipe
+from alignment.rewards import get_reward
 from alignment.rewards.losses import RewardLoss
 from alignment.trainers.reward_model import RewardModelTrainer
 from alignment.trainers.run import train
 from alignment.trainers.sft import SupervisedTrainer
+from evaluation.plans import plan_of_run
+from evaluation.report import report_content
 from tests.trainers.building import LORA, arguments, config, preferences, trainer_for
 from tests.trainers.building_online import Kindness, online
 
@@ -120,6 +124,25 @@ def test_a_run_s_card_has_its_start_its_rows_and_later_its_win_rate(tiny, tmp_pa
     assert measured(run) == []
 
 
+def test_a_run_keeps_its_prompts_and_later_prompts_are_compared_with_them(tiny, tmp_path):
+    run = run_from_recipe(tiny, tmp_path)
+    asked = [row["prompt"] for row in preferences(12)]
+    hashes = {hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in asked}
+    assert (run / "training_prompts.txt").read_text().split() == sorted(hashes)
+    for name, prompts in (("new", ["a question"]), ("shared", ["a question", f"  {asked[3]} "])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
+    judge = get_reward("length")
+    notes = plan_of_run(run, judge=judge, prompts=tmp_path / "new.txt").notes
+    assert notes["overlap_note"] == f"none of these prompts is among the {len(hashes)} that this run was trained on"
+    shared = plan_of_run(run, judge=judge, prompts=tmp_path / "shared.txt").notes["overlap_note"]
+    assert shared == "1 of these 2 prompts were trained on (data.overlap: allow)"
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["recipe"]["data"]["overlap"] = "refuse"
+    write_json(run / "manifest.json", manifest)
+    with pytest.raises(UserError, match=r"shared.txt:2: prompt .* was trained on; 1 of 2 evaluation prompts were"):
+        plan_of_run(run, judge=judge, prompts=tmp_path / "shared.txt")
+
+
 def test_a_card_that_somebody_has_written_stays(tiny, tmp_path):
     run = tmp_path / "run"
     (run / "final").mkdir(parents=True)
@@ -166,6 +189,23 @@ def test_adapters_are_called_what_they_are_and_starts_have_both_names(tmp_path):
     text = Card("x", {"recipe": {"model": start, "objective": {"name": "dpo"}}}, adapter=adapter).text()
     assert "A PROMPT_TUNING adapter of org/base, trained with the objective `dpo`" in text
     assert "training started from org/base + sft-lora" in text and "num_virtual_tokens 4" in text
+
+
+def test_a_start_that_is_an_adapter_is_base_and_adapter_in_card_report_and_win_rate(tmp_path):
+    lora = tmp_path / "sft-lora"
+    lora.mkdir()
+    write_json(lora / "adapter_config.json", {"base_model_name_or_path": "org/base", "peft_type": "LORA", "r": 4})
+    run = tmp_path / "run"
+    (run / "final").mkdir(parents=True)
+    (tmp_path / "new.txt").write_text("a question")
+    for start in ({"name_or_path": str(lora)}, {"name_or_path": "org/base", "adapter": str(lora)}):
+        write_json(run / "manifest.json", {"recipe": {"model": start, "objective": {"name": "dpo", "beta": 0.1}}})
+        plan = plan_of_run(run, judge=get_reward("length"), prompts=tmp_path / "new.txt")
+        assert plan.baseline.name == f"org/base + {lora}" == report_content(run)["model_name"]
+        refresh(run)
+        text = (run / "README.md").read_text()
+        assert "training started from org/base + sft-lora" in text
+        assert "| Base model | org/base |\n" in text and "| Adapter at the start | sft-lora |\n" in text
 
 
 @pytest.mark.parametrize(
