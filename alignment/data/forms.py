@@ -21,13 +21,12 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignment.data.graded import PAIRS, from_graded, is_graded
-from alignment.data.messages import PLAIN, TextRules, settled, with_context
+from alignment.data.messages import PLAIN, TextRules, refuse_unread, settled, with_context
 from alignment.data.preferences import (
     BAD_NUMBER,
     CARRIED,
     DIFFERENT_PROMPTS,
     EMPTY,
-    LOST_TEXT,
     MISSING_FIELD,
     NOT_TEXT,
     NUMBER_COLUMNS,
@@ -56,7 +55,10 @@ ROLES = {
     "assistant": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
+    "bot": "assistant",
     "system": "system",
+    "tool": "tool",
+    "observation": "tool",
 }
 # The probability that the first response is the better one, by what annotators write; numbers by what 0 means.
 VOTES = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -131,7 +133,7 @@ def converter(
                 "or second (the better response; 1 is the other one), or tie (1 is the first, 2 the second)"
             )
         row = with_context(canonical(read(row), unread), given, rules)
-        _refuse_unread(form, given, row)
+        refuse_unread(form, given, row)
         if source.chat is not None and source.chat == isinstance(row["prompt"], str):
             raise BadRow(UNKNOWN_FORM, f"chat: {str(source.chat).lower()} is set, and the row is the other kind")
         if row.get("label") == 0.5 and source.ties == "drop":
@@ -147,21 +149,6 @@ def tidy(row: Row) -> Row:
         return settled(row, TextRules(reasoning="remove"))
     except BadRow:
         return row
-
-
-def _refuse_unread(form: str, given: Row, row: Row) -> None:
-    """Text in a column that another form reads belongs to the question, unless the prompt has it already."""
-    for column in ("input", "history") if form in ("preference", "hh", "sharegpt") else ():
-        text = given.get(column)
-        if isinstance(text, str) and text.strip():
-            asked = [row["prompt"]] if isinstance(row["prompt"], str) else [m["content"] for m in row["prompt"]]
-            if any(text.strip() in question for question in asked):
-                continue
-        elif not (isinstance(text, list) and text):
-            continue
-        raise BadRow(
-            LOST_TEXT, f"column {column!r} is not read in rows of form {form}; ignore: [{column}] leaves it out"
-        )
 
 
 def text_columns(source: SourceSection, rows: Sequence[Row]) -> set[str]:

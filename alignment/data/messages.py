@@ -79,6 +79,9 @@ def settled(row: Row, rules: TextRules, ignore: Collection[str] = ()) -> Row:
     for column in UNREAD_COLUMNS:
         if row.get(column) is not None and _filled(row[column]):
             raise _lost("", column)
+    settings = row.get("chat_template_kwargs")  # TRL's: thinking may be off by them
+    if isinstance(settings, dict) and any(value is not None for value in settings.values()):
+        raise _lost("", "chat_template_kwargs")
     changed: Row = {}
     for column in MESSAGE_COLUMNS:
         value = row.get(column)
@@ -118,9 +121,11 @@ def _message(column: str, message: Any, rules: TextRules, ignore: Collection[str
     thoughts: list[str] = []
     found[text] = _joined(column, message.get(text), thoughts, ignore)
     for key, value in message.items():
-        if key in (who, text) or key in ignore or not _filled(value):
+        if key in (who, text) or key in ignore or not (_filled(value) or key == "train"):
             continue
-        if key in REASONING:
+        if key in ("weight", "train") and column in ("messages", "conversations"):
+            _refuse_unlearned(column, key, message)
+        elif key in REASONING:
             if isinstance(value, str):
                 thoughts[:0] = [value] if value not in thoughts else []
         elif key in UNREAD_KEYS:
@@ -140,6 +145,13 @@ def _message(column: str, message: Any, rules: TextRules, ignore: Collection[str
     if found[text] is None and len(found) > 2:  # a call, or thoughts, and no words
         found[text] = ""
     return found
+
+
+def _refuse_unlearned(column: str, key: str, message: Message) -> None:
+    """An assistant's turn that its row says is not to be learned (OpenAI's `weight`, axolotl's `train`)."""
+    speaker = message.get("role", message.get("from"))
+    if not message[key] and speaker in ("assistant", "gpt", "model") and message[key] is not None:
+        raise BadRow(LOST_TEXT, f"{column}: an assistant's turn has {key} {message[key]}: ignore: [{key}] learns it")
 
 
 def _joined(column: str, content: Any, thoughts: list[str], ignore: Collection[str]) -> Any:
@@ -172,6 +184,31 @@ def _calls(column: str, value: Any) -> str:
         arguments = written_json(inner.get("arguments") or {})
         inner["arguments"] = arguments if isinstance(arguments, dict) else inner["arguments"]
     return json.dumps(calls, ensure_ascii=False)
+
+
+def refuse_unread(form: str, given: Row, row: Row) -> None:
+    """Text in a column that belongs to the question in other forms, unless the prompt has it already.
+
+    Args:
+        form: of the source.
+        given: the source's row, under our names.
+        row: what it became, with `prompt` or `messages`.
+
+    Raises:
+        BadRow: it would not be read.
+    """
+    read = {"alpaca": ("input",), "instruction": ("input",), "graded": ("context",)}.get(form, ())
+    for column in {"input", "context", "history"} - {*read}:
+        text = given.get(column)
+        if isinstance(text, str) and len(text.split()) > 1:
+            asked = row["messages"] if "messages" in row else row["prompt"]
+            texts = [asked] if isinstance(asked, str) else [message["content"] for message in asked]
+            if any(text.strip() in part for part in texts):
+                continue
+        elif not (isinstance(text, list) and text):
+            continue
+        remedy = f"name it in columns, such as {{input: {column}}}, or leave it out with ignore: [{column}]"
+        raise BadRow(LOST_TEXT, f"column {column!r} is not read in rows of form {form}; {remedy}")
 
 
 def with_context(row: Row, given: Row, rules: TextRules) -> Row:

@@ -169,7 +169,8 @@ def _number(column: str, value: Any) -> float:
 def _check_text(row: dict[str, Any], column: str) -> None:
     value, ids = row[column], row.get(f"{column}_ids")
     if not isinstance(value, str) and not is_messages(value):
-        raise BadRow(NOT_TEXT, f"{column}: expected text or a list of messages, got {type(value).__name__}")
+        of = f" of {type(value[0]).__name__}" if isinstance(value, list) and value else ""
+        raise BadRow(NOT_TEXT, f"{column}: expected text or a list of messages, got {type(value).__name__}{of}")
     if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
         raise BadRow(NOT_TEXT, f"{column}_ids: expected a list of token ids")
     if column != "prompt" and isinstance(value, list) and any(m["role"] in ("user", "system") for m in value):

@@ -32,7 +32,7 @@ from alignment.data.forms import (
     tidy,
     under_our_names,
 )
-from alignment.data.messages import PLAIN, TextRules, settled, with_context
+from alignment.data.messages import PLAIN, TextRules, refuse_unread, settled, with_context
 from alignment.data.pipeline import Prepared, Rejected, described, title
 from alignment.data.preferences import (
     BOS_EOS,
@@ -256,7 +256,9 @@ def _converted(
 
     def converted(row: Row) -> Row:
         given = settled(under_our_names(row, source.columns), rules, source.ignore)
-        return with_context(convert(given, chat), given, rules)
+        row = with_context(convert(given, chat), given, rules)
+        refuse_unread(form, given, row)
+        return row
 
     return form, ((place, lambda row=row: converted(row)) for place, row in rows)
 

@@ -75,14 +75,18 @@ def render(
         "tokenize": False,
     }
     given = list(tools or [None] * len(conversations))
-    plain = [[_decoded(message) for message in messages] for messages in conversations]
-    if not any(given):
-        texts: Any = tokenizer.apply_chat_template(plain, **settings)
+    if not any(given) and not any(message.get("tool_calls") for messages in conversations for message in messages):
+        texts: Any = tokenizer.apply_chat_template([[*map(_decoded, one)] for one in conversations], **settings)
         return list(texts)
-    return [
-        str(tokenizer.apply_chat_template(messages, tools=json.loads(listed) if listed else None, **settings))
-        for messages, listed in zip(plain, given, strict=True)
-    ]
+    found = []
+    for messages, listed in zip(conversations, given, strict=True):
+        settings["tools"] = json.loads(listed) if listed else None
+        try:
+            text = tokenizer.apply_chat_template([*map(_decoded, messages)], **settings)
+        except TypeError:  # DeepSeek's templates write arguments that are text already
+            text = tokenizer.apply_chat_template([_decoded(m, arguments_as_text=True) for m in messages], **settings)
+        found.append(str(text))
+    return found
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -144,11 +148,14 @@ def _dated(template: str, date: str | None) -> str:
     return f"{{% macro strftime_now(form) %}}{{{{ {json.dumps(answers)}[form] }}}}{{% endmacro %}}\n{template}"
 
 
-def _decoded(message: Message) -> Message:
+def _decoded(message: Message, arguments_as_text: bool = False) -> Message:
     """A message as templates read it."""
     if message.keys() == {"role", "content"}:
         return message
     found = {key: value for key, value in message.items() if value is not None}
     if isinstance(found.get("tool_calls"), str):
         found["tool_calls"] = json.loads(found["tool_calls"])
+        for call in found["tool_calls"] if arguments_as_text else ():
+            inner = call.get("function", call)
+            inner["arguments"] = json.dumps(inner["arguments"], ensure_ascii=False)
     return found

@@ -214,6 +214,53 @@ def test_an_input_beside_the_prompt_is_not_dropped(tmp_path):
     assert len(prepared(write(tmp_path / "b.jsonl", inside)).dataset) == 1
 
 
+def test_arguments_of_calls_as_public_templates_want_them():
+    """DeepSeek's template joins arguments to text, Qwen's and Llama's write an object."""
+    called = [
+        *user("Warm?"),
+        said("assistant", "") | {"tool_calls": json.dumps([CALL])},
+        said("tool", "31"),
+        *reply("Yes."),
+    ]
+    for template, written in (
+        ("deepseekv3", 'heat\n```json\n{"city": "Ur"}'),
+        ("qwen2_5", '{"name": "heat", "arguments": {"city": "Ur"}}'),
+        ("llama3_1", '{"name": "heat", "parameters": {"city": "Ur"}}'),
+    ):
+        text = render(public(template), [called], generation=False)[0]
+        assert written in text, (template, text)
+
+
+def test_turns_and_settings_that_would_be_ignored(tmp_path):
+    """OpenAI's `weight`, axolotl's `train`, TRL's `chat_template_kwargs`, Dolly's `context`."""
+    unlearned = [
+        *user("a"),
+        said("assistant", "b") | {"weight": 0},
+        *user("c"),
+        said("assistant", "d") | {"weight": 1},
+    ]
+    rows = [
+        {"messages": unlearned},
+        {"messages": [*user("a"), said("assistant", "b") | {"train": False}]},
+        {"messages": [said("user", "a") | {"weight": 0}, said("assistant", "b") | {"weight": 1, "train": True}]},
+        {"messages": [*user("a"), *reply("b")], "chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": [*user("a"), *reply("b")], "chat_template_kwargs": {"enable_thinking": None}},
+    ]
+    name = write(tmp_path / "s.jsonl", rows)
+    found = prepare_supervised([SourceSection(name=name)], CHAT, max_length=100, role="train")
+    assert refused(found) == [(1, "lost_text"), (2, "lost_text"), (4, "lost_text")]
+    keys = ["weight", "train", "chat_template_kwargs"]
+    found = prepare_supervised([SourceSection(name=name, ignore=keys)], CHAT, max_length=100, role="train")
+    assert not found.rejected
+    dolly = write(tmp_path / "d.jsonl", [{"instruction": "Sum up.", "context": "A long text.", "response": "Short."}])
+    section = SourceSection(name=dolly, columns={"output": "response"})
+    found = prepare_supervised([section], CHAT, max_length=100, role="train")
+    assert refused(found) == [(1, "lost_text")] and "{input: context}" in found.rejected[0].detail
+    section = SourceSection(name=dolly, columns={"output": "response", "input": "context"})
+    found = prepare_supervised([section], CHAT, max_length=100, role="train")
+    assert "A long text." in CHAT.decode(found.dataset[0]["input_ids"])
+
+
 # --- special tokens in a row's own text -----------------------------------------------------------------------------
 
 
