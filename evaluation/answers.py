@@ -151,7 +151,8 @@ def _scored(
         for j, one in enumerate(group):
             chain = cut_chain(one.ids, marker, tokenizer)
             if chain is not None and chain[0]:
-                tail, before = forced_answer(tokenizer, chain[1], separator, str(row["answer"]))
+                chat = not isinstance(row["prompt"], str)
+                tail, before = forced_answer(tokenizer, chain[1], separator, str(row["answer"]), chat)
                 jobs.append((i, j, prompt, chain[0] + tail, len(chain[0]), len(tail) - before))
     jobs.sort(key=lambda job: len(job[2]) + len(job[3]))  # like lengths together: little padding
     for start in range(0, len(jobs), batch):

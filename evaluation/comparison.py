@@ -291,9 +291,19 @@ def p_phrase(p_value: float) -> str:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """`Win rate  61.2 %  (95 % interval 55.0 to 67.1 %)`."""
-    level = f"{100 * result['level']:.0f} %"
-    return f"Win rate  {percent(result['win_rate'])}  ({level} interval {percent_interval(read_interval(result))})"
+    """`Win rate  61.2 %  (95 % interval 55.0 to 67.1 %)`, and how many responses never ended, where some did not."""
+    level, cut = f"{100 * result['level']:.0f} %", unended_phrase(result)
+    rate = f"Win rate  {percent(result['win_rate'])}  ({level} interval {percent_interval(read_interval(result))})"
+    return f"{rate}; {cut}" if cut else rate
+
+
+def unended_phrase(result: dict[str, Any]) -> str | None:
+    """The share of responses that reached the token limit before their end; None where all ended, or unknown."""
+    cut = result["cut_at_token_limit"]
+    if not cut["model"] and not cut["baseline"]:
+        return None
+    model, baseline = ("unknown" if share is None else percent(share) for share in (cut["model"], cut["baseline"]))
+    return f"never ended: {model} of its responses, {baseline} of the baseline's"
 
 
 def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -323,7 +333,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
             f"{_detectable_phrase(result)}",
         ),
         ("controlled", _controlled_phrase(result)),
-        ("length", f"{lengths['model']:.0f} against {lengths['baseline']:.0f} characters{_cut_phrase(result)}"),
+        ("length", f"{lengths['model']:.0f} against {lengths['baseline']:.0f} characters"),
         ("judge", judge_sentence(result)),
         ("orders", _orders_phrase(result)),
         ("not scored", _excluded_phrase(result)),
@@ -403,10 +413,3 @@ def _dropped_phrase(result: dict[str, Any]) -> str:
     if result["win_rate_ties_dropped"] is None:
         return "nothing is left, every pair is a tie"
     return f"{percent(result['win_rate_ties_dropped'])} ({percent_interval(result['interval_ties_dropped'])})"
-
-
-def _cut_phrase(result: dict[str, Any]) -> str:
-    cut = result["cut_at_token_limit"]
-    if cut["model"] is None or cut["baseline"] is None:
-        return ""
-    return f"; cut at the token limit: {percent(cut['model'])} against {percent(cut['baseline'])}"

@@ -39,11 +39,13 @@ class ModelSource:
         name: what reports call it.
         load: arguments of `alignment.models.load_model`.
         seed_offset: added to the plan's seed to give the seed of this model's samples.
+        end_of_turn: `model.end_of_turn` of a recipe; a run's own model has it in its tokenizer.
     """
 
     name: str
     load: dict[str, Any]
     seed_offset: int = 0
+    end_of_turn: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def load_source_tokenizer(source: ModelSource, chat: bool) -> Any:
     from alignment.models import load_tokenizer
 
     keys = {key: value for key, value in source.load.items() if key in ("revision", "trust_remote_code")}
-    tokenizer = load_tokenizer(source.load["name_or_path"], **keys)
+    tokenizer = load_tokenizer(source.load["name_or_path"], end_of_turn=source.end_of_turn, **keys)
     if chat and not tokenizer.chat_template:
         raise UserError(f"{source.name}: its tokenizer has no chat template; use --no-chat for prompts as plain text")
     return tokenizer
@@ -163,6 +165,7 @@ def pool_folder(root: Path, source: ModelSource, plan: Plan) -> Path:
         "generation": asdict(plan.generation),
         "prompts": given_prompts(plan),
         "vllm": plan.vllm,
+        "end_of_turn": source.end_of_turn,  # (other ends than this key's are in the files)
         "files": stamps_of_files(source.load),
     }
     return root / f"{Path(source.load['name_or_path']).name}-{json_digest(deciding)[:12]}"
@@ -340,7 +343,7 @@ def _models_of_run(run_dir: Path, model: Mapping[str, Any]) -> tuple[ModelSource
     final = str(run_dir / "final")
     name = " + ".join(start_parts(start))
     trained = ModelSource(final, {"name_or_path": final, **loading})
-    return trained, ModelSource(name, {**start, **loading}, BASELINE_SEED_OFFSET)
+    return trained, ModelSource(name, {**start, **loading}, BASELINE_SEED_OFFSET, model.get("end_of_turn"))
 
 
 def _overlap_notes(run_dir: Path, manifest: Mapping[str, Any], prompts: list[Prompt]) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def describe_result(result: dict[str, Any]) -> dict[str, Any]:
         "read_interval": comparison.read_interval(result),
         "show_wilson": comparison.needs_wilson(result),
         "verdict": comparison.verdict_sentence(result),
+        "unended": comparison.unended_phrase(result),
     }
 
 

@@ -114,7 +114,10 @@ def described(
 
 @dataclass
 class _Part:
-    """One source on its way. `numbers` are those of `rows`, and every rejected row has one: its turn and its place."""
+    """One source on its way. `numbers` are those of `rows`, and every rejected row has one: its turn and its place.
+
+    `tails` counts the ids at the ends of prompts that are lost, where any are.
+    """
 
     name: str
     source: SourceSection | None
@@ -123,7 +126,7 @@ class _Part:
     numbers: list[tuple[int, Place]] = field(default_factory=list)
     refused: list[tuple[int, Rejected]] = field(default_factory=list)
     read: int = 0
-    merged: int = 0
+    tails: Counter[tuple[int, ...]] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
     def reject(self, number: tuple[int, Place], bad: BadRow) -> None:
@@ -282,12 +285,8 @@ def _prepared(
     notes = [*(note for part in parts for note in part.notes), *notes]
     notes += renderer.notes(role)
     dataset, used = mixed(tables, [part.source for part in parts], seed)
-    merged, total = sum(part.merged for part in parts), sum(len(part.numbers) for part in parts)
-    if merged:
-        notes.append(
-            f"in {merged} of {total} {role} rows the prompt's last tokens merge with the response; the response "
-            "begins where they part, as in TRL (end prompts on a token boundary to avoid it)"
-        )
+    tails = sum((part.tails for part in parts), Counter())
+    notes += _lost_tails(tails, sum(len(part.numbers) for part in parts), renderer, role)
     rejected = [bad for part in parts for bad in part.rejected]
     sources = [
         described(role, part.name, part.form, part.read, len(part.numbers), count, part.rejected)
@@ -335,6 +334,22 @@ def _columns(parts: list[_Part], calibration: bool) -> tuple[list[str], list[str
     return [*texts, *(["calibration_ids"] if given and texts else []), *numbers], notes
 
 
+def _lost_tails(tails: Counter[tuple[int, ...]], total: int, renderer: Renderer, role: str) -> list[str]:
+    """What is worth a line where prompts lose their ends: by chance of the text, or all the same by the template."""
+    if not tails:
+        return []
+    (tail, count), tokenizer = tails.most_common(1)[0], renderer.tokenizer
+    if count == total and tokenizer.chat_template:
+        return [
+            f"every {role} prompt ends with {tokenizer.decode(list(tail))!r} when a reply is sampled, and no row has "
+            "that before its reply: training and sampling see different prompts (write it into the responses)"
+        ]
+    return [
+        f"in {tails.total()} of {total} {role} rows the prompt's last tokens merge with the response; the response "
+        "begins where they part, as in TRL (end prompts on a token boundary to avoid it)"
+    ]
+
+
 def _soft(parts: list[_Part]) -> bool:
     return any(row.get("label", 1.0) != 1.0 for part in parts for row in part.rows)
 
@@ -362,7 +377,7 @@ def _tokenised(part: _Part, renderer: Renderer, max_length: int | None, columns:
             except BadRow as bad:
                 part.reject(number, bad)
                 continue
-            part.merged += ids[1]
+            part.tails.update([tuple(ids[1])] if ids[1] else [])
             passed.append(number)
             kept.append({"label": 1.0} | row | ids[0])
         if kept:
@@ -371,11 +386,13 @@ def _tokenised(part: _Part, renderer: Renderer, max_length: int | None, columns:
     return concatenate_datasets(tables) if tables else None
 
 
-def _ids(rows: list[Row], renderer: Renderer, branches: list[str]) -> Iterable[tuple[dict[str, Any], bool] | BadRow]:
+def _ids(
+    rows: list[Row], renderer: Renderer, branches: list[str]
+) -> Iterable[tuple[dict[str, Any], list[int]] | BadRow]:
     """Token ids row by row: those that the rows bring, or the tokenizer's."""
     wanted = [f"{branch}_ids" for branch in branches]
     if all(column in rows[0] for column in wanted):
-        return [({c: row[c] for c in ("prompt_ids", *wanted)}, False) for row in rows]
+        return [({c: row[c] for c in ("prompt_ids", *wanted)}, []) for row in rows]
     if "prompt_ids" in rows[0]:
         raise UserError("data: the rows bring token ids, but no calibration_ids")
     return encode(rows, renderer.tokenizer, branches, renderer)

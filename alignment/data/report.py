@@ -129,10 +129,7 @@ def data_report(recipe: Recipe) -> DataReport:
             "data.sample: these rows are drawn from the model when training begins; report on those of a run with "
             "data.sample=null data.train=RUN/preferences.jsonl"
         )
-    tokenizer: Any = load_tokenizer(
-        recipe.model.name_or_path,
-        **recipe.model.model_dump(include={"adapter", "revision", "trust_remote_code"}),
-    )
+    tokenizer: Any = load_tokenizer(recipe.model.name_or_path, **recipe.model.tokenizing)
     objective = get_objective(recipe.objective.name, **recipe.objective.hyperparameters)
     found = [
         prepare(

@@ -56,6 +56,7 @@ from alignment.data.tables import mixed
 from alignment.data.tokens import Markers, check_bos, check_response, encode, markers
 from alignment.errors import UserError
 from alignment.models.chat import marked_ids, render
+from alignment.models.ends import Turn, turn_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -118,16 +119,30 @@ class _Encoder:
             raise BadRow(CONTROL_TOKEN, "the assistant's turns cannot be told in text with marks; set sft.turns: last")
         try:
             text = render(self.tokenizer, [messages], generation=False, tools=[tools])[0]
-            ids, learned = marked_ids(self.tokenizer, messages, str(self.template), tools)
+            ids, marked = marked_ids(self.tokenizer, messages, str(self.template), tools)
         except (TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:120]
             raise BadRow(UNKNOWN_FORM, f"the chat template refuses it: {reason}") from None
         self.renderer.check(messages, tools, text, "messages")
+        turn = turn_of(self.tokenizer)
+        ids = turn.closed(list(ids))
+        learned = _up_to_ends(ids, [*marked, 1], turn)  # an end that the template lacks is learned, too
         ends = sum(i in self.marks[True].ends for i, own in zip(ids, learned, strict=True) if own)
         turns = sum(m["role"] == "assistant" for m in messages)
         if ends != turns:
             raise BadRow(BOS_EOS, f"{turns} assistant turns, and EOS is learned {ends} times")
         return ids, [i if own else IGNORED for i, own in zip(ids, learned, strict=True)]
+
+
+def _up_to_ends(ids: Sequence[int], marked: Sequence[int], turn: Turn) -> list[bool]:
+    """Which of `ids` are learned: what the template marks, without what it writes behind the end of a turn."""
+    learned: list[bool] = []
+    ended = False
+    for token, own in zip(ids, marked, strict=False):
+        ended = ended and token in turn.behind
+        learned.append(bool(own) and not ended)
+        ended = ended or token == turn.end
+    return learned
 
 
 def _last_turn(row: Row) -> Row:

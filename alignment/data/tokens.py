@@ -2,7 +2,9 @@
 
 TRL (`dpo_trainer.py`, `_prepare_dataset`): the prompt (chat: with the generation prompt) and prompt + response are
 tokenised whole; the response begins where the two part, which is not always where the prompt ends; plain text gets an
-EOS token unless it ends in one. Ids that rows bring are used as they are. Nothing is cut here: the collator cuts.
+EOS token unless it ends in one. Other than TRL's, a chat response stops at the token that ends its last turn
+(`models.ends`): what a template writes behind it is never sampled. Ids that rows bring are used as they are. Nothing
+is cut to `max_length` here: the collator cuts.
 
 Checked per row (what TRL leaves to luck): BOS and EOS exactly once, a prompt that leaves room for a response, and
 responses that still differ within `max_length`.
@@ -24,7 +26,8 @@ from alignment.data.preferences import (
 )
 from alignment.data.rendering import Renderer
 from alignment.errors import UserError
-from alignment.models.chat import chat_ids, render, text_ids
+from alignment.models.chat import render, text_ids
+from alignment.models.ends import turn_of, why_endless
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,16 +44,16 @@ class Markers:
         bos: the BOS id, if it has one.
         adds_bos: it puts BOS before plain text.
         template_bos: its chat template begins with BOS.
-        ends: ids that end a response: EOS, and for chat what the template writes after a reply (Gemma's
-            <end_of_turn> is not its EOS).
-        blank: ids that may follow the end: what the template writes after it, such as a line end.
+        ends: ids that end a response: EOS, and for chat the one that ends a turn (Gemma's <end_of_turn> is not its
+            EOS).
+        endless: why chat responses have no end, and the remedy; empty where they have one.
     """
 
     bos: int | None
     adds_bos: bool
     template_bos: bool
     ends: frozenset[int]
-    blank: frozenset[int]
+    endless: str = ""
 
 
 def markers(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Markers:
@@ -66,29 +69,23 @@ def markers(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Markers:
     if not chat:
         if eos is None:
             raise UserError("model: the tokenizer has no EOS token, and responses must end with one")
-        return Markers(bos, adds_bos, False, frozenset({eos}), frozenset())
+        return Markers(bos, adds_bos, False, frozenset({eos}))
     if not tokenizer.chat_template:
         raise UserError(
             "data: the rows are chat messages, and the model's tokenizer has no chat template; give text rows "
             "(data.train: {name: …, chat: false} for hh and alpaca)"
         )
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        ids = chat_ids(tokenizer, [probe], generation=False)[0]
+        turn = turn_of(tokenizer)
     except (TemplateError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model: the chat template fails on a plain question and answer ({reason})") from error
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    tail = len(ids)
-    while tail and (ids[tail - 1] in special or not str(tokenizer.decode([ids[tail - 1]])).strip()):
-        tail -= 1
-    ends = [i for i in ids[tail:] if i in special][:1]
     return Markers(
         bos,
         adds_bos,
-        bos is not None and ids[:1] == [bos],
-        frozenset(ends if eos is None else [*ends, eos]),
-        frozenset(i for i in ids[tail:] if i not in ends),
+        bos is not None and turn.probe[:1] == (bos,),
+        frozenset(i for i in (turn.end, eos) if i is not None),
+        why_endless(tokenizer) if turn.end is None else "",
     )
 
 
@@ -126,7 +123,10 @@ def _whole(
     for i, text in enumerate(texts):
         if marked[i] and not isinstance(found[i], BadRow):
             found[i] = renderer.marked_ids(text, chat=chat)
-    return found
+    if not chat or branch is None:
+        return found
+    closed = turn_of(tokenizer).closed
+    return [ids if isinstance(ids, BadRow) else closed(ids) for ids in found]
 
 
 def encode(
@@ -134,7 +134,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     branches: Sequence[str],
     renderer: Renderer | None = None,
-) -> list[tuple[dict[str, Ids], bool] | BadRow]:
+) -> list[tuple[dict[str, Ids], Ids] | BadRow]:
     """Token ids of canonical rows, all text or all chat, none of which brings ids.
 
     Args:
@@ -146,14 +146,14 @@ def encode(
             None: nothing is looked for (texts that are only scored).
 
     Returns:
-        For each row its `…_ids`, and whether the prompt's end was lost because it is not a prefix in tokens; or what
-        is against the row.
+        For each row its `…_ids`, and the ids at the prompt's end that are lost because the prompt is not a prefix of
+        the whole in tokens (mostly none); or what is against the row.
     """
     checked = renderer is not None
     renderer = renderer or Renderer(tokenizer)
     kept: list[Row] = []
     marked: list[bool] = []
-    found: list[tuple[dict[str, Ids], bool] | BadRow | None] = [None] * len(rows)
+    found: list[tuple[dict[str, Ids], Ids] | BadRow | None] = [None] * len(rows)
     columns = ("prompt", *branches)
     for i, row in enumerate(rows):
         try:
@@ -169,7 +169,7 @@ def encode(
 
 def _encoded(
     rows: list[Row], branches: Sequence[str], renderer: Renderer, marked: list[bool], checked: bool
-) -> list[tuple[dict[str, Ids], bool] | BadRow]:
+) -> list[tuple[dict[str, Ids], Ids] | BadRow]:
     from jinja2 import TemplateError
 
     if not rows:
@@ -183,7 +183,7 @@ def _encoded(
             parts = (slice(half), slice(half, None))
             return [one for p in parts for one in _encoded(rows[p], branches, renderer, marked[p], checked)]
         return [BadRow(UNKNOWN_FORM, f"the chat template refuses it: {' '.join(str(error).split())[:120]}")]
-    found: list[tuple[dict[str, Ids], bool] | BadRow] = []
+    found: list[tuple[dict[str, Ids], Ids] | BadRow] = []
     for prompt, *answers in zip(prompts, *wholes.values(), strict=True):
         bad = next((one for one in (prompt, *answers) if isinstance(one, BadRow)), None)
         if bad is not None:
@@ -193,7 +193,7 @@ def _encoded(
         ids = {branch: one for branch, one in zip(branches, answers, strict=True) if not isinstance(one, BadRow)}
         cut = min((_shared(prompt, ids[branch]) for branch in branches), default=len(prompt))
         responses = {f"{branch}_ids": ids[branch][cut:] for branch in branches}
-        found.append(({"prompt_ids": prompt[:cut], **responses}, cut < len(prompt)))
+        found.append(({"prompt_ids": prompt[:cut], **responses}, prompt[cut:]))
     return found
 
 
@@ -251,16 +251,20 @@ def check_bos(row: Row, prompt: Ids, marks: Markers, given: bool) -> None:
 
 
 def check_response(branch: str, value: Any, ids: Ids, marks: Markers, given: bool) -> None:
-    """Refuse a response that does not end with EOS, or holds it or BOS once too often (arguments as in `check`)."""
+    """Refuse a response that does not end with EOS, or holds it or BOS once too often (arguments as in `check`).
+
+    Raises:
+        BadRow: bos_eos.
+        UserError: no response can end: the chat template has no token for it.
+    """
     replies = 1 if isinstance(value, str) else len(value)
     if marks.bos is not None and marks.bos not in marks.ends and replies == 1 and marks.bos in ids:
         raise BadRow(BOS_EOS, f"BOS stands inside {branch}")
     if given:
         return
-    last = len(ids)
-    while last and ids[last - 1] in marks.blank and ids[last - 1] not in marks.ends:
-        last -= 1
-    if not last or ids[last - 1] not in marks.ends:
+    if marks.endless:
+        raise UserError(marks.endless)
+    if ids[-1:] == [] or ids[-1] not in marks.ends:
         raise BadRow(BOS_EOS, f"{branch} does not end with EOS")
     count = sum(ids.count(end) for end in marks.ends)
     if count > replies:

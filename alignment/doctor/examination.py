@@ -94,9 +94,7 @@ def _rows(recipe: Recipe, options: Options, console: Console) -> tuple[Any, Prep
     _heading(console, "Data, as the model sees it")
     name = recipe.model.name_or_path
     try:
-        tokenizer: Any = load_tokenizer(
-            name, **recipe.model.model_dump(include={"adapter", "revision", "trust_remote_code"})
-        )
+        tokenizer: Any = load_tokenizer(name, **recipe.model.tokenizing)
     except UserError as error:
         if _is_local(name):
             raise
@@ -105,6 +103,7 @@ def _rows(recipe: Recipe, options: Options, console: Console) -> tuple[Any, Prep
     date = pin_date(tokenizer)
     if date is not None:
         _say(console, "note", f"the chat template writes a date, here {date}: a run keeps the date that it begins on")
+    _ends(recipe, tokenizer, console)
     if recipe.data.prompts is not None:
         _prompts(recipe, tokenizer, console)
         return tokenizer, None
@@ -117,6 +116,17 @@ def _rows(recipe: Recipe, options: Options, console: Console) -> tuple[Any, Prep
             raise
         _say(console, "warning", f"not looked at, for want of the rows: {error}")
         return tokenizer, None
+
+
+def _ends(recipe: Recipe, tokenizer: Any, console: Console) -> None:
+    """The tokens that end a response, and where each comes from."""
+    from alignment.models.ends import ends_of, read_generation_config
+    from alignment.models.loading import resolve_path
+
+    section = recipe.model
+    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    ends = ends_of(tokenizer, read_generation_config(resolve_path(section.name_or_path), **options))
+    _say(console, "note", f"sampling stops at: {'; '.join(ends.lines(tokenizer)) or 'no token'}")
 
 
 def _prompts(recipe: Recipe, tokenizer: Any, console: Console) -> None:

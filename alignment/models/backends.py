@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from alignment.errors import UserError
+from alignment.models.ends import ends_of, read_generation_config
 from alignment.models.sampling import Generation, Prompt, Sample, sample
 
 
@@ -85,7 +86,8 @@ class TransformersBackend:
         if model.device != device:
             model.to(device)
         self._model = model
-        return {"device": device.type, **({"model_sha256": model_digest(model)} if main else {})}
+        ends = ends_of(self.tokenizer, model.generation_config).ids
+        return {"device": device.type, "ends": ends, **({"model_sha256": model_digest(model)} if main else {})}
 
     def draw(
         self, prompts: Sequence[Prompt], ids: Sequence[list[int]], n: int, generation: Generation, seed: int
@@ -113,6 +115,7 @@ class VllmBackend:
     load: Mapping[str, Any]
     tokenizer: Any
     _engine: Any = field(default=None, init=False, repr=False)
+    _ends: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("vllm") is None:
@@ -132,17 +135,21 @@ class VllmBackend:
         from alignment.models.loading import resolve_path
 
         given = {key: value for key, value in self.load.items() if key != "name_or_path" and value is not None}
-        self._engine = vllm.LLM(model=resolve_path(self.load["name_or_path"]), **given)
-        return {"vllm": vllm.__version__}
+        path = resolve_path(self.load["name_or_path"])
+        self._engine = vllm.LLM(model=path, **given)
+        options = {key: given[key] for key in ("revision", "trust_remote_code") if key in given}
+        self._ends = ends_of(self.tokenizer, read_generation_config(path, **options)).ids
+        return {"vllm": vllm.__version__, "ends": self._ends}
 
     def draw(
         self, prompts: Sequence[Prompt], ids: Sequence[list[int]], n: int, generation: Generation, seed: int
     ) -> list[list[Sample]]:
-        """Token ids in and out; vLLM keeps the end token in the ids that it gives."""
+        """Token ids in and out; vLLM keeps the end token in the ids that it gives. Of the ends it knows EOS alone."""
         import vllm
 
-        settings = {"n": n, "temperature": generation.temperature, "top_p": generation.top_p}
+        settings: dict[str, Any] = {"n": n, "temperature": generation.temperature, "top_p": generation.top_p}
         settings |= {"top_k": generation.top_k or -1, "max_tokens": generation.max_new_tokens}
+        settings["stop_token_ids"] = self._ends
         seeds = np.random.SeedSequence(seed).generate_state(len(ids))  # equal prompts are drawn independently
         outputs = self._engine.generate(
             [{"prompt_token_ids": prompt} for prompt in ids],

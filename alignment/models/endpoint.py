@@ -14,6 +14,7 @@ import numpy as np
 
 from alignment.errors import UserError
 from alignment.http import Connection, Dialect, Failed, JsonServer, is_endpoint, is_variable, parsed, refused_key
+from alignment.models.ends import end_of
 from alignment.models.sampling import Generation, Prompt, Sample
 
 
@@ -120,9 +121,9 @@ class EndpointBackend:
                 f"{self._server.where}: {len(choices)} samples instead of n={body['n']}: the server does not heed n; "
                 "batch size 1 asks for one at a time"
             )
-        return [self._sample(choice, str(text)) for choice, text in zip(choices, texts, strict=True)]
+        return [self._sample(choice, str(text), chat) for choice, text in zip(choices, texts, strict=True)]
 
-    def _sample(self, choice: Mapping[str, Any], text: str) -> Sample:
+    def _sample(self, choice: Mapping[str, Any], text: str, chat: bool) -> Sample:
         finished = choice.get("finish_reason") == "stop"
         if self.server_ids:
             ids = choice.get("token_ids")
@@ -132,7 +133,8 @@ class EndpointBackend:
                 )
             return Sample(ids, text, finished)
         ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        return Sample([*ids, self.tokenizer.eos_token_id] if finished else ids, text, finished)
+        end = end_of(self.tokenizer, chat and bool(self.tokenizer.chat_template)) if finished else None
+        return Sample(ids if end is None else [*ids, end], text, finished)
 
 
 def _text(choice: Any, chat: bool) -> str | None:

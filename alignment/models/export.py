@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from alignment.errors import UserError
 from alignment.files import read_json_object, write_text
 from alignment.models.card import Card, adapter_of, measured
+from alignment.models.ends import settle_ends
 from alignment.models.loading import DTYPES, load_model, load_tokenizer, resolve_path
 from alignment.models.reward_model import FACTS, load_reward_model, read_facts
 
@@ -165,6 +166,8 @@ def _write(source: Source, folder: Path, trained: str, saved: str) -> list[str]:
     _cast(model, getattr(torch, saved))
     in_memory = _logits(model, prompts)
     _refuse_beyond(_gap(in_memory, before), max(ROUNDED[saved], ROUNDED[trained]), f"rounding to {saved}")
+    if not source.is_reward_model:
+        settle_ends(model, tokenizer)
     _save(model, tokenizer, folder)
     del model
     if source.is_reward_model:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.errors import UserError
 from alignment.files import PACKAGE_SCHEME, package_file, read_json_object
+from alignment.models.ends import name_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,13 +96,15 @@ def load_tokenizer(
     adapter: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    end_of_turn: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, with its chat template, saved with a model; for an adapter folder without one, its base model's.
 
     `adapter` (a folder put on top of the model) counts first: what it was trained on may have had its own template.
+    `end_of_turn` is the token that ends a reply where the template writes none (`models.ends`).
 
     Raises:
-        UserError: there is no such model, or it has no tokenizer.
+        UserError: there is no such model, it has no tokenizer, or `end_of_turn` is not what ends its turns.
     """
     from transformers import AutoTokenizer
 
@@ -116,6 +119,7 @@ def load_tokenizer(
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, never from `token != pad`
+    name_end(tokenizer, end_of_turn, path, revision=revision, trust_remote_code=trust_remote_code)
     return tokenizer
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.errors import UserError
 from alignment.files import read_json_object, write_json
+from alignment.models.ends import ends_of
 from alignment.models.loading import adapter_base, load_model, resolve_path
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def settle_padding(
     wanted: str | None = None,
     remedy: str = "name an unused one in reward_model.pad_token",
 ) -> int:
-    """A pad id that cannot be a response's last token; in the model's configuration and the tokenizer.
+    """A pad id that cannot be a response's last token, in the model's configuration and the tokenizer.
 
     transformers reads the score at the last token that is not padding: padding with EOS would read it one token early,
     without a word. The tokenizer's own pad token is taken, or its unk token where padding is EOS. `remedy` is what the
@@ -126,7 +127,7 @@ def settle_padding(
     Raises:
         UserError: there is none besides EOS, or `wanted` is not in the vocabulary.
     """
-    ends = {tokenizer.eos_token}
+    ends = {tokenizer.convert_ids_to_tokens(end) for end in ends_of(tokenizer).ids}
     candidates = [wanted] if wanted is not None else [tokenizer.pad_token, tokenizer.unk_token]
     token = next((t for t in candidates if t is not None and t not in ends), None)
     if token is None or token not in tokenizer.get_vocab():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.errors import UserError
 from alignment.models.chat import chat_ids
+from alignment.models.ends import ends_of
 from alignment.models.limits import limits_of
 
 if TYPE_CHECKING:
@@ -59,12 +60,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt | Sequence[int
     if given and isinstance(given[0], int):
         return list(given)
     return list(chat_ids(tokenizer, [given], generation=True)[0])
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
 
 
 def _cut(row: list[int], ends: set[int]) -> tuple[list[int], bool]:
@@ -122,7 +117,7 @@ class _Sampler:
         from transformers import GenerationConfig
 
         self.model, self.tokenizer, self.n = model, tokenizer, n
-        self.ends = _end_ids(model, tokenizer)
+        self.ends = set(ends_of(tokenizer, model.generation_config).ids)
         self.pad: Any = tokenizer.pad_token_id
         self.config = GenerationConfig(pad_token_id=self.pad, eos_token_id=sorted(self.ends), **settings)
         self.share = n > 1

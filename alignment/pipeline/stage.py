@@ -98,9 +98,10 @@ def _draw(
     tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))
     pin_date(tokenizer, read_json_object(run / "prompts" / "counts.json").get(DATE))
     prompts = [row["prompt"] for row in read_prompts(run, iteration)]
+    load = {key: value for key, value in model.items() if key != "end_of_turn"}  # the tokenizer has it
     settings = {k: v for k, v in recipe.generation.drawing.items() if k != "seed"}
     pool = sample_pool(
-        model,
+        load,
         tokenizer,
         prompts,
         out,

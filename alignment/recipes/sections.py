@@ -36,6 +36,22 @@ class ModelSection(Section):
     adapter: Text | None = option(None, "Folder of a LoRA adapter to start from.", "none")
     revision: Text | None = option(None, "Branch, tag or commit of a hub model.", "the hub's main branch")
     trust_remote_code: bool = option(False, "Run Python code that the hub model ships.", "transformers: off")
+    end_of_turn: Text | None = option(
+        None,
+        "Token that ends a reply where the chat template writes none, such as GLM's <|user|>: it is trained, and "
+        "sampling stops at it.",
+        "what the chat template writes; else the next turn's token where the model's generation config stops there",
+    )
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `models.load_model`."""
+        return self.model_dump(exclude={"end_of_turn"})
+
+    @property
+    def tokenizing(self) -> dict[str, Any]:
+        """Arguments of `models.load_tokenizer` besides the name."""
+        return self.model_dump(include={"adapter", "revision", "trust_remote_code", "end_of_turn"})
 
 
 class ReferenceSection(Section):

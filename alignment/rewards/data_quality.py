@@ -47,10 +47,10 @@ def mend(
     from alignment.models.reward_model import load_reward_model, settle_padding, trunk_features
 
     name, limit = recipe.model.name_or_path, recipe.data.max_length
-    tokenizer = load_tokenizer(name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(name, **recipe.model.tokenizing)
     seeds, rules = recipe.training.seed, TextRules.of(recipe.data)
     rows = prepare(recipe.data.train, tokenizer, max_length=limit, role="train", seed=seeds, rules=rules).dataset
-    model = load_reward_model(outputs=1, fresh_head=True, **recipe.model.model_dump())
+    model = load_reward_model(outputs=1, fresh_head=True, **recipe.model.loading)
     if isinstance(recipe, RewardModelRecipe):
         pad = settle_padding(model, tokenizer, recipe.reward_model.pad_token)
     else:  # whose recipe has no key for it

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignment.errors import UserError
+from alignment.models.ends import end_of, why_endless
 
 
 def check_marker(tokenizer: Any, marker: str, separator: str, answer: str) -> None:
@@ -53,15 +54,27 @@ def cut_chain(ids: Sequence[int], marker: str, tokenizer: Any) -> tuple[list[int
     return list(ids[: low - 1]), whole[len(text(low - 1)) : end]
 
 
-def forced_answer(tokenizer: Any, between: str, separator: str, answer: str) -> tuple[list[int], int]:
+def forced_answer(
+    tokenizer: Any, between: str, separator: str, answer: str, chat: bool = False
+) -> tuple[list[int], int]:
     """(token ids of `between + separator + answer`, with the end token; how many of them come before the answer).
 
     A token that spans the separator and the answer counts as the answer's.
+
+    Args:
+        between: text between the chain's end and the marker's.
+        chat: whether the prompt is chat messages: the answer then ends as the chat template ends a reply.
+
+    Raises:
+        UserError: there is no such end.
     """
     encoded = tokenizer(between + separator + answer, add_special_tokens=False, return_offsets_mapping=True)
     start = len(between + separator)
     first = next((i for i, (_, stop) in enumerate(encoded.offset_mapping) if stop > start), len(encoded.input_ids))
-    return [*encoded.input_ids, tokenizer.eos_token_id], first
+    end = end_of(tokenizer, chat)
+    if end is None:
+        raise UserError(why_endless(tokenizer) if chat else "model: the tokenizer has no EOS token")
+    return [*encoded.input_ids, end], first
 
 
 def sampled_answer(text: str, marker: str) -> str | None:

@@ -118,10 +118,13 @@ class DrawingTrainer(ReferenceTrainer, RLOOTrainer):
     @contextlib.contextmanager
     def _sampling(self, sampler: Sampler, n: int) -> Iterator[None]:
         """TRL's settings of generation, as `sampler` says."""
-        settings = {"temperature": sampler.temperature, "top_p": sampler.top_p, "top_k": sampler.top_k}
+        settings: dict[str, Any] = {"temperature": sampler.temperature, "top_p": sampler.top_p, "top_k": sampler.top_k}
         before = self.num_generations
         self.num_generations = n
         if self.use_vllm:
+            settings["generation_kwargs"] = self.vllm_generation.generation_kwargs | {
+                "stop_token_ids": list(self.eos_token_ids)  # vLLM knows those of the model's files
+            }
             kept = {name: getattr(self.vllm_generation, name) for name in settings}
             for name, value in settings.items():
                 setattr(self.vllm_generation, name, value)

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from alignment.errors import UserError
 from alignment.files import write_json
+from alignment.models.ends import write_ends
 from alignment.models.loading import settle_accelerator
 from alignment.models.public_names import digest_of_start
 from alignment.processes import WAIT_HOURS, plan_batches, set_threads
@@ -58,12 +59,12 @@ def say(state: PartialState, text: str) -> None:
 
 def model_arguments(recipe: AnyRecipe) -> dict[str, Any]:
     """Keyword arguments of `load_model`."""
-    return recipe.model.model_dump()
+    return recipe.model.loading
 
 
 def tokenizer_arguments(recipe: EveryRecipe) -> dict[str, Any]:
     """Keyword arguments of `load_tokenizer` besides the name."""
-    return recipe.model.model_dump(include={"adapter", "revision", "trust_remote_code"})
+    return recipe.model.tokenizing
 
 
 def adapter_config(recipe: AnyRecipe) -> Any:
@@ -288,6 +289,7 @@ def save_final(trainer: Any, run: Path, state: PartialState, extra: Callable[[Pa
             beside / "ref", ignore_errors=True
         )  # TRL's frozen copy of the adapter that training started from
         trainer.create_model_card(model_name=run.name)
+        write_ends(beside, trainer.model, trainer.processing_class)
         if extra is not None:
             extra(beside)
         final, before = run / "final", run / ".final-before"

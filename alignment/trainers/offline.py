@@ -22,6 +22,7 @@ from trl import DPOConfig
 from alignment.data.pipeline import prepare_rows
 from alignment.data.preferences import ID_COLUMNS, NUMBER_COLUMNS
 from alignment.errors import UserError
+from alignment.models.ends import settle_ends
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective, reads_reference, row_columns
 from alignment.objectives.batch import NEEDS
@@ -118,6 +119,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         self._layout_settled = self._begun = self._gradient_seen = False
         self._check = FrozenCheck(self)
         data = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
+        settle_ends(model, processing_class)
         layout = possible_layout(layout, model, peft_config)
         ref_model = self._plan_frozen(model, ref_model, start_model, peft_config, data, processing_class)
         self.collator = PairCollator(

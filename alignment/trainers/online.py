@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import RLOOConfig
 
 from alignment.errors import UserError
+from alignment.models.ends import settle_ends
 from alignment.objectives.base import Objective
 from alignment.rewards.base import PreferenceOracle, RewardFunction
 from alignment.trainers import chains, judging
@@ -119,6 +120,7 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
             self.kind,
             rollouts.calibration,
         )
+        settle_ends(model, processing_class)  # TRL's `generate` stops where the model's configuration says
         args.beta = 0.0  # TRL would read a reference of its own from disk
         args.disable_dropout = True  # TRL's on-policy default is off: samples and log-probs would not be one policy's
         super().__init__(
@@ -360,7 +362,8 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
                 record.spans.append((len(ids), len(ids), len(ids)))
                 record.scored.append(ids)
                 continue
-            tail, before = chains.forced_answer(self.processing_class, chain[1], settings.separator, answer)
+            chat = not isinstance(self.columns["prompt"][record.row], str)
+            tail, before = chains.forced_answer(self.processing_class, chain[1], settings.separator, answer, chat)
             record.valid.append(1.0)
             record.spans.append((len(chain[0]), len(chain[0]) + before, len(chain[0]) + len(tail)))
             record.scored.append(chain[0] + tail)

@@ -28,6 +28,7 @@ from alignment.errors import UserError
 from alignment.files import json_digest, write_json_lines
 from alignment.models import load_model
 from alignment.models.digest import weights_digest
+from alignment.models.ends import ends_of
 from alignment.models.gguf import cache_root
 from alignment.models.sampling import prompt_ids, sample
 from alignment.objectives import get_objective
@@ -70,6 +71,7 @@ def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> l
     key = {
         "format": SAMPLES_FORMAT,
         "weights": weights_digest(model),
+        "ends": ends_of(tokenizer, model.generation_config).ids,
         "prompts": encoded,
         "sample": {k: v for k, v in settings.model_dump().items() if k not in ("prompts", "limit")},
         "generation": generation.drawing,

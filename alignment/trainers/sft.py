@@ -23,6 +23,7 @@ from alignment.data.pipeline import Prepared, write_rejected
 from alignment.data.supervised import prepare_supervised, refuse_overlap
 from alignment.data.tables import fingerprint
 from alignment.models import load_model
+from alignment.models.ends import settle_ends
 from alignment.recipes import SftRecipe
 from alignment.trainers import rundir
 from alignment.trainers.card import CardTrainer
@@ -61,6 +62,7 @@ class SupervisedTrainer(CardTrainer, SFTTrainer):
     def __init__(self, *, group_by_length: bool = True, **more: Any):
         self.group_by_length = group_by_length
         self._judged: list[torch.Tensor] = []
+        settle_ends(more["model"], more["processing_class"])
         super().__init__(**more)
         self.add_callback(EpochOrder(self))
 

@@ -35,12 +35,7 @@ def write_given(recipe: CompareRecipe, arms: Sequence[Arm], prompts: Prompts) ->
     assert data.train is not None
     prepared = prepare(
         data.train,
-        load_tokenizer(
-            model.name_or_path,
-            adapter=model.adapter,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-        ),
+        load_tokenizer(model.name_or_path, **model.tokenizing),
         max_length=data.max_length,
         role="train",
         max_rejected_share=data.max_rejected_share,

@@ -93,8 +93,8 @@ class Measurer:
         }
         stored = read_json_object(file) if file.is_file() else {}
         if final is None:
-            load = self.recipe.model.model_dump()
-            asked["model"] = json_digest([load, stamps_of_files(load)])
+            load, end = self.recipe.model.loading, self.recipe.model.end_of_turn
+            asked["model"] = json_digest([load, stamps_of_files(load), *([] if end is None else [end])])
         if stored.get("of") != asked:
             print(f"   sampling {seed}", flush=True)
             stored = {"of": asked, **self._measure(final, str(asked["seed"]), which, pairs)}
@@ -141,14 +141,14 @@ class Measurer:
 
         from alignment.models import load_model, load_tokenizer
 
-        section = self.recipe.model.model_dump()
+        section, named = self.recipe.model.loading, self.recipe.model.tokenizing
         if final is not None:
             keys = ("dtype", "attn_implementation", "trust_remote_code")
             section = {"name_or_path": final, **{key: section[key] for key in keys}}
+            named = {"trust_remote_code": section["trust_remote_code"]}
         model: Any = load_model(**section)
         if torch.cuda.is_available() and not self.recipe.training.use_cpu:
             model.cuda()
-        named = {key: section[key] for key in ("adapter", "revision", "trust_remote_code") if key in section}
         return model, load_tokenizer(section["name_or_path"], **named)
 
     def _displacement(self, model: Any, start: Any, pairs: Path) -> list[float]:

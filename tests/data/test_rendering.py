@@ -80,10 +80,10 @@ def test_thoughts_that_the_template_drops():
     assert "thoughts of message 2 (assistant)" in found.rejected[0].detail
     assert "data.reasoning: remove" in found.rejected[0].detail
     kept = rows_of([row], CHAT)  # a template that writes content as it stands
-    assert text_of(kept, "chosen") == "<think>count</think>\n\nA friend.</s>\n"
+    assert text_of(kept, "chosen") == "<think>count</think>\n\nA friend.</s>"
     removed = rows_of([row], letters(template=FORGETS), rules=TextRules(reasoning="remove"))
     assert removed.dataset[0]["chosen"] == reply("A friend.")
-    assert text_of(removed, "chosen", letters(template=FORGETS)) == "A friend.</s>\n"
+    assert text_of(removed, "chosen", letters(template=FORGETS)) == "A friend.</s>"
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
@@ -92,11 +92,11 @@ def test_reasoning_apart_is_asked_about(key):
     (reason, detail), *_ = reasons(rows_of([row]))
     assert reason == "lost_text" and "data.reasoning: keep or remove" in detail
     removed = rows_of([row], rules=TextRules(reasoning="remove"))
-    assert text_of(removed, "chosen") == "A friend.</s>\n"
+    assert text_of(removed, "chosen") == "A friend.</s>"
     keep = TextRules(reasoning="keep")
     thinking = letters(template=THINKS)
     kept = rows_of([row], thinking, rules=keep)
-    assert text_of(kept, "chosen", thinking) == "<think>\ncount\n</think>\n\nA friend.</s>\n"
+    assert text_of(kept, "chosen", thinking) == "<think>\ncount\n</think>\n\nA friend.</s>"
     (reason, detail), *_ = reasons(rows_of([row], rules=keep))  # this template does not know the key
     assert reason == "lost_text" and "the reasoning of message 2" in detail
     assert not rows_of([ASK | {"chosen": [said("assistant", "A friend.") | {key: None}]}]).rejected
@@ -108,7 +108,7 @@ def test_thoughts_among_content_parts_and_in_public_templates():
     assert reasons(rows_of([row]))[0][0] == "lost_text"
     thinking = letters(template=THINKS)
     kept = rows_of([row], thinking, rules=TextRules(reasoning="keep"))
-    assert text_of(kept, "chosen", thinking) == "<think>\ncount\n</think>\n\nA friend.</s>\n"
+    assert text_of(kept, "chosen", thinking) == "<think>\ncount\n</think>\n\nA friend.</s>"
     thought = [*user("Who?"), *reply("<think>count</think>\n\nMe.")]
     assert lost(public("qwen3"), thought) is None  # it writes the thought on lines of its own
     assert "thoughts of message 2" in str(lost(public("deepseek_r1_distill"), thought))
@@ -160,7 +160,7 @@ def test_tools_and_calls_are_rendered_or_refused(tmp_path):
         again = prepared(write(tmp_path / name, [as_text, as_text | {"tools": "[]"}]), calls)
         assert again.dataset[0]["prompt_ids"] == rows_of([row], calls).dataset[0]["prompt_ids"]
     answer = ASK | {"chosen": [said("assistant", "") | {"tool_calls": [CALL]}]}
-    assert text_of(rows_of([answer], calls), "chosen", calls) == '[heat {"city": "Ur"}]</s>\n'
+    assert text_of(rows_of([answer], calls), "chosen", calls) == '[heat {"city": "Ur"}]</s>'
     found = reasons(rows_of([row | {"prompt": user("Warm?")}, row | {"tools": None}]))
     assert "the chat template drops tools" in found[0][1] and "the tool_calls of message 2" in found[1][1]
     text = {"prompt": "Warm?", "chosen": "Yes.", "rejected": "No.", "tools": TOOLS}

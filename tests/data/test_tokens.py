@@ -54,16 +54,21 @@ def test_chat_by_hand():
         OPEN,
         *spell(tokenizer, "assistant\n"),
     ]
-    ends = [[*spell(tokenizer, letter), EOS, *spell(tokenizer, "\n")] for letter in "cd"]
+    ends = [[*spell(tokenizer, letter), EOS] for letter in "cd"]  # the line end behind EOS is never sampled
     assert ids_of([row], tokenizer) == [[prompt, *ends]]
 
 
 def trl_ids(rows, tokenizer) -> list[list[list[int]]]:
-    """TRL's own data preparation, the method of its trainer, on a trainer that has nothing but a tokenizer."""
+    """TRL's own data preparation, the method of its trainer, on a trainer that has nothing but a tokenizer; of
+    responses what stands behind their last EOS is left out."""
+
+    def up_to_end(ids: list[int]) -> list[int]:
+        return ids[: len(ids) - ids[::-1].index(EOS)]
+
     args = DPOConfig(output_dir="unused", max_length=10_000, report_to="none", use_cpu=True, bf16=False)
     trainer = SimpleNamespace(_tokenizer=tokenizer)
     found = DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokenizer, args, "train")
-    return [[row[f"{c}_ids"] for c in ("prompt", "chosen", "rejected")] for row in found]
+    return [[row["prompt_ids"], *(up_to_end(row[f"{c}_ids"]) for c in ("chosen", "rejected"))] for row in found]
 
 
 TEXT = [
@@ -148,7 +153,6 @@ LONGER = TALKS | {"prompt": [*user("p"), *reply("q"), *user("r")]}
         (letters(bos=True, template=TEMPLATE), TALKS | {"prompt": user("a<s>b")}, "BOS stands 2 times in the prompt"),
         (letters(bos=True, template=TEMPLATE), TALKS | {"chosen": reply("<s>a")}, "BOS stands inside chosen"),
         (letters(bos=True, template=TEMPLATE), TALKS | {"chosen": reply("a</s>b")}, "EOS stands 2 times in chosen"),
-        (letters(template=NO_END), TALKS, "chosen does not end with EOS"),
         (letters(bos=True, template=GEMMA), LONGER, None),
         (letters(template=GEMMA), TALKS | {"chosen": reply("a<|turn|>b")}, "EOS stands 2 times in chosen"),
     ],
@@ -208,3 +212,9 @@ def test_tokenizers_that_cannot_do():
     endless.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
         rows_of([ASK], endless)
+    with pytest.raises(UserError, match=r"writes no token that ends a reply, the next turn's '<\|im\|>' does"):
+        rows_of([TALKS], letters(template=NO_END))
+    with pytest.raises(UserError, match="ends a reply with '<end>', which is no token of this tokenizer"):
+        rows_of([TALKS], letters(template=TEMPLATE.replace("</s>", "<end>")))
+    given = {"prompt_ids": [9], "chosen_ids": [30], "rejected_ids": [31]}  # samples end where sampling stops
+    assert len(rows_of([TALKS | given], letters(template=NO_END)).dataset) == 1
