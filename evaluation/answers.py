@@ -183,13 +183,19 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Accuracy, and perplexity of the reference answer, of a model that answers questions."""
-    from alignment.data.preferences import read_rows
+    from alignment.data.preferences import BadRow
+    from alignment.data.prompt_files import prompt_of, prompt_rows, refuse_unrendered
     from alignment.models import load_model, load_tokenizer
 
-    rows = read_rows(prompts)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get("answer"), str) or not row.get("prompt"):
-            raise UserError(f"{prompts}: row {number}: prompt and answer are needed, both texts")
+    rows, places = [], []
+    for where, row in prompt_rows(prompts):
+        if not isinstance(row.get("answer"), str):
+            raise UserError(f"{where}: prompt and answer are needed, the answer a text")
+        try:
+            rows.append({"prompt": prompt_of(row), "answer": row["answer"]})
+        except BadRow as bad:
+            raise UserError(f"{where}: {bad.detail}") from None
+        places.append(where)
     folder, recipe = model, {}
     if (model / "manifest.json").is_file():
         folder, recipe = model / "final", read_json_object(model / "manifest.json")["recipe"]
@@ -197,9 +203,11 @@ def main(
         marker, separator = (recipe["rollout"]["answer"][key] for key in ("marker", "separator"))
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; finish the training run first, or give a model's folder")
+    tokenizer = load_tokenizer(folder)
+    refuse_unrendered(zip([row["prompt"] for row in rows], places, strict=True), tokenizer)
     found = measure(
         load_model(folder),
-        load_tokenizer(folder),
+        tokenizer,
         rows,
         samples=samples,
         max_new_tokens=max_new_tokens,

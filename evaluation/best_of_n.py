@@ -312,7 +312,7 @@ PoolFolder = Annotated[Path, typer.Option(help="Folder of the pool.")]
 @app.command("sample")
 def sample_command(
     model: Annotated[str, typer.Argument(help="Policy: hub id, folder or adapter.")],
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line.")],
+    prompts: Annotated[Path, typer.Option(help="Text, one prompt a line; or rows: .jsonl, .json, .parquet, .csv.")],
     pool: PoolFolder,
     n: Annotated[int, typer.Option(min=1, help="Samples per prompt; twice the largest n of interest or more.")] = 512,
     limit: Limit = None,
@@ -329,14 +329,14 @@ def sample_command(
     ] = None,
 ) -> None:
     """Draw n samples of every prompt into a folder. Run it again to go on after an interruption."""
+    from alignment.data.prompt_files import read_prompts
     from alignment.models.sampling import Generation
-    from evaluation.files import locate_prompts
     from evaluation.plans import ModelSource
     from evaluation.pools import sample_source
 
     made = sample_source(
         ModelSource(model, {"name_or_path": model, "dtype": dtype}),
-        [prompt.text for prompt in locate_prompts(prompts, limit)],
+        read_prompts(prompts, limit),
         pool,
         n,
         generation=Generation(max_new_tokens, temperature, top_p, top_k, batch_size),

@@ -12,17 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.data.preferences import read_prompts, same_prompt
+from alignment.data import prompt_files
+from alignment.data.overlap import prompt_hash
+from alignment.data.preferences import is_messages
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, jsonable, read_text, write_json, write_text
+from alignment.files import iterate_json_lines, jsonable, write_json, write_text
+from alignment.rewards.base import prompt_text
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and where it stands (`FILE:line`), for messages."""
+    """A prompt and where it stands (`FILE:line`), for messages.
+
+    Attributes:
+        text: what reports and judges show: a chat as its only message's content, or one `role: content` line each.
+        where: `FILE:line`.
+        messages: of a chat prompt.
+    """
 
     text: str
     where: str
+    messages: list[dict[str, Any]] | None = None
+
+    def given(self, chat: bool) -> str | list[dict[str, Any]]:
+        """As a model gets it; with `chat`, a text is what the user says."""
+        return self.messages or ([{"role": "user", "content": self.text}] if chat else self.text)
 
 
 def deliver(result: Mapping[str, Any], text: str, name: str, output: Path | None, as_json: bool) -> None:
@@ -40,27 +54,30 @@ def shorten(text: str, width: int = 60) -> str:
 
 
 def locate_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a text file (`alignment.data.preferences.read_prompts` has the rules) with their lines.
+    """The prompts of a file (`alignment.data.prompt_files` has the rules) with their places.
 
     Raises:
-        UserError: as there.
+        UserError: as there; or two chats that read alike.
     """
-    texts = read_prompts(path, limit)
-    lines = {line.strip(): number for number, line in enumerate(read_text(path).splitlines(), start=1)}
-    return [Prompt(text, f"{path}:{lines[text]}") for text in texts]
+    first: dict[str, str] = {}
+    found = []
+    for given, where in prompt_files.locate_prompts(path, limit):
+        text = prompt_text(given)
+        if (before := first.setdefault(text, where)) != where:
+            raise UserError(f"{where}: reads like the prompt of {before}; give each prompt once")
+        found.append(Prompt(text, where, None if isinstance(given, str) else given))
+    return found
 
 
-def prompt_text(value: Any, where: str) -> str:
-    """A prompt as text: a string as it is; a chat as its only message's content, or one `role: content` line each."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
+def checked_text(value: Any, where: str) -> str:
+    """A prompt out of a file of outputs as text, as `prompt_text` spells it.
+
+    Raises:
+        UserError: it is neither a text nor chat messages.
+    """
+    if not isinstance(value, str) and not is_messages(value):
         raise UserError(f"{where}: prompt must be text or a list of messages with role and content, not {value!r:.60}")
-    if len(value) == 1:
-        return str(value[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in value)
+    return prompt_text(value)
 
 
 def read_outputs(path: Path) -> dict[str, tuple[str, list[str]]]:
@@ -76,7 +93,7 @@ def read_outputs(path: Path) -> dict[str, tuple[str, list[str]]]:
                 raise UserError(f"{where}: no {key!r} in this row (it has {', '.join(row) or 'nothing'})")
         if not isinstance(row["response"], str):
             raise UserError(f"{where}: response must be text, not {row['response']!r:.60}")
-        prompt = prompt_text(row["prompt"], where)
+        prompt = checked_text(row["prompt"], where)
         outputs.setdefault(prompt, (where, []))[1].append(row["response"])
     if not outputs:
         raise UserError(f'{path}: holds no rows; rows like {{"prompt": …, "response": …}} are needed')
@@ -99,14 +116,14 @@ def read_pool(folder: Path) -> tuple[dict[str, tuple[str, list[str]]], dict[str,
     for shard in range(len(pool.shards)):
         for number, row in enumerate(pool.rows(shard), start=1):
             where = f"{pool.file(shard)}:{number}"
-            prompt = prompt_text(row["prompt"], where)
+            prompt = checked_text(row["prompt"], where)
             outputs.setdefault(prompt, (where, []))[1].extend(row["responses"])
             finished.setdefault(prompt, []).extend(row["finished"])
     return outputs, finished
 
 
 def refuse_training_prompts(prompts: Sequence[Prompt], preferences: Path) -> int:
-    """Refuse evaluation prompts that stand in the training data; they are compared with spaces collapsed.
+    """Refuse evaluation prompts in which the user says the same as in one of the training data, text or messages.
 
     Args:
         prompts: evaluation prompts.
@@ -120,12 +137,14 @@ def refuse_training_prompts(prompts: Sequence[Prompt], preferences: Path) -> int
     """
     trained: dict[str, str] = {}
     for where, row in iterate_json_lines(preferences):
-        trained.setdefault(same_prompt(prompt_text(row.get("prompt"), where)), where)
-    overlap = [prompt for prompt in prompts if same_prompt(prompt.text) in trained]
-    if overlap:
-        first = overlap[0]
+        checked_text(row.get("prompt"), where)
+        trained.setdefault(prompt_hash(row["prompt"]), where)
+    shared = [prompt for prompt in prompts if prompt_hash(prompt.given(chat=False)) in trained]
+    if shared:
+        first = shared[0]
+        stands = trained[prompt_hash(first.given(chat=False))]
         raise UserError(
-            f"{first.where}: prompt {shorten(first.text)} was trained on ({trained[same_prompt(first.text)]}); "
-            f"{len(overlap)} of {len(prompts)} evaluation prompts were; evaluate on prompts absent from training"
+            f"{first.where}: prompt {shorten(first.text)} was trained on ({stands}); {len(shared)} of {len(prompts)} "
+            "evaluation prompts were; evaluate on prompts absent from training"
         )
     return len(trained)

@@ -37,7 +37,7 @@ METHODS = ("single", "mean", "wco", "uwo")
 
 
 class Prompts(Strict):
-    """A text file of prompts, one a line, or its first `limit`."""
+    """A file of prompts, or its first `limit`."""
 
     file: str
     limit: int | None = Field(None, ge=1)
@@ -78,13 +78,14 @@ class Experiment(Strict):
 
 def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """Carry out what is not there yet; returns the content of overoptimization.json."""
-    from alignment.data.preferences import read_prompts, same_prompt
+    from alignment.data.overlap import asked
+    from alignment.data.prompt_files import read_prompts
     from alignment.rewards import get_reward
 
     settings = experiment.model_dump(mode="json")
     gold, recipe = get_reward(**experiment.gold), _recipe(experiment, [])  # mistakes in them show before any work
     questions = [read_prompts(p.file, p.limit) for p in (experiment.pairs, experiment.pool)]
-    both = {same_prompt(prompt) for prompt in questions[0]} & {same_prompt(prompt) for prompt in questions[1]}
+    both = set(map(asked, questions[0])) & set(map(asked, questions[1]))
     if both:
         raise UserError(
             f"{experiment.pool.file}: {len(both)} prompts are in {experiment.pairs.file}, too: first "
@@ -155,11 +156,12 @@ def _source(experiment: Experiment) -> ModelSource:
     return ModelSource(str(experiment.policy.get("name_or_path")), dict(experiment.policy))
 
 
-def _pairs(experiment: Experiment, folder: Path, prompts: list[str], gold: Any) -> tuple[Path, dict[str, int]]:
+def _pairs(experiment: Experiment, folder: Path, prompts: list[Any], gold: Any) -> tuple[Path, dict[str, int]]:
     """pairs.jsonl: two answers of the policy each, the better one by gold chosen; ties are dropped and counted."""
     file, counted = folder / "pairs.jsonl", folder / "pairs.json"
     if counted.is_file():
         return file, {key: int(value) for key, value in read_json_object(counted).items()}
+    from alignment.data.sampled import in_form_of
     from evaluation.pools import sample_source
 
     generation = Generation(max_new_tokens=experiment.max_new_tokens, batch_size=experiment.batch_size)
@@ -180,7 +182,8 @@ def _pairs(experiment: Experiment, folder: Path, prompts: list[str], gold: Any) 
                     counts["ties"] += 1
                 else:
                     best, worst = (i, i + 1) if a > b else (i + 1, i)
-                    row = {"prompt": prompt, "chosen": texts[best], "rejected": texts[worst]}
+                    pair = {"chosen": texts[best], "rejected": texts[worst]}
+                    row = {"prompt": prompt} | {key: in_form_of(prompt, text) for key, text in pair.items()}
                     rows.append(row | {"reward_chosen": max(a, b), "reward_rejected": min(a, b)})
     counts["pairs"] = len(rows)
     write_json_lines(file, rows)
@@ -188,7 +191,7 @@ def _pairs(experiment: Experiment, folder: Path, prompts: list[str], gold: Any) 
     return file, counts
 
 
-def _pool(experiment: Experiment, folder: Path, prompts: list[str], gold: Any) -> tuple[Any, np.ndarray]:
+def _pool(experiment: Experiment, folder: Path, prompts: list[Any], gold: Any) -> tuple[Any, np.ndarray]:
     from evaluation.pools import identity_of, sample_source, stored_scores
 
     generation = Generation(max_new_tokens=experiment.max_new_tokens, batch_size=experiment.batch_size)

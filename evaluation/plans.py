@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.data.overlap import trained_among
+from alignment.data.prompt_files import refuse_unrendered
 from alignment.errors import UserError
 from alignment.files import read_json_object
 from alignment.models.public_names import start_parts
@@ -61,7 +62,7 @@ class Plan:
         samples_per_prompt: of each model.
         resamples: bootstrap resamples over prompts.
         seed: of the bootstrap and, with each model's offset, of its samples.
-        chat: each prompt is what the user says in the models' chat template; else it is a text to continue.
+        chat: a prompt of text is what the user says in the models' chat template; else it is a text to continue.
         notes: further fields of win_rate.json.
         oracle: says how probably one sample is preferred to another.
         samples: folder for the pools of both models' samples, which a comparison that was killed goes on from and a
@@ -83,13 +84,25 @@ class Plan:
     samples: Path | None = None
     vllm: bool = False
 
+    @property
+    def chats(self) -> bool:
+        """Whether a prompt goes through the chat template."""
+        return self.chat or any(prompt.messages for prompt in self.prompts)
+
 
 def say(text: str) -> None:
     """Progress goes to standard error, so that standard output holds the result alone."""
     print(text, file=sys.stderr, flush=True)
 
 
-def load_source_tokenizer(source: ModelSource, chat: bool) -> Any:
+def load_source_tokenizer(source: ModelSource, plan: Plan) -> Any:
+    """The tokenizer of a model, with whose chat template the plan's chat prompts are whole."""
+    tokenizer = load_tokenizer_of(source, plan.chat)
+    refuse_unrendered([(prompt.given(plan.chat), prompt.where) for prompt in plan.prompts], tokenizer)
+    return tokenizer
+
+
+def load_tokenizer_of(source: ModelSource, chat: bool) -> Any:
     """The tokenizer of a model; with `chat` it must have a chat template."""
     from alignment.models import load_tokenizer
 
@@ -102,7 +115,7 @@ def load_source_tokenizer(source: ModelSource, chat: bool) -> Any:
 
 def given_prompts(plan: Plan) -> list[Any]:
     """The prompts as the models get them: texts, or with `chat` messages."""
-    return [[{"role": "user", "content": p.text}] if plan.chat else p.text for p in plan.prompts]
+    return [prompt.given(plan.chat) for prompt in plan.prompts]
 
 
 def sample_side(source: ModelSource, plan: Plan) -> Side:
@@ -127,9 +140,9 @@ def _pool_side(source: ModelSource, plan: Plan, root: Path) -> Side:
     from alignment.models.chat import pin_date, pinned_date
     from alignment.models.pools import sample_pool
 
-    tokenizer = load_source_tokenizer(source, plan.chat)
-    if plan.chat:  # a run's model has its run's date, and is compared on the same prompts
-        both = (load_source_tokenizer(one, plan.chat) for one in (plan.model, plan.baseline))
+    tokenizer = load_source_tokenizer(source, plan)
+    if plan.chats:  # a run's model has its run's date, and is compared on the same prompts
+        both = (load_tokenizer_of(one, plan.chat) for one in (plan.model, plan.baseline))
         pin_date(tokenizer, next(filter(None, map(pinned_date, both)), None))
     n = 1 if plan.generation.greedy else plan.samples_per_prompt
     pool = sample_pool(
@@ -189,8 +202,8 @@ def run_plan(plan: Plan) -> Comparison:
     Each model is sampled in a pass of its own from a seed of its own, so that every sample is independent of every
     other: a model compared with itself comes out near one half, not at it.
     """
-    for source in (plan.model, plan.baseline) if plan.chat else ():
-        load_source_tokenizer(source, plan.chat)  # what is wrong with the second is said before the first is sampled
+    for source in (plan.model, plan.baseline) if plan.chats else ():
+        load_source_tokenizer(source, plan)  # what is wrong with the second is said before the first is sampled
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from alignment.processes import connect
 
@@ -207,13 +220,13 @@ def run_plan(plan: Plan) -> Comparison:
 def sampling_facts(plan: Plan) -> dict[str, Any]:
     """How a plan's samples are drawn, as it stands in win_rate.json."""
     seeds = {"seed": plan.seed + plan.model.seed_offset, "baseline_seed": plan.seed + plan.baseline.seed_offset}
-    return {"chat": plan.chat, **asdict(plan.generation), **seeds}
+    return {"chat": plan.chats, **asdict(plan.generation), **seeds}
 
 
 def sampling_note(plan: Plan) -> str:
     """The same in words."""
     facts = sampling_facts(plan)
-    form = "through the chat template" if plan.chat else "as plain text"
+    form = "through the chat template" if facts["chat"] else "as plain text"
     if facts["temperature"] == 0:
         how = "greedy: one response per prompt and model, repeated"
     else:
@@ -351,7 +364,7 @@ def _overlap_notes(run_dir: Path, manifest: Mapping[str, Any], prompts: list[Pro
 
     A run keeps its prompts' hashes; an iterative run has its prompts, and older runs the pairs that they sampled.
     """
-    if (kept := trained_among(run_dir, [prompt.text for prompt in prompts])) is not None:
+    if (kept := trained_among(run_dir, [prompt.given(chat=False) for prompt in prompts])) is not None:
         trained, shared = kept
         if shared and section(manifest, "data").get("overlap") != "allow":
             first = prompts[shared[0]]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alignment.data.prompt_files import refuse_unrendered
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, json_digest, write_json, write_json_lines
 from alignment.locks import alone, remove_unfinished
@@ -23,7 +24,7 @@ from alignment.models.pools import Pool, open_pool, sample_pool
 from alignment.models.sampling import Generation
 from alignment.processes import connect
 from alignment.rewards.base import Prompt
-from evaluation.plans import ModelSource, load_source_tokenizer
+from evaluation.plans import ModelSource, load_tokenizer_of
 
 __all__ = ["Pool", "identity_of", "open_pool", "sample_source", "stored_scores"]
 
@@ -32,7 +33,7 @@ Score = Callable[[Sequence[Prompt], Sequence[str]], Any]
 
 def sample_source(
     source: ModelSource,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     folder: Path,
     n: int,
     *,
@@ -45,18 +46,21 @@ def sample_source(
 
     Args:
         source: the model.
-        prompts: texts; with `chat`, what a user says.
+        prompts: texts or messages; with `chat`, texts are what a user says.
         folder, n, generation, seed, prompts_per_shard: as of `alignment.models.pools.sample_pool`.
         chat: prompts go through the chat template.
 
     Raises:
         UserError: as of `sample_pool`; or a tokenizer without a chat template, with `chat`.
     """
+    tokenizer = load_tokenizer_of(source, chat)
+    given = [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in prompts]
+    refuse_unrendered([(prompt, f"prompt {number}") for number, prompt in enumerate(given, start=1)], tokenizer)
     connect()
     return sample_pool(
         source.load,
-        load_source_tokenizer(source, chat),
-        [[{"role": "user", "content": text}] for text in prompts] if chat else prompts,
+        tokenizer,
+        given,
         folder,
         n,
         generation=generation or Generation(),

@@ -171,7 +171,7 @@ def _train(recipe: Any, name: str, seed: int) -> None:
 def _held_out(replication: Replication, task: Path) -> list[dict[str, Any]]:
     file = task / ("held_out.txt" if replication.task == "grammar" else "held_out.jsonl")
     if file.suffix == ".txt":
-        from alignment.data.preferences import read_prompts
+        from alignment.data.prompt_files import read_prompts
 
         return [{"prompt": prompt} for prompt in read_prompts(file)][: replication.limit]
     return [row for _, row in iterate_json_lines(file)][: replication.limit]

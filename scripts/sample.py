@@ -15,27 +15,16 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout, which has `evaluation`
 from alignment.errors import UserError, run_or_exit
+from alignment.recipes.rows import DATA_ENDINGS
 from evaluation.options import BatchSize, Chat, Dtype, Limit, MaxNewTokens, Seed, Temperature, TopK, TopP
 
 
-def read_prompts(path: Path, limit: int | None, chat: bool) -> list[Any]:
-    """Texts of a file, one a line, or each `prompt` of a .jsonl, a text or messages; with `chat`, all as messages."""
-    from alignment.data.preferences import is_messages
-    from alignment.data.preferences import read_prompts as read_lines
-    from alignment.files import iterate_json_lines
+def read_prompts(path: Path, limit: int | None, chat: bool) -> list[tuple[Any, str]]:
+    """The prompts of a file and where they stand, which may repeat; with `chat`, texts are what the user says."""
+    from alignment.data.prompt_files import locate_prompts
 
-    found: list[Any] = []
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        for where, row in iterate_json_lines(path):
-            prompt = row.get("prompt")
-            if not prompt or not (isinstance(prompt, str) or is_messages(prompt)):
-                raise UserError(f"{where}: prompt must be a text or a list of messages with role and content")
-            found.append(prompt)
-        if not found or len(found) < (limit or 0):
-            raise UserError(f"{path}: {len(found)} prompts, but {limit or 'some'} are asked for")
-    else:
-        found = list(read_lines(path, limit))
-    return [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in found[:limit]]
+    found = locate_prompts(path, limit, unique=not path.name.endswith(DATA_ENDINGS))
+    return [([{"role": "user", "content": p}] if chat and isinstance(p, str) else p, where) for p, where in found]
 
 
 def choose_backend(load: dict[str, Any], tokenizer: Any, vllm: bool, url: str | None, settings: dict[str, Any]) -> Any:
@@ -55,7 +44,10 @@ def choose_backend(load: dict[str, Any], tokenizer: Any, vllm: bool, url: str | 
 
 def main(
     model: Annotated[str, typer.Option(help="Hub id, folder, adapter or GGUF file; with --endpoint, the tokenizer.")],
-    prompts: Annotated[Path, typer.Option(help="Text, one prompt a line; or .jsonl with `prompt`, text or messages.")],
+    prompts: Annotated[
+        Path,
+        typer.Option(help="Text, one prompt a line; or rows: .jsonl, .json, .parquet, .csv."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder of the samples.")],
     samples: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 1,
     limit: Limit = None,
@@ -83,21 +75,23 @@ def main(
 ) -> None:
     """Draw samples of every prompt into a folder, with one process or all of an `accelerate launch`."""
     given = read_prompts(prompts, limit, chat)
+    from alignment.data.prompt_files import refuse_unrendered
     from alignment.models import load_tokenizer
     from alignment.models.pools import sample_pool
     from alignment.models.sampling import Generation
     from alignment.processes import connect
 
     tokenizer, load = load_tokenizer(model), {"name_or_path": model, "dtype": dtype}
-    if not tokenizer.chat_template and any(not isinstance(prompt, str) for prompt in given):
+    if chat and not tokenizer.chat_template:
         raise UserError(f"{model}: its tokenizer has no chat template; give prompts as texts, without --chat")
+    refuse_unrendered(given, tokenizer)
     asked: dict[str, Any] = {"endpoint_model": endpoint_model, "api_key_env": api_key_env, "server_ids": server_ids}
     asked |= {"concurrency": concurrency, "retries": retries}
     backend = choose_backend(load, tokenizer, vllm, endpoint, asked)
     generation = Generation(max_new_tokens, temperature, top_p, top_k, batch_size)
     state = connect(cpu_threads)
     keys: dict[str, Any] = {"generation": generation, "seed": seed, "prompts_per_shard": prompts_per_shard}
-    pool = sample_pool(load, tokenizer, given, output, samples, backend=backend, **keys)
+    pool = sample_pool(load, tokenizer, [prompt for prompt, _ in given], output, samples, backend=backend, **keys)
     state.destroy_process_group()  # left to the interpreter's end, gloo's threads now and then abort the process
     if state.is_main_process:
         total = pool.prompts * pool.n

@@ -36,7 +36,7 @@ class Judged:
     rows: frozenset[str] = frozenset()
 
 
-def _asked(prompt: Any) -> str:
+def asked(prompt: Any) -> str:
     """What the user says in a prompt, one turn a line; all of it where there is no user."""
     texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if m["role"] == "user"]
     return "\n".join(same_prompt(question) for text in texts for question in questions(text)) or _words(prompt)
@@ -57,12 +57,12 @@ def _hash(*texts: str) -> str:
 
 def prompt_hash(prompt: Any) -> str:
     """The same for prompts, texts or messages, in which the user says the same."""
-    return _hash(_asked(prompt))
+    return _hash(asked(prompt))
 
 
 def row_hash(row: dict[str, Any]) -> str:
     """The same for rows with the same prompt and responses, whichever of them is preferred."""
-    return _hash(_asked(row["prompt"]), *sorted([_words(row["chosen"]), _words(row["rejected"])]))
+    return _hash(asked(row["prompt"]), *sorted([_words(row["chosen"]), _words(row["rejected"])]))
 
 
 def write_trained(run: Path, prompts: Iterable[Any]) -> None:
@@ -79,7 +79,7 @@ def trained_among(run: Path, prompts: Sequence[Any]) -> tuple[int, list[int]] | 
     return len(hashes), [i for i, prompt in enumerate(prompts) if prompt_hash(prompt)[:DIGITS] in hashes]
 
 
-def judged_on(held_out: Dataset | None, prompts: Iterable[str] = (), where: str = "evaluation.prompts") -> Judged:
+def judged_on(held_out: Dataset | None, prompts: Iterable[Any] = (), where: str = "evaluation.prompts") -> Judged:
     """Hashes of the held-out rows and of the prompts that a win rate is measured on.
 
     Args:
@@ -130,7 +130,7 @@ def refuse(trained: Sequence[Any], judged: Judged, what: object = "data.train") 
         prompt, where = found[0]
         raise UserError(
             f"data.overlap: {len(found)} of {len(trained)} prompts of {what} are also judged on, such as "
-            f"{_asked(prompt)[:60]!r} of {where}: judge on prompts that training does not see, or set data.overlap "
+            f"{asked(prompt)[:60]!r} of {where}: judge on prompts that training does not see, or set data.overlap "
             "to drop (the training rows) or allow"
         )
 

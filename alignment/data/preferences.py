@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, parse_json, read_text
+from alignment.files import iterate_json_lines, parse_json
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 # Numbers of each response of a pair: for both or for neither.
@@ -226,25 +226,3 @@ def explicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
 def same_prompt(text: str) -> str:
     """What two prompts have in common when they count as one: their words; spaces do not matter."""
     return " ".join(text.split())
-
-
-def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
-    """Prompts from a text file: one a line; blank lines and lines that start with `#` are skipped.
-
-    Raises:
-        UserError: the file is missing, has no prompts, repeats one, or has fewer than `limit`.
-    """
-    file = Path(path)
-    first: dict[str, int] = {}
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        if text in first:
-            raise UserError(f"{path}: line {number}: repeats the prompt of line {first[text]}")
-        first[text] = number
-    if not first:
-        raise UserError(f"{path}: no prompts in it")
-    if limit is not None and len(first) < limit:
-        raise UserError(f"{path}: {len(first)} prompts, but {limit} are asked for")
-    return list(first)[:limit]

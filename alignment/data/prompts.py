@@ -1,14 +1,13 @@
 """Prompts of on-policy training: read, tokenised and checked; the ones that cannot be used are counted and kept aside.
 
-A text file has one prompt a line (as for `data.sample`); a .jsonl has `prompt`, a text or chat messages, and where a
-reference answer is needed `answer`; of a hub data set the columns are named. Not preferences (`pipeline`).
+A file has prompts as `prompt_files` reads them, and where a reference answer is needed `answer`; of a hub data set the
+columns are named. Not preferences (`pipeline`).
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.data.messages import PLAIN, TextRules, settled, with_context
@@ -19,16 +18,14 @@ from alignment.data.preferences import (
     NOT_TEXT,
     PROMPT_TOO_LONG,
     BadRow,
-    is_messages,
     plain_message,
-    read_prompts,
-    read_rows,
 )
+from alignment.data.prompt_files import prompt_rows, read_prompts, with_prompt
 from alignment.data.reading import raw_rows
 from alignment.data.rendering import Renderer
 from alignment.data.tokens import encode
 from alignment.errors import UserError, nearest
-from alignment.recipes.rows import HubPromptsSection, SourceSection
+from alignment.recipes.rows import DATA_ENDINGS, HubPromptsSection, SourceSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +44,7 @@ def prepare_prompts(
     """Columns `prompt`, `prompt_ids` and, with `answers`, `answer`.
 
     Args:
-        file: a text file or .jsonl, or a column of a hub data set.
+        file: of text or rows (`prompt_files`), or a column of a hub data set.
         limit: use only the first so many.
         longest: tokens that a prompt, with its reference answer, may have; longer ones are set aside.
         answers: whether a reference answer is needed.
@@ -61,15 +58,10 @@ def prepare_prompts(
 
     if not isinstance(file, str):
         rows, file = _columns(file, limit, answers), str(file)
-    elif file.endswith((".jsonl", ".jsonl.gz")):
-        rows = read_rows(Path(file))
-        if limit is not None and len(rows) < limit:
-            raise UserError(f"{file}: {len(rows)} prompts, but {limit} are asked for")
-        rows = rows[:limit]
-    elif answers:
+    elif answers and not file.endswith(DATA_ENDINGS):
         raise UserError(f"{file}: a reference answer is needed for every prompt: give a .jsonl with prompt and answer")
     else:
-        rows = [{"prompt": prompt} for prompt in read_prompts(file, limit)]
+        rows = _given(file, limit)
     kept: list[dict[str, Any]] = []
     rejected: list[Rejected] = []
     renderer = Renderer(tokenizer, rules)
@@ -96,6 +88,16 @@ def prepare_prompts(
         max_rejected_share=max_rejected_share,
         sources=(described("prompts", file, "prompts", len(rows), len(kept), len(kept), rejected),),
     )
+
+
+def _given(file: str, limit: int | None) -> list[dict[str, Any]]:
+    """The rows of a file; of text, where a prompt that is there twice is a slip, each once."""
+    if not file.endswith(DATA_ENDINGS):
+        return [{"prompt": prompt} for prompt in read_prompts(file, limit)]
+    rows = [row for _, row in prompt_rows(file)]
+    if limit is not None and len(rows) < limit:
+        raise UserError(f"{file}: {len(rows)} prompts, but {limit} are asked for")
+    return rows[:limit]
 
 
 def _columns(source: HubPromptsSection, limit: int | None, answers: bool) -> list[dict[str, Any]]:
@@ -129,14 +131,8 @@ def _usable(row: dict[str, Any], renderer: Renderer, longest: int, answers: bool
     Raises:
         BadRow: what is wrong, without the row's text.
     """
-    if row.get("prompt") is None:
-        raise BadRow(MISSING_FIELD, "no prompt")
-    row = settled(row, renderer.rules)
+    row = with_prompt(settled(row, renderer.rules))
     prompt, tokenizer = row["prompt"], renderer.tokenizer
-    if not isinstance(prompt, str) and not is_messages(prompt):
-        raise BadRow(NOT_TEXT, f"prompt is {type(prompt).__name__}, neither a text nor a list of chat messages")
-    if not prompt:
-        raise BadRow(EMPTY, "prompt is empty")
     if not isinstance(prompt, str) and tokenizer.chat_template is None:
         raise BadRow(NOT_TEXT, "prompt is a list of chat messages, and the tokenizer has no chat template")
     if not isinstance(prompt, str):

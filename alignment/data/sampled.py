@@ -19,12 +19,12 @@ from alignment.errors import UserError
 from alignment.models.sampling import Sample
 from alignment.rewards.oracles import Probability, flip_labels
 
-Score = Callable[[list[str], list[str]], list[float]]
+Score = Callable[[list[Any], list[str]], list[float]]
 LOG_ODDS = ("log_odds_chosen", "log_odds_rejected")
 
 
 def best_against_worst(
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     encoded: Sequence[list[int]],
     samples: Sequence[Sequence[Sample]],
     score: Score | None = None,
@@ -40,7 +40,7 @@ def best_against_worst(
     infinite, `log_odds_*` (a column is in all rows or in none).
 
     Args:
-        prompts: n texts.
+        prompts: n texts, or n lists of chat messages; responses are then messages as well.
         encoded: their n lists of token ids.
         samples: n lists of continuations.
         score: a reward's `(prompts, responses) -> scores`; NaN means that a response could not be scored.
@@ -82,9 +82,9 @@ def best_against_worst(
             rows.append(
                 {
                     "prompt": prompts[i],
-                    "chosen": best.text,
-                    "rejected": worst.text,
-                    "calibration": group[0].text,
+                    "chosen": in_form_of(prompts[i], best.text),
+                    "rejected": in_form_of(prompts[i], worst.text),
+                    "calibration": in_form_of(prompts[i], group[0].text),
                     "prompt_ids": encoded[i],
                     "chosen_ids": best.ids,
                     "rejected_ids": worst.ids,
@@ -99,7 +99,12 @@ def best_against_worst(
     return rows, counts
 
 
-def _scores(prompts: Sequence[str], texts: Sequence[Sequence[str]], score: Score) -> list[list[float]]:
+def in_form_of(prompt: Any, text: str) -> Any:
+    """A response in its prompt's form."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _scores(prompts: Sequence[Any], texts: Sequence[Sequence[str]], score: Score) -> list[list[float]]:
     """One score per text, by prompt; one call of the reward."""
     flat = [prompt for prompt, group in zip(prompts, texts, strict=True) for _ in group]
     values = iter(score(flat, [text for group in texts for text in group]))
@@ -161,11 +166,11 @@ def _strength(text: str, found: Sequence[tuple[str, float]]) -> Strength:
     return Strength(round(won / len(judged), 12), round((won + 0.5) / (len(judged) + 1), 12), log_odds)
 
 
-def compared(prompts: Sequence[str], texts: Sequence[Sequence[str]], probability: Probability) -> list[list[Strength]]:
+def compared(prompts: Sequence[Any], texts: Sequence[Sequence[str]], probability: Probability) -> list[list[Strength]]:
     """Strengths by prompt; one call of the oracle with each unordered pair once, since P(b, a) = 1 - P(a, b).
 
     Args:
-        prompts: n texts.
+        prompts: n texts, or n lists of chat messages; responses are then messages as well.
         texts: n groups of responses.
         probability: an oracle's `(prompts, first, second) -> P(first > second)`.
     """

@@ -166,7 +166,7 @@ def _given(recipe: Recipe, tokenizer: Any) -> Prepared | None:
 
 def _sampled(recipe: Recipe, options: Options, tokenizer: Any, console: Console) -> Prepared | None:
     """A first batch drawn from the model, as training would draw all of them."""
-    from alignment.data.preferences import read_prompts
+    from alignment.data.prompt_files import read_prompts
     from alignment.trainers.run import sampled_preferences
 
     settings = recipe.data.sample

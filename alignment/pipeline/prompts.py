@@ -12,7 +12,7 @@ from typing import Any
 from alignment.data import overlap
 from alignment.data.messages import TextRules
 from alignment.data.pipeline import Prepared, write_rejected
-from alignment.data.preferences import read_prompts as read_text_prompts
+from alignment.data.prompt_files import read_prompts as read_text_prompts
 from alignment.data.prompts import prepare_prompts
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, read_json_object, write_json, write_json_lines

@@ -70,6 +70,7 @@ def _missing_files(recipe: EveryRecipe) -> Iterator[tuple[str, str]]:
     for dotted, name in files.items():
         if name is not None and not Path(name).is_file():
             yield dotted, f"{name}: no such file (looked in {Path.cwd()})"
+    yield from _unreadable_prompts(recipe)
     given: list[tuple[str, list[SourceSection] | None]] = []
     if not isinstance(recipe, IterateRecipe):
         given = [("data.train", recipe.data.train), ("data.eval", recipe.data.eval)]
@@ -94,6 +95,30 @@ def _missing_files(recipe: EveryRecipe) -> Iterator[tuple[str, str]]:
         yield from (("reference.name_or_path", message) for message in _missing_model(reference.name_or_path))
         if reference.adapter is not None and not Path(reference.adapter).is_dir():
             yield "reference.adapter", f"{reference.adapter}: no such folder"
+
+
+def _unreadable_prompts(recipe: EveryRecipe) -> Iterator[tuple[str, str]]:
+    """What is wrong with files of prompts that are there."""
+    from alignment.data.prompt_files import read_prompts, refuse_without_prompts
+
+    strict: dict[str, Any] = {}
+    if isinstance(recipe, Recipe):
+        strict["data.sample.prompts"] = recipe.data.sample
+    if isinstance(recipe, Recipe | IterateRecipe):
+        strict["evaluation.prompts"] = recipe.evaluation
+    for dotted, section in strict.items():
+        if section is not None and Path(section.prompts).is_file():
+            try:
+                read_prompts(section.prompts, section.limit)
+            except UserError as error:
+                yield dotted, str(error)
+    asked = (recipe.data.prompts or []) if isinstance(recipe, Recipe | IterateRecipe) else []
+    for source in asked if isinstance(asked, list) else [asked]:
+        if isinstance(source.name, str) and Path(source.name).is_file():
+            try:
+                refuse_without_prompts(source.name)
+            except UserError as error:
+                yield "data.prompts", str(error)
 
 
 def _missing_packages(recipe: EveryRecipe) -> Iterator[tuple[str, str]]:

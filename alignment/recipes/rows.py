@@ -21,7 +21,7 @@ class SampleSection(Section):
     of winning against the prompt's other samples.
     """
 
-    prompts: Text = Field(description="Text file, one prompt a line; lines that begin with # are skipped.")
+    prompts: Text = Field(description="File of prompts: text, one a line (# begins a comment), or rows (.jsonl …).")
     limit: int | None = option(None, "Use only the first so many prompts.", "all", ge=1)
     samples_per_prompt: int = option(4, "Responses drawn per prompt.", "alignment: cost against contrast", ge=2)
     pairs_per_prompt: int = option(1, "Pairs kept per prompt, best with worst first.", "best against worst", ge=1)

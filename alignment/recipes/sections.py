@@ -197,9 +197,7 @@ class RolloutSection(Section):
 class EvaluationSection(Section):
     """Win rate of the trained model against its starting point, judged by `reward` or `oracle`."""
 
-    prompts: Text = Field(
-        description="Text file of prompts that training does not see; format as data.sample.prompts."
-    )
+    prompts: Text = Field(description="File of prompts that training does not see; format as data.sample.prompts.")
     limit: int | None = option(None, "Use only the first so many prompts.", "all", ge=1)
     samples_per_prompt: int = option(2, "Responses per prompt and model.", "alignment", ge=1)
     bootstrap: int = option(10000, "Resamplings of prompts for the interval.", "alignment", ge=100)

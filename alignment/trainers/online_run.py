@@ -17,7 +17,7 @@ from trl import RLOOConfig
 from alignment.data import overlap
 from alignment.data.messages import TextRules
 from alignment.data.pipeline import Prepared, write_rejected
-from alignment.data.preferences import read_prompts
+from alignment.data.prompt_files import read_prompts
 from alignment.data.prompts import prepare_prompts
 from alignment.data.tables import fingerprint
 from alignment.errors import UserError

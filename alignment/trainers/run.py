@@ -21,7 +21,8 @@ from trl import DPOConfig
 from alignment.data import overlap
 from alignment.data.messages import TextRules
 from alignment.data.pipeline import Prepared, prepare, prepare_rows, write_rejected
-from alignment.data.preferences import read_prompts, read_rows
+from alignment.data.preferences import read_rows
+from alignment.data.prompt_files import locate_prompts, read_prompts, refuse_unrendered
 from alignment.data.sampled import best_against_worst, with_label_noise
 from alignment.data.tables import fingerprint
 from alignment.errors import UserError
@@ -61,7 +62,9 @@ def sampled_preferences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> l
     """Rows built from the starting model's own samples; kept in the cache under everything that decides them."""
     settings, generation = recipe.data.sample, recipe.generation
     assert settings is not None  # the schema says so
-    prompts = read_prompts(settings.prompts, settings.limit)
+    placed = locate_prompts(settings.prompts, settings.limit)
+    refuse_unrendered(placed, tokenizer)
+    prompts = [one.prompt for one in placed]
     reward = None if recipe.reward is None else get_reward(recipe.reward.name, **recipe.reward.options)
     oracle = None if recipe.oracle is None else get_oracle(recipe.oracle.name, **recipe.oracle.options)
     judge = reward or oracle

@@ -45,7 +45,7 @@ def write_given(recipe: CompareRecipe, arms: Sequence[Arm], prompts: Prompts) ->
         reads=row_columns(*(arm.objective(point) for arm in arms for point in arm.points)),
     )
     for part, where in ((prompts.validation, "compare.validation"), (prompts.test, "evaluation.prompts")):
-        judged = overlap.judged_on(None, map(str, part), where)
+        judged = overlap.judged_on(None, part, where)
         if data.overlap == "refuse":
             overlap.refuse(prepared.dataset["prompt"], judged)
         elif data.overlap == "drop":
@@ -76,6 +76,7 @@ def as_pairs(prompts: Prompts, file: Path) -> Prompts:
     if isinstance(first["prompt"], str):
         return prompts
     asked = [
-        [[{"role": "user", "content": str(text)}] for text in part] for part in (prompts.validation, prompts.test)
+        [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in part]
+        for part in (prompts.validation, prompts.test)
     ]
     return Prompts(*asked)

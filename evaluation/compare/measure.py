@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alignment.data.prompt_files import refuse_unrendered
 from alignment.files import iterate_json_lines, json_digest, read_json_object, write_json
 from alignment.rewards.base import Prompt
 from evaluation.compare.plan import Run
@@ -119,6 +120,7 @@ class Measurer:
         start, tokenizer = self._start
         model, _ = self._start if final is None else self._loaded(final)
         prompts, settings = list(self.prompts[which]), self.recipe.generation.drawing
+        refuse_unrendered([(prompt, f"{which} prompts") for prompt in prompts], tokenizer)
         settings["seed"] = int(json_digest(seed)[:12], 16)
         drawn = sample(model, tokenizer, prompts, self.recipe.evaluation.samples_per_prompt, **settings)
         flat = [(prompt_ids(tokenizer, p), one.ids) for p, group in zip(prompts, drawn, strict=True) for one in group]

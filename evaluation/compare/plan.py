@@ -14,7 +14,8 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError
 
-from alignment.data.preferences import read_prompts, same_prompt
+from alignment.data.overlap import asked
+from alignment.data.prompt_files import read_prompts
 from alignment.errors import nearest
 from alignment.files import iterate_json_lines
 from alignment.objectives import get_objective, list_objectives, objective_class, own_cards
@@ -378,9 +379,10 @@ def read_all_prompts(recipe: CompareRecipe) -> Prompts:
     seen: dict[str, str] = {}
     for key, prompts in sets.items():
         for prompt in prompts:
-            before = seen.setdefault(same_prompt(prompt), key)
+            before = seen.setdefault(asked(prompt), key)
             if before != key:
                 place = recipe.origin(key) or Origin(str(recipe.path))
-                message = f"{prompt!r:.60} stands in {before}, too: training, validation and test share no prompt"
+                shared = f"{asked(prompt)!r:.60} stands in {before}, too"
+                message = f"{shared}: training, validation and test share no prompt"
                 raise RecipeError([Problem(place, tuple(key.split(".")), message)])
     return Prompts(sets.get("compare.validation", []), sets["evaluation.prompts"])

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from alignment.data.preferences import read_prompts
+from alignment.data.prompt_files import read_prompts
 from alignment.errors import UserError, run_or_exit
 from alignment.files import (
     PACKAGE_SCHEME,

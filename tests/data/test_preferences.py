@@ -7,8 +7,7 @@ import math
 
 import pytest
 
-from alignment.data.preferences import BadRow, canonical, read_prompts
-from alignment.errors import UserError
+from alignment.data.preferences import BadRow, canonical
 from tests.data.building import reply, said, user
 
 GOOD = {"prompt": "p", "chosen": "good", "rejected": "bad"}
@@ -124,24 +123,3 @@ def test_a_response_with_what_the_user_says_is_refused(row):
     """Otherwise a prompt would be trained on as part of the response."""
     with pytest.raises(BadRow, match="different_prompts: .* has a user message that is not the prompt's"):
         canonical(row)
-
-
-def test_prompts(tmp_path):
-    file = tmp_path / "p.txt"
-    file.write_text("# a comment\n one \n\ntwo # not a comment\n  # comment\nthree")
-    assert read_prompts(file) == ["one", "two # not a comment", "three"]
-    assert read_prompts(file, 2) == ["one", "two # not a comment"]
-    file.write_bytes(b"\xef\xbb\xbfone\ntwo\n")
-    assert read_prompts(file) == ["one", "two"]
-    file.write_text("one\ntwo\nthree")
-    with pytest.raises(UserError, match="3 prompts, but 4 are asked for"):
-        read_prompts(file, 4)
-    for text, message in (
-        ("one\ntwo\n one\n", "line 3: repeats the prompt of line 1"),
-        ("# this\n", "no prompts in it"),
-    ):
-        file.write_text(text)
-        with pytest.raises(UserError, match=message):
-            read_prompts(file)
-    with pytest.raises(UserError, match=r"gone\.txt: no such file"):
-        read_prompts(tmp_path / "gone.txt")

@@ -69,7 +69,7 @@ def test_the_program_prints_one_json_object_and_refuses_what_it_cannot_score(tin
     assert isinstance(refused.exception, UserError) and "marker" in str(refused.exception)
     write_json_lines(file, [{"prompt": "x"}])
     refused = CliRunner().invoke(answers.app, given)
-    assert isinstance(refused.exception, UserError) and "row 1" in str(refused.exception)
+    assert isinstance(refused.exception, UserError) and "rows.jsonl:1: " in str(refused.exception)
 
 
 def test_tasks_have_the_answers_that_they_should():

@@ -221,6 +221,18 @@ def test_prompts_are_named_by_their_line(tmp_path):
         locate_prompts(tmp_path / "missing.txt")
 
 
+def test_chat_prompts_are_kept_for_the_model_and_read_as_text_by_judges(tmp_path):
+    ask, reply, more = ({"role": role, "content": text} for role, text in TURNS)
+    file = write_rows(tmp_path / "p.jsonl", [{"prompt": [ask]}, {"prompt": [ask, reply, more], "chosen": "x"}])
+    one, two = locate_prompts(file)
+    assert (one.text, two.text) == ("why", "user: why\nassistant: so\nuser: and then")
+    assert one.given(chat=False) == [ask] and two.given(chat=True) == [ask, reply, more]
+    assert locate_prompts(write_rows(tmp_path / "q.jsonl", [{"prompt": "why"}]))[0].given(chat=True) == [ask]
+    alike = [{"prompt": [ask, reply, more]}, {"prompt": [{"role": "user", "content": two.text}]}]
+    with pytest.raises(UserError, match=r"alike\.jsonl:2: reads like the prompt of .*alike\.jsonl:1"):
+        locate_prompts(write_rows(tmp_path / "alike.jsonl", alike))
+
+
 def test_prompts_that_were_trained_on_are_refused(tmp_path):
     chat = [{"role": "user", "content": "gamma"}]
     pairs = write_rows(tmp_path / "preferences.jsonl", [{"prompt": p} for p in ("alpha", "beta  two", "alpha", chat)])
@@ -231,6 +243,19 @@ def test_prompts_that_were_trained_on_are_refused(tmp_path):
     assert str(caught.value).startswith(
         f"f:2: prompt 'beta two' was trained on ({pairs}:2); 2 of 3 evaluation prompts"
     )
+
+
+def test_rows_of_training_as_evaluation_prompts_are_refused(tmp_path):
+    """A JSONL of the training rows, texts or chats: nothing that was trained on passes as a fresh prompt."""
+    rows = [{"prompt": [{"role": "user", "content": "alpha"}], "chosen": [], "rejected": []}]
+    pairs = write_rows(tmp_path / "preferences.jsonl", rows)
+    for row in (rows[0], {"prompt": "alpha"}, {"messages": [{"role": "system", "content": "s"}, *rows[0]["prompt"]]}):
+        prompts = locate_prompts(write_rows(tmp_path / "p.jsonl", [row]))
+        with pytest.raises(UserError, match="was trained on"):
+            refuse_training_prompts(prompts, pairs)
+
+
+TURNS = (("user", "why"), ("assistant", "so"), ("user", "and then"))
 
 
 def make_run(folder: Path, start: Path, prompts: list[str], **sections: object) -> Path:
@@ -316,6 +341,34 @@ def evaluate(run_dir: Path, **given: object) -> dict:
 def responses_of(run_dir: Path, side: str) -> list[list[str]]:
     rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     return [[sample["response"] for sample in row[side]] for row in rows]
+
+
+def test_a_win_rate_over_conversations(tmp_path, capsys):
+    """Both models get every turn through their template; the files have the conversation as text."""
+    from transformers import AutoTokenizer
+
+    run_dir = make_run(tmp_path / "run", save_tiny_model(tmp_path / "start", 0), ["unused"])
+    save_tiny_model(run_dir / "final", 1)
+    for folder in (tmp_path / "start", run_dir / "final"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}say "
+        tokenizer.save_pretrained(folder)
+    turns = [{"role": role, "content": text} for role, text in TURNS]
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": turns}, {"messages": turns[:2], "system": "be brief"}])
+    result = evaluate(run_dir, prompts=prompts)
+    assert result["sampling"]["chat"] is True and "prompts through the chat template" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    texts = ["user: why\nassistant: so\nuser: and then", "system: be brief\nuser: why"]
+    assert [row["prompt"] for row in rows] == texts
+    pools = [json.loads(line) for f in run_dir.rglob("shards/*.jsonl") for line in f.read_text().splitlines()]
+    spelt = {"user why assistant so user and then say ", "system be brief user why say "}
+    assert {"".join(tokenizer.convert_ids_to_tokens(row["prompt_ids"])) for row in pools} == spelt
+    assert all(
+        " ".join(text.split("\n")) in (run_dir / "report.html").read_text().replace("\n", " ") for text in texts
+    )
+    (tmp_path / "start" / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    with pytest.raises(UserError, match=r"p\.jsonl:1: prompt: the chat template drops "):
+        evaluate(run_dir, prompts=prompts)
 
 
 def test_run_directory_end_to_end(tmp_path, capsys):

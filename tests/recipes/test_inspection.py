@@ -214,3 +214,34 @@ def test_reporters_are_those_of_transformers():
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     assert set(REPORTERS) == set(INTEGRATION_TO_CALLBACK)
+
+
+TEXT_OF_ROWS = ":1: a row of JSON in a file of text; name the file .jsonl"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "name", "content", "message"),
+    [
+        ("dpo", "evaluation.prompts", "p.txt", '{"prompt": "a"}', TEXT_OF_ROWS),
+        ("dpo", "evaluation.prompts", "p.dat", '{"prompt": "a"}', TEXT_OF_ROWS),
+        ("dpo", "evaluation.prompts", "p.jsonl", '{"chosen": "a"}', ":1: no prompt in this row (it has chosen)"),
+        ("dpo", "evaluation.prompts", "p.jsonl", '{"prompt": "a"}\n{"messages": []}', ":2: prompt is empty"),
+        ("dpo", "evaluation.prompts", "p.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', None),
+        ("dpo", "data.sample.prompts", "p.txt", '{"prompt": "a"}', TEXT_OF_ROWS),
+        ("p3o", "data.prompts", "p.txt", '{"prompt": "a"}', TEXT_OF_ROWS),
+        ("p3o", "data.prompts", "p.jsonl", '{"text": "a"}\n{"text": "b"}', ":1: no prompt in this row (it has text)"),
+        ("p3o", "data.prompts", "p.jsonl", '{"text": "a"}\n{"prompt": "b"}', None),  # training counts it
+    ],
+)
+def test_files_of_prompts_are_read_by_check(recipe, key, name, content, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / name
+    file.write_text(content)
+    limit = [f"{key.rpartition('.')[0]}.limit=null"] if key != "data.prompts" else []
+    given = f"{{name: {file}}}" if key == "data.prompts" else str(file)
+    problems = check(f"recipes/quickstart/{recipe}.yaml", [f"{key}={given}", *limit])
+    if message is None:
+        assert problems == []
+    else:
+        (problem,) = problems
+        assert problem.path == tuple(key.split(".")) and problem.message.startswith(f"{file}{message}")
