@@ -317,7 +317,7 @@ def sample_command(
     n: Annotated[int, typer.Option(min=1, help="Samples per prompt; twice the largest n of interest or more.")] = 512,
     limit: Limit = None,
     chat: Chat = False,
-    max_new_tokens: MaxNewTokens = 24,
+    max_new_tokens: MaxNewTokens = 1024,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,

@@ -303,7 +303,9 @@ def unended_phrase(result: dict[str, Any]) -> str | None:
     if not cut["model"] and not cut["baseline"]:
         return None
     model, baseline = ("unknown" if share is None else percent(share) for share in (cut["model"], cut["baseline"]))
-    return f"never ended: {model} of its responses, {baseline} of the baseline's"
+    limit = (result.get("sampling") or {}).get("max_new_tokens")
+    within = "" if limit is None else f" within {limit} tokens"
+    return f"never ended{within}: {model} of its responses, {baseline} of the baseline's"
 
 
 def facts(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -72,7 +72,7 @@ class Experiment(Strict):
     noise: list[float] = [0.0, 0.25]
     seeds: int = Field(3, ge=1)
     lam: float = Field(0.5, ge=0)
-    max_new_tokens: int = Field(24, ge=1)
+    max_new_tokens: int = Field(1024, ge=1)
     batch_size: int = Field(128, ge=1)
 
 

@@ -312,7 +312,7 @@ def main(
         OptionalInt, typer.Option(min=1, help="Samples per prompt and model; more prompts help more than samples. [2]")
     ] = None,
     max_new_tokens: Annotated[
-        OptionalInt, typer.Option(min=1, help="Longest response; time grows with it. [24]")
+        OptionalInt, typer.Option(min=1, help="Longest response; time grows with it. [the recipe's, else 1024]")
     ] = None,
     temperature: Temperature = None,
     top_p: Annotated[OptionalFloat, typer.Option(min=0, max=1, help="Nucleus sampling; 1 is off. [1]")] = None,

@@ -52,7 +52,7 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 1,
     limit: Limit = None,
     chat: Chat = False,
-    max_new_tokens: MaxNewTokens = 256,
+    max_new_tokens: MaxNewTokens = 1024,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,

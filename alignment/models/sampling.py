@@ -25,9 +25,13 @@ Prompt = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Generation:
-    """How responses are drawn; the meaning of each is `sample`'s."""
+    """How responses are drawn; the meaning of each is `sample`'s.
 
-    max_new_tokens: int = 24
+    1024 new tokens lie between MT-Bench's (512, later 1024: FastChat's gen_model_answer.py) and AlpacaEval's 2048
+    (its configurations of local models, such as zephyr-7b-beta).
+    """
+
+    max_new_tokens: int = 1024
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -147,7 +151,7 @@ def _refuse_long(model: PreTrainedModel, prompt: int, new: int) -> None:
     if limits.learned and limits.positions is not None and prompt + new > limits.positions:
         raise UserError(
             f"the model has {limits.positions} positions: a prompt of {prompt} tokens and max_new_tokens {new} are "
-            f"{prompt + new}"
+            f"{prompt + new}; set max_new_tokens to {max(1, limits.positions - prompt)} or less"
         )
 
 

@@ -217,7 +217,8 @@ def _sampled(recipe: IterateRecipe, objective: Objective) -> Iterator[InitErrorD
         yield error("belongs to on-policy training (data.prompts of scripts/train.py)", "generation", "replay")
     if draws.max_new_tokens >= recipe.data.max_length:
         message = (
-            f"leaves no token of data.max_length {recipe.data.max_length} for a prompt, got {draws.max_new_tokens}"
+            f"leaves no token of data.max_length {recipe.data.max_length} for a prompt, got {draws.max_new_tokens}: "
+            "lower it, or raise data.max_length"
         )
         yield error(message, "generation", "max_new_tokens")
     for key in ("temperature", "top_p", "top_k") if _steps(objective) else ():

@@ -106,7 +106,7 @@ def _sampling(recipe: Recipe, objective: Objective) -> Iterator[InitErrorDetails
     if recipe.generation.max_new_tokens >= recipe.data.max_length:
         yield error(
             f"prompt and response take max_length {recipe.data.max_length} tokens at most, and the response alone may "
-            f"take {recipe.generation.max_new_tokens}",
+            f"take {recipe.generation.max_new_tokens}: lower it, or raise data.max_length",
             "generation",
             "max_new_tokens",
         )

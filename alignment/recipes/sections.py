@@ -124,7 +124,12 @@ class LoraSection(Section):
 class GenerationSection(Section):
     """How responses are drawn, for `data.sample` and for `evaluation`."""
 
-    max_new_tokens: int = option(24, "Longest response in tokens.", "alignment: sized for the CPU quick start", ge=1)
+    max_new_tokens: int = option(
+        1024,
+        "Longest response in tokens; longer ones are cut.",
+        "between FastChat's MT-Bench (512, later 1024) and AlpacaEval's configurations (2048)",
+        ge=1,
+    )
     temperature: float = option(1.0, "Below 1 sharpens, above 1 flattens.", "the model's own distribution", gt=0)
     top_p: float = option(1.0, "Nucleus of this probability.", "off: the model's own distribution", gt=0, le=1)
     top_k: int = option(0, "Only the k likeliest tokens.", "0: off, the model's own distribution", ge=0)

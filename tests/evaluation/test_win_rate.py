@@ -379,7 +379,7 @@ def test_run_directory_end_to_end(tmp_path, capsys):
     assert result["judge_is_training_reward"] is True
     printed = capsys.readouterr().out
     assert "judge IS the reward that the model was trained on" in printed
-    assert "prompts as plain text" in printed
+    assert "prompts as plain text" in printed and "; never ended within 5 tokens: " in printed.splitlines()[0]
     assert result["sampling"]["chat"] is False
     rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == prompts

@@ -113,7 +113,8 @@ def test_explain_shows_every_value_once_with_its_origin(small):
     assert rows["training.warmup_steps"] == ["0.0", "default: TRL 1.16"]
     assert rows["training.output_dir"] == ["runs/child", "default: runs/ and the recipe's file name"]
     assert rows["objective.label_smoothing"][1].startswith("default: ")
-    short = load_recipe("child.yaml", ["data={train: null, prompts: p.txt}", "reward.name=vader"])
+    drawn = ["data={train: null, prompts: p.txt}", "generation.max_new_tokens=8", "reward.name=vader"]
+    short = load_recipe("child.yaml", drawn)
     (shown,) = [line for line in explain(short).splitlines() if line.startswith("data.prompts.name ")]
     assert shown.split()[1:] == ["p.txt", "command", "line"]  # where its section was written
     assert all(len(rest) == 2 and rest[1].removeprefix("default: ") for rest in rows.values())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.models.sampling import Generation
 from alignment.objectives import list_objectives
 from alignment.recipes import Recipe, RecipeError, load_any, load_recipe, load_reward_model_recipe
 from alignment.recipes.inspection import check
@@ -53,6 +54,18 @@ def shown(name: str) -> list[str]:
 @pytest.mark.parametrize("name", [*RECIPES, *REWARD])
 def test_recipe_passes_its_check(name):
     assert [str(problem) for problem in check(name)] == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_that_draws_says_how_long_a_response_may_be(name):
+    """The quick starts' 24 tokens are theirs alone; what no recipe says has the general default."""
+    recipe = load_any(name)
+    limit, data = recipe.generation.max_new_tokens, recipe.data.model_dump()
+    if data.get("sample") or data.get("prompts"):
+        assert "max_new_tokens" in recipe.generation.model_fields_set
+    else:
+        assert limit == Generation().max_new_tokens == 1024
+    assert (limit == 24) == (name not in REAL)
 
 
 def test_every_objective_has_a_quick_start_and_a_recipe_for_a_real_model():
