@@ -13,6 +13,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from alignment.errors import UserError
 from alignment.models.chat import pinned_date
+from alignment.recipes.sections import ModelSection
 from alignment.trainers.opening import dated, open_tokenizer, refuse_unfit
 from tests.data.building import TEMPLATE, letters
 
@@ -21,8 +22,7 @@ TODAY = datetime.date.today().isoformat()
 
 
 def recipe_of(model, run, **more) -> SimpleNamespace:
-    keys = {"name_or_path": str(model), "adapter": None, "revision": None, "trust_remote_code": False}
-    section = SimpleNamespace(**keys, model_dump=lambda include: {key: keys[key] for key in include})
+    section = ModelSection(name_or_path=str(model))
     training, data = SimpleNamespace(output_dir=str(run)), SimpleNamespace(max_length=64)
     return SimpleNamespace(model=section, training=training, data=data, **more)
 
