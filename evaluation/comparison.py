@@ -127,6 +127,7 @@ def compare(
         **_rate_fields(rate),
         "discrete_win_rate": _discrete(matrices),
         "orders": _orders(deciding),
+        "invalid_answers": invalid_answers(deciding),
         "mean_score": _mean_fields(means),
         "mean_characters": {"model": _mean_length(model), "baseline": _mean_length(baseline)},
         "cut_at_token_limit": {"model": _share_cut(model), "baseline": _share_cut(baseline)},
@@ -167,6 +168,18 @@ def _discrete(matrices: Sequence[Array]) -> float:
     """Win rate over all pairs with every probability rounded to 0, 1/2 or 1."""
     pairs = np.concatenate([m[~np.isnan(m)] for m in matrices])
     return float(np.mean((1 + np.sign(pairs - 0.5)) / 2))
+
+
+def invalid_answers(judge: Any) -> dict[str, Any] | None:
+    """How many of a language model's answers had no verdict, and counted as ties; None of any other judge.
+
+    Raises:
+        UserError: most of them.
+    """
+    if judge is None or judge.name != "llm_judge":
+        return None
+    judge.tally.refuse()
+    return {"answers": judge.tally.answers, "invalid": judge.tally.invalid, "share": judge.tally.invalid_share}
 
 
 def _orders(deciding: Any) -> dict[str, Any] | None:
@@ -291,10 +304,20 @@ def p_phrase(p_value: float) -> str:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """`Win rate  61.2 %  (95 % interval 55.0 to 67.1 %)`, and how many responses never ended, where some did not."""
+    """`Win rate  61.2 %  (95 % interval 55.0 to 67.1 %)`, with what never ended and what was not judged, if any."""
     level, cut = f"{100 * result['level']:.0f} %", unended_phrase(result)
     rate = f"Win rate  {percent(result['win_rate'])}  ({level} interval {percent_interval(read_interval(result))})"
-    return f"{rate}; {cut}" if cut else rate
+    return "; ".join(filter(None, (rate, cut, unjudged_phrase(result))))
+
+
+def unjudged_phrase(result: dict[str, Any]) -> str | None:
+    """The share of judgements without a verdict; None where all have one."""
+    invalid, left_out = result.get("invalid_answers"), result["pairs_excluded"]
+    if invalid and invalid["invalid"]:
+        return f"no verdict: {percent(invalid['share'])} of the judge's answers, counted as ties"
+    return (
+        f"not scored: {percent(left_out / (left_out + result['pairs']))} of the pairs, left out" if left_out else None
+    )
 
 
 def unended_phrase(result: dict[str, Any]) -> str | None:

@@ -63,7 +63,7 @@ def summarise(
         lc_standard_error), and ours: `interval` and the rest, in percent, too, but for p-values and counts.
 
     Raises:
-        UserError: no preference counts, or a row has no difficulty.
+        UserError: no preference counts, or not even every second one, or a row has no difficulty.
     """
     try:
         found = alpaca.describe_head2head([row.preference for row in rows])
@@ -71,6 +71,12 @@ def summarise(
         raise UserError(
             f"{rows[0].where.rpartition(':')[0]}: no preference between 1 and 2 in {len(rows)} rows"
         ) from None
+    dropped = len(rows) - found["n_total"]
+    if dropped > found["n_total"]:
+        raise UserError(
+            f"{rows[0].where.rpartition(':')[0]}: {dropped} of {len(rows)} rows have no preference between 1 and 2; "
+            "annotate again with a judge that answers"
+        )
     share = alpaca.shares(rows)
     known = ~np.isnan(share)
     x, prompts = share[known], [row.instruction for row, here in zip(rows, known, strict=True) if here]
@@ -90,7 +96,7 @@ def summarise(
         "level": LEVEL,
         "generator_1": rows[0].generator_1,
         "generator_2": rows[0].generator_2,
-        "n_dropped": len(rows) - found["n_total"],
+        "n_dropped": dropped,
         "n_instructions": len(sums),
         "clustered_standard_error": known_points(error),
         "wilson_interval": [100 * wilson.low, 100 * wilson.high],
@@ -284,8 +290,10 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """One system's numbers, each with its name."""
     low, high = _read_interval(result)
     decided, loose = result["win_rate_ties_dropped"], result["interval_ties_dropped"]
+    dropped = result["n_dropped"] / (result["n_dropped"] + result["n_total"])
+    missing = f"; no preference: {100 * dropped:.1f} % of the rows, left out" if dropped else ""
     found = [
-        ("win rate, ties one half", f"{result['win_rate']:.2f} % (95 % interval {low:.2f} to {high:.2f})"),
+        ("win rate, ties one half", f"{result['win_rate']:.2f} % (95 % interval {low:.2f} to {high:.2f}){missing}"),
         ("verdict", sentence(result["n_instructions"], low, high, result["p_value"], middle=50)),
         ("without ties", "every pair is a tie" if decided is None else _rate(decided, loose)),
     ]

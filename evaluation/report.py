@@ -103,6 +103,7 @@ def describe_result(result: dict[str, Any]) -> dict[str, Any]:
         "show_wilson": comparison.needs_wilson(result),
         "verdict": comparison.verdict_sentence(result),
         "unended": comparison.unended_phrase(result),
+        "unjudged": comparison.unjudged_phrase(result),
     }
 
 

@@ -1,6 +1,6 @@
 """Stage `judged`: what a reward or an oracle says of the samples, shard by shard.
 
-    judged/judge.json         who judges
+    judged/judge.json         who judges; of a language model, how many of its answers had no verdict
     judged/00000.jsonl        a row for each prompt of samples/shards/00000.jsonl
 
 A row has `considered`, the samples that take part, and either `rewards` (one for each sample, null: not scored) or
@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from alignment.errors import UserError
-from alignment.files import iterate_json_lines, write_json, write_json_lines
+from alignment.files import iterate_json_lines, read_json_object, write_json, write_json_lines
 from alignment.locks import make_folder, remove_unfinished
 from alignment.models.pools import open_pool
 from alignment.pipeline.prompts import judge_of
@@ -40,7 +40,7 @@ def judge_samples(recipe: IterateRecipe, samples: Path, out: Path, at_the_start:
         at_the_start: how the judge described itself when the run began.
 
     Raises:
-        UserError: the judge cannot go on, or is another one than at the start.
+        UserError: the judge cannot go on, is another one than at the start, or gave no verdict in most answers.
     """
     judge = judge_of(recipe)
     described = judge.describe()
@@ -48,15 +48,23 @@ def judge_samples(recipe: IterateRecipe, samples: Path, out: Path, at_the_start:
         raise UserError(f"the judge is {described!r}, and the run began with {at_the_start!r}: bring that one back")
     make_folder(out)
     remove_unfinished(out)
-    write_json(out / "judge.json", {"judge": described, "pairing": recipe.iterate.pairing})
+    file = out / "judge.json"
+    before = read_json_object(file).get("invalid_answers", {}) if file.is_file() else {}
+    facts: dict[str, Any] = {"judge": described, "pairing": recipe.iterate.pairing}
+    write_json(file, facts | ({"invalid_answers": before} if before else {}))
     pool = open_pool(samples)
     for number in tqdm(range(len(pool.shards)), desc="  judging", unit=" shards"):
-        file = out / f"{number:05d}.jsonl"
-        if file.is_file():
+        shard = out / f"{number:05d}.jsonl"
+        if shard.is_file():
             continue
         rows = [row for _, row in iterate_json_lines(pool.file(number))]
-        judged = _scored if recipe.reward is not None else _compared
-        write_json_lines(file, judged(recipe, rows, judge))
+        judged = (_scored if recipe.reward is not None else _compared)(recipe, rows, judge)
+        if judge.name == "llm_judge":
+            judge.tally.refuse()  # before the shard is kept
+            counts = {"answers": judge.tally.answers, "invalid": judge.tally.invalid}
+            facts["invalid_answers"] = {key: count + before.get(key, 0) for key, count in counts.items()}
+            write_json(file, facts)
+        write_json_lines(shard, judged)
 
 
 def _scored(recipe: IterateRecipe, rows: Sequence[dict[str, Any]], reward: Any) -> list[dict[str, Any]]:

@@ -30,6 +30,8 @@ from alignment.rewards.judge_client import ChatClient, Reply
 from alignment.rewards.oracles import symmetric
 from alignment.rewards.verdicts import TIE, Verdict, first_from_logprobs, read_verdict
 
+MOST_INVALID = 0.5  # a larger share of answers without a verdict is an error
+ENOUGH = 20  # answers from which on it is one at once: with 1 in 4 invalid, 1 run in 250 would stop (binomial)
 PLACES = ("prompt", "first", "second")
 TEMPLATE = """\
 Below are an instruction and two responses to it. Decide which response is better.
@@ -81,6 +83,28 @@ class Tally:
         """Mean P(the text shown first); 1/2 of a judge without position bias, NaN without a valid pair."""
         return self.first / (2 * self.valid_pairs) if self.valid_pairs else math.nan
 
+    @property
+    def answers(self) -> int:
+        """Questions that were answered, by the endpoint or the disk."""
+        return self.called + self.cached
+
+    @property
+    def invalid_share(self) -> float:
+        """Share of the answers without a verdict, in [0, 1]; 0 before the first answer."""
+        return self.invalid / self.answers if self.answers else 0.0
+
+    def refuse(self) -> None:
+        """Raise where most answers had no verdict: what is left says little of the responses.
+
+        Raises:
+            UserError: names the share, an example and what helps.
+        """
+        if self.invalid_share > MOST_INVALID:
+            raise UserError(
+                f"oracle llm_judge: {self.invalid} of {self.answers} answers have no verdict, such as {self.example}; "
+                "raise max_tokens if the model thinks first, or give a template that asks for A or B"
+            )
+
     def line(self) -> str:
         """All of it in one line."""
         example = f", the first: {self.example}" if self.invalid else ""
@@ -118,7 +142,7 @@ class LLMJudge:
 
     Raises:
         UserError: a key of the wrong type or range; at the first question, a template, endpoint or answer that
-            cannot be used.
+            cannot be used; when most of `ENOUGH` answers or more had no verdict.
     """
 
     model: str
@@ -189,6 +213,8 @@ class LLMJudge:
                 self.tally.first += p + q
                 self.tally.consistent += (p > 0.5) == (q < 0.5) and (p < 0.5) == (q > 0.5)
         print(f"{self.name} {self.model}: {self.tally.line()}", file=sys.stderr, flush=True)
+        if self.tally.answers >= ENOUGH:  # a training run stops here, whoever reports a result asks for fewer, too
+            self.tally.refuse()
         return [0.5 if p is None else p for p in said]
 
     def _request(self, prompt: str, first: str, second: str) -> dict[str, Any]:

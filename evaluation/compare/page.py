@@ -156,6 +156,11 @@ def notes(result: Row) -> list[str]:
         f"Judge: {result['judge']}. It judged the training pairs, too: a win says that its taste was learned, not "
         f"that the text is better. {result['prompts']} test prompts; seeds {', '.join(map(str, result['seeds']))}."
     )
+    invalid = result.get("invalid_answers")
+    if invalid and invalid["invalid"]:
+        found.append(
+            f"No verdict: {100 * invalid['share']:.1f} % of the judge's {invalid['answers']} answers, counted as ties."
+        )
     found.append(
         "Intervals are 95 % over prompts (paired bootstrap, seeds averaged) and hold for these trained models; "
         "'seeds' is the lowest and highest seed."

@@ -18,6 +18,7 @@ from evaluation.compare.length import length_controlled_rate
 from evaluation.compare.measure import Judge, Measured
 from evaluation.compare.plan import Arm, Run, point_name
 from evaluation.compare.recipe import CompareRecipe
+from evaluation.comparison import invalid_answers
 from evaluation.experiments import over_seeds
 
 START = "start"
@@ -147,6 +148,7 @@ def build(
     return {
         "recipe": recipe.resolved(),
         "judge": judge.describe(),
+        "invalid_answers": invalid_answers(judge.oracle),
         "seeds": list(recipe.seeds),
         "prompts": len(prompts),
         "baseline": recipe.compare.baseline,

@@ -143,6 +143,7 @@ def test_one_row_has_no_standard_error_and_none_is_an_error(small):
         ([row(1, is_switched_outputs=2)], "false or null, not 2"),
         ([{k: v for k, v in row(1).items() if k != "preference"}], "row 1: no preference in this row (it has instr"),
         ([row(None), row(NAN)], "no preference between 1 and 2 in 2 rows"),
+        ([row(None), row(NAN), row(2)], "2 of 3 rows have no preference between 1 and 2; annotate again"),
         ([row(1), row(2, generator_2="other")], "compares 2 pairs of systems (b and m; b and other)"),
     ],
 )
@@ -596,7 +597,7 @@ class _TwoOrders:
     """Stands for the judge that asks in both orders and keeps a tally: the longer text wins."""
 
     name = "llm_judge"
-    tally = Tally(pairs=3, valid_pairs=2, consistent=1, first=2.5, invalid=1)
+    tally = Tally(pairs=3, called=6, valid_pairs=2, consistent=1, first=2.5, invalid=1)
 
     def probability(self, prompts, first, second):
         return [0.5 if len(a) == len(b) else float(len(a) > len(b)) for a, b in zip(first, second, strict=True)]

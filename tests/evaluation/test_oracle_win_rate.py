@@ -13,6 +13,7 @@ from evaluation.comparison import Side, compare, describe
 from evaluation.plans import plan_of_run
 from evaluation.win_rate import app, choose_form, parse_keys, run_program, win_rate_of_files
 from tests.evaluation.test_win_rate import make_run, responses, run, write_rows
+from tests.rewards.http_server import endpoint, says
 
 TABLE = {
     "responses": ["rock", "paper", "scissors"],
@@ -213,3 +214,39 @@ def test_a_recipe_s_section_judges(tmp_path):
     assert done.returncode == 2 and "has neither a reward nor an oracle section" in done.stderr
     done = run(*words, "--reward", "length")
     assert done.returncode == 2 and "--judge-from, --reward: one judge decides" in done.stderr
+
+
+def test_answers_without_a_verdict_stand_in_the_headline_and_too_many_are_an_error(tmp_path, monkeypatch):
+    """Four prompts are eight answers. One invalid is 12.5 %; five are most of them, and no win rate."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    a = write_rows(tmp_path / "a.jsonl", [row for i in range(4) for row in responses(f"p{i}", "good")])
+    b = write_rows(tmp_path / "b.jsonl", [row for i in range(4) for row in responses(f"p{i}", "bad")])
+
+    def answering(invalid):
+        def answer(body, number):
+            content = body["messages"][0]["content"]
+            return says("Hm." if number < invalid else "A" if content.index("good") < content.index("bad") else "B")
+
+        return answer
+
+    def judged(invalid, folder):
+        with endpoint(answering(invalid)) as server:
+            keys = {"base_url": server.url, "model": "m", "cache": str(tmp_path / folder), "concurrency": 1}
+            template = tmp_path / "t.txt"
+            template.write_text("{prompt}|{first}|{second}")
+            oracle = get_oracle("llm_judge", retries=0, template=str(template), **keys)
+            return win_rate_of_files(a, b, oracle=oracle).result
+
+    clean, one = judged(0, "clean"), judged(1, "one")
+    assert clean["invalid_answers"] == {"answers": 8, "invalid": 0, "share": 0.0}
+    assert clean["win_rate"] == 1.0 and "no verdict" not in describe(clean)
+    assert one["invalid_answers"] == {"answers": 8, "invalid": 1, "share": 0.125}
+    assert one["win_rate"] == pytest.approx((3 + 0.75) / 4)
+    assert "no verdict: 12.5 % of the judge's answers, counted as ties" in describe(one).splitlines()[0]
+    with pytest.raises(UserError, match="5 of 8 answers have no verdict, such as 'Hm.'"):
+        judged(5, "five")
+    scored = compare(["p", "q"], Side("m", [["rock"], ["well"]]), Side("b", [["paper"], ["rock"]]),
+                     oracle=get_oracle("tabular", table=TABLE), resamples=100, seed=0).result  # fmt: skip
+    assert scored["invalid_answers"] is None
+    assert "not scored: 50.0 % of the pairs, left out" in describe(scored).splitlines()[0]

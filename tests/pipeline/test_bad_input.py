@@ -71,6 +71,9 @@ def test_a_judge_that_fails_midway_loses_nothing(judged_by, capfd):
         answered = 60
         assert run(recipe) == folder
         assert 0 < len(judge.requests) - asked_before == questions - answered
+    kept = [json.loads((f / "iteration-1" / "judged" / "judge.json").read_text()) for f in (undisturbed, folder)]
+    counts = [one["invalid_answers"] for one in kept]  # with answers from the cache; what broke off counts once
+    assert counts[0] == counts[1] and counts[0]["answers"] >= 60 and counts[0]["invalid"] == 0
     mine, theirs = content(folder), content(undisturbed)
     assert read_rows(folder / "iteration-1" / "pairs" / "pairs.jsonl")
     for name in ("iteration-1/pairs/pairs.jsonl", "iteration-1/logps/logps.jsonl", "iteration-1/train/metrics.jsonl"):

@@ -138,6 +138,29 @@ def test_answers_without_a_verdict_are_ties_and_reported(make, capsys):
         assert (again.tally.invalid, again.tally.called, again.tally.cached) == (3, 0, 4)
 
 
+@pytest.mark.parametrize(("invalid", "stops"), [(10, False), (11, True)])
+def test_a_judge_that_mostly_has_no_verdict_stops_the_run(make, invalid, stops):
+    """20 answers, two for each of ten pairs; the first so many have none. Half is still a win rate, more is not."""
+    answers = ["Let me think"] * invalid + ["A"] * (20 - invalid)
+    with endpoint(lambda body, number: says(answers[number])) as server:
+        judge = make(server.url, concurrency=1)
+        asked = (["p"] * 10, ["x"] * 10, [f"y{i}" for i in range(10)])
+        if stops:
+            message = failure(judge, *asked)
+            assert message.startswith(
+                "oracle llm_judge: 11 of 20 answers have no verdict, such as 'Let me think'; raise"
+            )
+        else:
+            assert len(judge.probability(*asked)) == 10
+        assert judge.tally.invalid_share == invalid / 20
+    few = make(server.url)  # answers 0 and 10, from the cache: too few to stop a training run, but no result
+    few.probability(["p"], ["x"], ["y0"])
+    assert few.tally.invalid == 1 + stops
+    if stops:
+        with pytest.raises(UserError, match="2 of 2 answers have no verdict"):
+            few.tally.refuse()
+
+
 def test_what_is_too_long_or_filtered_is_invalid_not_the_end(make):
     def limited(body, number):
         if "long" in shown(body):
