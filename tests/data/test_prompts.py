@@ -66,6 +66,7 @@ data:
     name: {hub: org/prompts, split: train, prompt: question}
     limit: 8
 training: {global_batch_size: 4}
+generation: {max_new_tokens: 64}
 """
 
 

@@ -57,14 +57,14 @@ def said(role: dict, content: str) -> dict:
     return role | {"content": content}
 
 
-CHAT = "<|start|>user\nmy dog is<|end|>\n<|start|>assistant\nwarm .<|end|>\n"
+CHAT = "<|start|>user\nmy dog is<|end|>\n<|start|>assistant\nwarm .<|end|>"
 TURNS = [said(USER, "my dog is"), said(ASSISTANT, "warm ."), said(USER, "our cat is"), said(ASSISTANT, "nice .")]
-TWO = CHAT + "<|start|>user\nour cat is<|end|>\n<|start|>assistant\nnice .<|end|>\n"
+TWO = CHAT + "\n<|start|>user\nour cat is<|end|>\n<|start|>assistant\nnice .<|end|>"
 
 
 SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[turn["role"]], "value": turn["content"]} for turn in TURNS]
-SYSTEM = "<|start|>system\nmy dog is<|end|>\n<|start|>assistant\nwarm .<|end|>\n"
-ASKED = "<|start|>user\nmy dog\n\nis<|end|>\n<|start|>assistant\nwarm .<|end|>\n"
+SYSTEM = "<|start|>system\nmy dog is<|end|>\n<|start|>assistant\nwarm .<|end|>"
+ASKED = "<|start|>user\nmy dog\n\nis<|end|>\n<|start|>assistant\nwarm .<|end|>"
 PAIR = {"response1": "warm .", "response2": "cold ."}
 
 
@@ -78,26 +78,26 @@ PAIR = {"response1": "warm .", "response2": "cold ."}
             "my dog is warm .<|end|>",
             " warm .<|end|>",
         ),
-        ({"prompt": [TURNS[0]], "completion": [TURNS[1]]}, CHAT, "warm .<|end|>\n"),
-        ({"chosen": TURNS[:2], "rejected": [TURNS[0], said(ASSISTANT, "cold .")]}, CHAT, "warm .<|end|>\n"),
-        ({"messages": TURNS[:2]}, CHAT, "warm .<|end|>\n"),
-        ({"messages": TURNS}, TWO, "nice .<|end|>\n"),  # the template marks nothing: the last turn
-        ({"conversations": SHAREGPT}, TWO, "nice .<|end|>\n"),
-        ({"conversations": SHAREGPT[1:2], "system": "my dog is"}, SYSTEM, "warm .<|end|>\n"),
-        ({"instruction": "my dog", "input": "is", "output": "warm ."}, ASKED, "warm .<|end|>\n"),
-        ({"instruction": "my dog is", "input": "", "output": "warm .", "text": "framed"}, CHAT, "warm .<|end|>\n"),
-        ({"prompt": "my dog is"} | PAIR | {"label": 1}, CHAT, "warm .<|end|>\n"),
-        ({"instruction": "my dog is"} | PAIR | {"preference": "A"}, CHAT, "warm .<|end|>\n"),
-        ({"instruction": "my dog is", "output": ["warm .", "cold ."]}, CHAT, "warm .<|end|>\n"),
+        ({"prompt": [TURNS[0]], "completion": [TURNS[1]]}, CHAT, "warm .<|end|>"),
+        ({"chosen": TURNS[:2], "rejected": [TURNS[0], said(ASSISTANT, "cold .")]}, CHAT, "warm .<|end|>"),
+        ({"messages": TURNS[:2]}, CHAT, "warm .<|end|>"),
+        ({"messages": TURNS}, TWO, "nice .<|end|>"),  # the template marks nothing: the last turn
+        ({"conversations": SHAREGPT}, TWO, "nice .<|end|>"),
+        ({"conversations": SHAREGPT[1:2], "system": "my dog is"}, SYSTEM, "warm .<|end|>"),
+        ({"instruction": "my dog", "input": "is", "output": "warm ."}, ASKED, "warm .<|end|>"),
+        ({"instruction": "my dog is", "input": "", "output": "warm .", "text": "framed"}, CHAT, "warm .<|end|>"),
+        ({"prompt": "my dog is"} | PAIR | {"label": 1}, CHAT, "warm .<|end|>"),
+        ({"instruction": "my dog is"} | PAIR | {"preference": "A"}, CHAT, "warm .<|end|>"),
+        ({"instruction": "my dog is", "output": ["warm .", "cold ."]}, CHAT, "warm .<|end|>"),
         (
             {c: f"\n\nHuman: my dog is\n\nAssistant: {w} ." for c, w in (("chosen", "warm"), ("rejected", "cold"))},
             CHAT,
-            "warm .<|end|>\n",
+            "warm .<|end|>",
         ),
         (
             {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "cold ."}},
             CHAT,
-            "warm .<|end|>\n",
+            "warm .<|end|>",
         ),
     ],
 )
@@ -135,7 +135,7 @@ def test_every_turn_is_learned_where_the_template_marks_them(tmp_path, tiny):
     found = prepared(tmp_path, marking, [{"messages": TURNS}])
     assert learned(marking, found.dataset[0]) == (TWO, "warm .<|end|>nice .<|end|>") and not found.notes
     last = prepared(tmp_path, marking, [{"messages": TURNS}], turns="last")
-    assert learned(marking, last.dataset[0]) == (TWO, "nice .<|end|>\n")
+    assert learned(marking, last.dataset[0]) == (TWO, "nice .<|end|>")
 
 
 def test_a_template_that_leaves_the_end_out_of_its_marks_is_not_used(tiny):
