@@ -219,7 +219,7 @@ def _train(experiment: Experiment, run_dir: Path, pairs: Path, noise: float, see
         "training.eval_strategy=no",
         f"data.label_noise={noise}",
         f"data.noise_seed={seed}",
-        f"training.seed={1000 * (seed + 1)}",
+        f"training.seed={seed}",
         f"training.output_dir={json.dumps(str(run_dir))}",
     ]
     recipe = _recipe(experiment, given)

@@ -24,7 +24,7 @@ class RewardAwareRPO(Objective):
         name="reward_aware_rpo",
         title="Reward-aware Preference Optimization (NVIDIA)",
         paper="Adler et al. 2024 (Nemotron-4), arXiv:2406.11704; NeMo-Aligner",
-        equation="Nemotron-4 section on RPO; the three forms as in NeMo-Aligner",
+        equation="Nemotron-4 section on RPO: bwd_kl (from memory); the three forms as in NeMo-Aligner",
         formula="distance of m' = beta m from D = scale (r_w - r_l); sq: (m' - D)^2; bwd_kl: KL(Bern(sigmoid D) || "
         "Bern(sigmoid m')); fwd_kl: KL(Bern(sigmoid m') || Bern(sigmoid D))",
         needs=("reference", "reward"),
@@ -37,11 +37,13 @@ class RewardAwareRPO(Objective):
             "A pair whose 'chosen' has the lower reward is pushed the other way: by design.",
         ),
         collisions=("`rpo` is Liu et al.'s; both are called RPO.",),
-        settings=({"form": "bwd_kl"}, {"form": "fwd_kl", "beta": 0.1, "scale": 2.0}),
+        settings=({"form": "sq"}, {"form": "fwd_kl", "beta": 0.1, "scale": 2.0}),
     )
     beta: float = hyper("KL penalty: scale of the implicit reward", default=0.2, gt=0, source="NeMo-Aligner")
     scale: float = hyper("factor on the reward gap", default=1.0, gt=0, source="NeMo-Aligner")
-    form: Literal["sq", "bwd_kl", "fwd_kl"] = hyper("distance between the two gaps", default="sq", source="our choice")
+    form: Literal["sq", "bwd_kl", "fwd_kl"] = hyper(
+        "distance between the two gaps", default="bwd_kl", source="Nemotron-4's distance (from memory)"
+    )
 
     def pair_loss(self, batch: PairLogps) -> Tensor:
         gap = self.beta * batch.margin

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 from alignment.data.preferences import NUMBER_COLUMNS
 from alignment.trainers.degree import degree_columns
@@ -68,22 +69,26 @@ def prompt_fits(example: dict[str, Any], max_length: int | None) -> bool:
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """A seeded order in which every *global* batch holds pairs of like length; the longest batch comes first.
+    """A seeded order in which every *global* batch holds pairs of like length; the longest batch comes early.
 
     Unlike transformers' own, the order depends on the global batch size alone, so one process and many see the same
     batches. Pairs are shuffled, sorted by length within stretches of 50 batches, cut into batches, and the batches
-    shuffled. The longest one first: memory runs out at once or never. Where the pairs do not fill the last batch, the
-    first ones of the shuffle are visited twice: an incomplete batch would weigh its pairs by how it is split up.
+    shuffled. The longest one first: memory runs out at once or never. Under warm-up it is the second, since the first
+    update has rate 0: the longest pairs of every run would be those that nothing is learned from. Where the pairs do
+    not fill the last batch, the first ones of the shuffle are visited twice: an incomplete batch would weigh its pairs
+    by how it is split up.
 
     Args:
         lengths: tokens of each pair.
         batch_size: pairs of one optimizer step over all processes.
         seed: of the order; each epoch has its own (`set_epoch`).
         group: False gives the plain shuffle.
+        warm_up: the learning rate of the first update is 0.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, group: bool = True):
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, group: bool = True, warm_up: bool = False):
         self.lengths, self.batch_size, self.seed, self.group, self.epoch = lengths, batch_size, seed, group, 0
+        self.warm_up = warm_up
         self.repeated = -len(lengths) % batch_size  # pairs visited twice in an epoch
 
     def __len__(self) -> int:
@@ -106,5 +111,16 @@ class LengthGroupedSampler(Sampler[int]):
             batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
         batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         longest = max(range(len(batches)), key=lambda b: max(self.lengths[i] for i in batches[b]))
-        batches.insert(0, batches.pop(longest))
+        batches.insert(int(self.warm_up), batches.pop(longest))
         return iter([i for batch in batches for i in batch])
+
+
+def train_sampler(args: TrainingArguments, lengths: list[int], group: bool) -> LengthGroupedSampler:
+    """The order of training rows of these lengths, as the arguments of a trainer have it."""
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return LengthGroupedSampler(lengths, batch, order_seed(args), group, args.warmup_steps > 0)
+
+
+def order_seed(args: TrainingArguments) -> int:
+    """The seed of the rows' order: `data_seed`, or else `seed`."""
+    return int(args.seed if args.data_seed is None else args.data_seed)

@@ -51,20 +51,24 @@ def label_pairs(
     noise: float = 0.0,
     places: Sequence[int] = (),
     seed: int = 0,
+    keep_ties: bool = False,
 ) -> None:
     """Add `label`, the probability that the first sample is the better one, and rewards where a reward judges.
 
-    A reward decides (1 or 0; equal ones are a tie and left out), an oracle's probability is taken as it is: the
-    expected loss under a drawn label. `noise` turns a label round with that probability, by `seed` and `places`.
+    A reward decides: 1 or 0; equal ones are a tie, which is left out, or with `keep_ties` has label 0.5. An oracle's
+    probability is taken as it is: the expected loss under a drawn label. Equal texts are always left out. `noise`
+    turns a label round with that probability, by `seed` and `places`.
     """
     first, second = ([record.texts[j] for record in records] for j in (0, 1))
     if reward is not None:
         scores = _scores(reward, [*prompts, *prompts], [*first, *second])
         ahead, behind = scores[: len(first)], scores[len(first) :]
-        labels = [math.nan if a != a or b != b else float(a > b) for a, b in zip(ahead, behind, strict=True)]
+        labels = [
+            math.nan if a != a or b != b else (a > b) + 0.5 * (a == b) for a, b in zip(ahead, behind, strict=True)
+        ]
         _put(records, {"reward_first": ahead, "reward_second": behind})
         for record, a, b in zip(records, ahead, behind, strict=True):
-            if a == b and not record.skipped:
+            if a == b and not record.skipped and not (keep_ties and record.texts[0] != record.texts[1]):
                 record.skipped = TIE
     else:
         assert oracle is not None

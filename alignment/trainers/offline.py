@@ -31,9 +31,9 @@ from alignment.trainers.checks import losses_and_slopes, step_zero_problem
 from alignment.trainers.collation import (
     BRANCHES,
     FROZEN_COLUMNS,
-    LengthGroupedSampler,
     PairCollator,
     prompt_fits,
+    train_sampler,
     truncated,
 )
 from alignment.trainers.degree import COLUMNS, DegreeTrainer, cut_copies
@@ -204,9 +204,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         columns = [f"{c}_ids" for c in ("prompt", *BRANCHES[: self._branches])]
         lengths = [sum(len(row[c]) for c in columns) for row in dataset.select_columns(columns)]
-        global_batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.sampler = LengthGroupedSampler(lengths, global_batch, seed, self.group_by_length)
+        self.sampler = train_sampler(self.args, lengths, self.group_by_length)
         return self.sampler
 
     # --- log-probs ----------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from alignment.objectives.base import Objective
 from alignment.rewards.base import PreferenceOracle, RewardFunction
 from alignment.trainers import chains, judging
 from alignment.trainers.batches import RolloutCollator, group_logps, labelled_pairs, sample_pairs
+from alignment.trainers.collation import order_seed
 from alignment.trainers.drawing import Sampler
 from alignment.trainers.frozen_check import FrozenCheck
 from alignment.trainers.layout import possible_layout
@@ -109,7 +110,7 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
         self._records: list[Record] = []
         self.prompts, self.columns = prompts, prompts.to_dict()
         self.order = PromptOrder(
-            len(prompts), _global_batch(args), rollouts.per_rollout, rollouts.inner_epochs, args.seed
+            len(prompts), _global_batch(args), rollouts.per_rollout, rollouts.inner_epochs, order_seed(args)
         )
         self.replay = None if rollouts.replay is None else Replay(rollouts.replay)
         reference = self._plan_frozen(model, ref_model, None, peft_config, [prompts], processing_class)
@@ -344,7 +345,8 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
                 self._verify(record)
         elif self.kind == "pairs":
             noise = self.rollouts.label_noise
-            judging.label_pairs(records, prompts, self.reward, self.oracle, noise, places, self.args.seed)
+            ties = "reward" in self.objective.needs  # it regresses on the gap: 0 is a target like any other
+            judging.label_pairs(records, prompts, self.reward, self.oracle, noise, places, self.args.seed, ties)
         else:
             judging.judge_samples(records, prompts, self.objective.needs, self.reward, self.oracle)
 

@@ -8,9 +8,10 @@ formulas (`alignment.rewards.losses`), the head's forward pass (transformers).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -24,7 +25,7 @@ from alignment.models.digest import gathered_parameter
 from alignment.models.reward_model import Facts, head_of, padded
 from alignment.rewards.losses import RewardLoss, general_score, unit
 from alignment.trainers.card import CardTrainer
-from alignment.trainers.collation import LengthGroupedSampler, truncated
+from alignment.trainers.collation import LengthGroupedSampler, train_sampler, truncated
 from alignment.trainers.metrics import EpochOrder, Totals, agreement
 
 BRANCHES = ("chosen", "rejected")
@@ -87,18 +88,23 @@ def without_trunk(model: Any, remove: bool) -> Iterator[None]:
         setattr(model, name, trunk)
 
 
+def member_seed(seed: int, kind: Literal["member", "head"], number: int) -> int:
+    """The seed of one member or head of an ensemble: the first 8 bytes of SHA-256 of "SEED KIND NUMBER", modulo 2^32
+    (numpy takes no more). With seed + number, ensembles of neighbouring seeds would share all members but one."""
+    digest = hashlib.sha256(f"{seed} {kind} {number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % 2**32
+
+
 def init_head(model: Any, seed: int, outputs: int) -> None:
     """Fresh head weights, normal with standard deviation 1/sqrt(width + 1) (Stiennon et al. 2020, appendix B), from a
-    generator of their own: the same on every process and sharding. Head i of a shared trunk has seed `seed` + i, as
-    member i of independent ones has."""
+    generator of their own: the same on every process and sharding. One head has `seed`, head i of several
+    `member_seed(seed, "head", i)`."""
     if not isinstance(model, GenericForSequenceClassification):
         return  # a head of another form keeps what transformers drew for it
     parameter: Any = model.score.weight
     width: int = model.score.in_features
-    rows = [
-        torch.randn(width, generator=torch.Generator().manual_seed(seed + i)) / (width + 1) ** 0.5
-        for i in range(outputs)
-    ]
+    seeds = [seed] if outputs == 1 else [member_seed(seed, "head", i) for i in range(outputs)]
+    rows = [torch.randn(width, generator=torch.Generator().manual_seed(s)) / (width + 1) ** 0.5 for s in seeds]
     with torch.no_grad(), gathered_parameter(parameter if "ds_id" in vars(parameter) else None, writing=True):
         parameter.copy_(torch.stack(rows))
 
@@ -147,11 +153,9 @@ class RewardModelTrainer(CardTrainer, RewardTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         lengths = [sum(len(row[c]) for c in columns) for row in rows.select_columns(columns)]
-        self.sampler = LengthGroupedSampler(lengths, batch, seed, self.group_by_length)
+        self.sampler = train_sampler(self.args, lengths, self.group_by_length)
         return self.sampler
 
     # --- scores and loss ----------------------------------------------------------------------------------------

@@ -52,7 +52,14 @@ from alignment.trainers.launching import (
     trl_config,
 )
 from alignment.trainers.opening import dated, open_tokenizer, refuse_unfit
-from alignment.trainers.reward_model import BRANCHES, FEATURES, RewardModelTrainer, init_head, without_trunk
+from alignment.trainers.reward_model import (
+    BRANCHES,
+    FEATURES,
+    RewardModelTrainer,
+    init_head,
+    member_seed,
+    without_trunk,
+)
 
 HELD_OUT = "held_out.jsonl"
 
@@ -77,7 +84,7 @@ def train(recipe: RewardModelRecipe, resume: bool = False) -> Path:
         print(f"{run} held an earlier run; it is now {aside}", flush=True)
     state.wait_for_everyone()
     for i in range(members):
-        place = {"output_dir": str(run / f"member-{i}"), "seed": recipe.training.seed + i}
+        place = {"output_dir": str(run / f"member-{i}"), "seed": member_seed(recipe.training.seed, "member", i)}
         member = recipe.model_copy(update={"training": recipe.training.model_copy(update=place)})
         say(state, f"member {i + 1} of {members}, seed {place['seed']}")
         began = (run / f"member-{i}" / "manifest.json").is_file()

@@ -27,7 +27,7 @@ from alignment.models.ends import settle_ends
 from alignment.recipes import SftRecipe
 from alignment.trainers import rundir
 from alignment.trainers.card import CardTrainer
-from alignment.trainers.collation import LengthGroupedSampler
+from alignment.trainers.collation import LengthGroupedSampler, train_sampler
 from alignment.trainers.launching import (
     adapter_config,
     begin,
@@ -68,9 +68,7 @@ class SupervisedTrainer(CardTrainer, SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.sampler = LengthGroupedSampler([len(ids) for ids in rows["input_ids"]], batch, seed, self.group_by_length)
+        self.sampler = train_sampler(self.args, [len(ids) for ids in rows["input_ids"]], self.group_by_length)
         return self.sampler
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

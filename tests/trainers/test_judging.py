@@ -26,6 +26,10 @@ def test_labels_ties_and_what_cannot_be_judged():
     assert [r.skipped for r in records] == ["", "", judging.TIE, judging.TIE, judging.UNSCORED]
     assert [r.numbers["label"] for r in records[:2]] == [1.0, 0.0]
     assert [r.numbers["reward_first"] for r in records[:4]] == [1.0, 0.0, 1.0, 1.0]
+    records = told((" kind", " cold"), (" kind", " warm"), (" kind", " kind"))
+    judging.label_pairs(records, ["p"] * 3, Length(), None, keep_ties=True)
+    assert [r.skipped for r in records] == ["", "", judging.TIE]  # equal lengths are a target, equal texts no pair
+    assert [r.numbers["label"] for r in records[:2]] == [0.5, 0.5]
     records = told((" kind", " cold"), (" cold", " cold"))
     judging.label_pairs(records, ["p", "p"], None, Preference())
     assert records[0].numbers["label"] == pytest.approx(1 / (1 + math.exp(-1)))

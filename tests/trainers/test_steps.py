@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from alignment.errors import UserError
 from alignment.models import load_model
 from alignment.objectives import get_objective
-from alignment.trainers.collation import LengthGroupedSampler
+from alignment.trainers.collation import LengthGroupedSampler, train_sampler
 from alignment.trainers.launching import plan_batches
 from alignment.trainers.metrics import DisplacementAlarm, Totals, agreement
 from tests.trainers.building import config, logged, preferences, trainer_for
@@ -44,6 +45,17 @@ def test_sampler_visits_all_once_groups_lengths_and_ignores_the_world():
     assert list(sampler) != order
     assert set(LengthGroupedSampler(lengths, 8, 3, group=False)) == set(range(203))
     assert len(list(LengthGroupedSampler([5, 1, 9], 8, 0))) == 8  # fewer pairs than a batch
+
+
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_the_longest_batch_is_never_the_one_of_rate_zero(warm_up):
+    """Lengths 1 to 40 in batches of 4: {37 … 40} is the longest. HF's schedules begin warm-up at rate 0."""
+    order = list(LengthGroupedSampler(list(range(1, 41)), 4, seed=0, warm_up=warm_up))
+    batches = [{i + 1 for i in order[at : at + 4]} for at in range(0, 40, 4)]
+    assert batches.index({37, 38, 39, 40}) == (1 if warm_up else 0)
+    args = SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=2, world_size=1, seed=1, data_seed=0)
+    args.warmup_steps = 0.1 if warm_up else 0.0
+    assert list(train_sampler(args, list(range(1, 41)), True)) == order
 
 
 def test_means_are_over_pairs_not_over_batches():

@@ -164,8 +164,8 @@ BOUNDS: dict[str, list[Bound]] = {
     "hinge": [({"beta": _B}, 0.0, _B, _B)],
     "rpo": [({"beta": _B, "eta": 0.5}, 0.0, _B * 1.5, _B)],
     "reward_aware_rpo": [
-        ({"beta": _B}, 0.0, _INF, _INF),
-        ({"beta": _B, "form": "bwd_kl"}, 0.0, _B, _B),
+        ({"beta": _B}, 0.0, _B, _B),
+        ({"beta": _B, "form": "sq"}, 0.0, _INF, _INF),
         ({"beta": _B, "form": "fwd_kl"}, 0.0, _INF, _INF),
     ],
     "f_dpo": [
@@ -238,7 +238,7 @@ def _limit_of_slope(h: dict[str, Any], columns: Columns, loss: torch.Tensor, slo
 CLAIMS: dict[str, list[tuple[dict[str, Any], str, Holds]]] = {
     "reward_aware_rpo": [
         ({"beta": _B}, "loss 0 only at m' = D", _positive_off_target),
-        ({"beta": _B, "form": "bwd_kl"}, "loss 0 only at m' = D", _positive_off_target),
+        ({"beta": _B, "form": "sq"}, "loss 0 only at m' = D", _positive_off_target),
         ({"beta": _B, "form": "fwd_kl"}, "loss 0 only at m' = D", _positive_off_target),
         ({"beta": _B, "form": "fwd_kl"}, "loss <= softplus(|D|)", _below_softplus),
         ({"beta": _B, "form": "fwd_kl", "scale": 3.0}, "loss <= softplus(|D|)", _below_softplus),
