@@ -146,8 +146,11 @@ def without(prepared: Prepared, judged: Judged) -> Prepared:
     if count == len(rows):
         raise UserError(f"data.overlap: all {count} training rows have prompts that are judged on; none is left")
     whole = sum(row_hash(row) in judged.rows for row in rows) if answered else 0
-    kept = prepared.dataset.select([i for i, drop in enumerate(shared) if not drop], keep_in_memory=True)
+    rest = [i for i, drop in enumerate(shared) if not drop]
+    kept = prepared.dataset.select(rest, keep_in_memory=True)
+    places = tuple(prepared.places[i] for i in rest) if prepared.places else ()
     note = (
         f"{count} rows of {prepared.role} dropped: their prompts are judged on ({whole} are whole rows of data.eval)"
     )
-    return dataclasses.replace(prepared, dataset=kept, overlap=count, notes=(*prepared.notes, note))
+    notes = (*prepared.notes, note)
+    return dataclasses.replace(prepared, dataset=kept, overlap=count, notes=notes, places=places)

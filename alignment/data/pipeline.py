@@ -68,6 +68,7 @@ class Prepared:
         notes: what else is worth a line, such as prompts whose last token merges with the response.
         sources: for the manifest: one mapping per source (`described`).
         overlap: rows dropped because their prompts are judged on (`alignment.data.overlap`).
+        places: of each row of `dataset`, its source and where it stands there.
     """
 
     dataset: Dataset
@@ -79,6 +80,14 @@ class Prepared:
     notes: tuple[str, ...] = ()
     sources: tuple[dict[str, Any], ...] = ()
     overlap: int = 0
+    places: tuple[tuple[str, Place], ...] = ()
+
+    def name_of(self, row: int) -> str:
+        """How messages call a row of `dataset`, by its number from 0."""
+        if not self.places:
+            return f"row {row + 1} of {self.role}"
+        source, place = self.places[row]
+        return f"{place.file or source}: row {place.row}"
 
     def summary(self) -> list[str]:
         """Lines for the terminal: rows used and why the others are not, then the notes."""
@@ -284,13 +293,13 @@ def _prepared(
     tables = [_tokenised(part, renderer, max_length, columns) for part in parts]
     notes = [*(note for part in parts for note in part.notes), *notes]
     notes += renderer.notes(role)
-    dataset, used = mixed(tables, [part.source for part in parts], seed)
+    dataset, chosen = mixed(tables, [part.source for part in parts], seed)
     tails = sum((part.tails for part in parts), Counter())
     notes += _lost_tails(tails, sum(len(part.numbers) for part in parts), renderer, role)
     rejected = [bad for part in parts for bad in part.rejected]
     sources = [
         described(role, part.name, part.form, part.read, len(part.numbers), count, part.rejected)
-        for part, count in zip(parts, used, strict=True)
+        for part, count in zip(parts, map(len, chosen), strict=True)
     ]
     return Prepared(
         dataset=dataset,
@@ -301,6 +310,7 @@ def _prepared(
         max_rejected_share=max_rejected_share,
         notes=tuple(notes),
         sources=tuple(sources),
+        places=tuple((part.name, part.numbers[i][1]) for part, rows in zip(parts, chosen, strict=True) for i in rows),
     )
 
 

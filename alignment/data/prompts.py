@@ -21,7 +21,7 @@ from alignment.data.preferences import (
     plain_message,
 )
 from alignment.data.prompt_files import prompt_rows, read_prompts, with_prompt
-from alignment.data.reading import raw_rows
+from alignment.data.reading import Place, raw_rows
 from alignment.data.rendering import Renderer
 from alignment.data.tokens import encode
 from alignment.errors import UserError, nearest
@@ -63,11 +63,13 @@ def prepare_prompts(
     else:
         rows = _given(file, limit)
     kept: list[dict[str, Any]] = []
+    places: list[tuple[str, Place]] = []
     rejected: list[Rejected] = []
     renderer = Renderer(tokenizer, rules)
     for number, row in enumerate(rows, start=1):
         try:
             kept.append(_usable(row, renderer, longest, answers))
+            places.append((file, Place(number)))
         except BadRow as bad:
             rejected.append(Rejected(file, number, bad.reason, bad.detail))
     if not kept:
@@ -87,6 +89,7 @@ def prepare_prompts(
         notes=tuple(renderer.notes("prompt")),
         max_rejected_share=max_rejected_share,
         sources=(described("prompts", file, "prompts", len(rows), len(kept), len(kept), rejected),),
+        places=tuple(places),
     )
 
 

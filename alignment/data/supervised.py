@@ -206,22 +206,24 @@ def prepare_supervised(
     template = marking_template(tokenizer) if turns == "all" and tokenizer.chat_template else None
     encoder = _Encoder(Renderer(tokenizer, rules), max_length, template)
     tables: list[Dataset | None] = []
-    found: list[tuple[str, int, list[Rejected]]] = []  # form, usable rows, others
+    found: list[tuple[str, list[Place], list[Rejected]]] = []  # form, places of the usable rows, others
     for source in sources:
         kept: list[tuple[list[int], list[int]]] = []
         rejected: list[Rejected] = []
+        places: list[Place] = []
         form, rows = _converted(source, raw_rows(source, role), bool(tokenizer.chat_template), rules)
         for place, convert in rows:
             try:
                 kept.append(encoder(convert()))
+                places.append(place)
             except BadRow as bad:
                 rejected.append(Rejected(title(source), place.row, bad.reason, bad.detail, place.file))
         tables.append(_table(kept))
-        found.append((form, len(kept), rejected))
-    dataset, used = mixed(tables, list(sources), seed)
+        found.append((form, places, rejected))
+    dataset, chosen = mixed(tables, list(sources), seed)
     entries = [
-        described(role, title(source), form, usable + len(bad), usable, count, bad)
-        for source, (form, usable, bad), count in zip(sources, found, used, strict=True)
+        described(role, title(source), form, len(usable) + len(bad), len(usable), len(rows), bad)
+        for source, (form, usable, bad), rows in zip(sources, found, chosen, strict=True)
     ]
     every = [bad for _, _, rejected in found for bad in rejected]
     only_last = turns == "all" and template is None and {"messages", "conversations"} & {e["form"] for e in entries}
@@ -235,6 +237,11 @@ def prepare_supervised(
         max_rejected_share=max_rejected_share,
         notes=(*(notes if only_last else ()), *encoder.renderer.notes(role)),
         sources=tuple(entries),
+        places=tuple(
+            (title(source), usable[i])
+            for source, (_, usable, _), rows in zip(sources, found, chosen, strict=True)
+            for i in rows
+        ),
     )
 
 

@@ -42,21 +42,23 @@ def table(rows: list[Row], features: Any) -> Dataset:
     return Dataset.from_dict({column: [row.get(column) for row in rows] for column in features}, features=features)
 
 
-def mixed(tables: list[Dataset | None], sources: list[Any], seed: int) -> tuple[Dataset, list[int]]:
-    """All rows of every source, or with weights the largest mixture of those shares; and the rows of each."""
+def mixed(tables: list[Dataset | None], sources: list[Any], seed: int) -> tuple[Dataset, list[Sequence[int]]]:
+    """All rows of every source, or with weights the largest mixture of those shares; and which rows of each."""
     from datasets import concatenate_datasets
 
     have = [0 if rows is None else len(rows) for rows in tables]
     take = mixture(have, [source.weight for source in sources])
-    drawn = []
+    drawn: list[Dataset] = []
+    chosen: list[Sequence[int]] = []
     for place, (rows, count) in enumerate(zip(tables, take, strict=True)):
+        chosen.append(range(count))
         if rows is None or not count:
             continue
         if count < len(rows):
-            kept = sorted(random.Random(f"{seed}/{place}").sample(range(len(rows)), count))
-            rows = rows.select(kept, keep_in_memory=True)
+            chosen[-1] = sorted(random.Random(f"{seed}/{place}").sample(range(len(rows)), count))
+            rows = rows.select(chosen[-1], keep_in_memory=True)
         drawn.append(rows)
-    return (concatenate_datasets(drawn) if drawn else table([], features(False, []))), take
+    return (concatenate_datasets(drawn) if drawn else table([], features(False, []))), chosen
 
 
 def mixture(have: Sequence[int], weights: Sequence[float | None]) -> list[int]:

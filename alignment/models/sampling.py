@@ -120,6 +120,9 @@ class _Sampler:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, **settings: Any) -> None:
         from transformers import GenerationConfig
 
+        from alignment.models.finite import FiniteScores
+
+        self.scores = FiniteScores()
         self.model, self.tokenizer, self.n = model, tokenizer, n
         self.ends = set(ends_of(tokenizer, model.generation_config).ids)
         self.pad: Any = tokenizer.pad_token_id
@@ -127,7 +130,11 @@ class _Sampler:
         self.share = n > 1
 
     def draw(self, prompts: list[list[int]]) -> list[list[Sample]]:
-        """n samples of each prompt (token ids), drawn with the global generator."""
+        """n samples of each prompt (token ids), drawn with the global generator.
+
+        Raises:
+            UserError: the model's scores behind a prompt are not finite.
+        """
         padded = self.tokenizer.pad({"input_ids": prompts}, padding=True, padding_side="left", return_tensors="pt")
         rows = {name: padded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         cache = None
@@ -136,7 +143,16 @@ class _Sampler:
             self.share = cache is not None  # asked of a model once
         repeated = {name: value.repeat_interleave(self.n, dim=0) for name, value in rows.items()}
         generate: Any = self.model.generate
-        generated = generate(**repeated, past_key_values=cache, generation_config=self.config)
+        generated = generate(
+            **repeated, past_key_values=cache, generation_config=self.config, logits_processor=[self.scores]
+        )
+        if bad := self.scores.take():
+            prompt = str(self.tokenizer.decode(prompts[bad[0] // self.n]))
+            name = self.model.config._name_or_path or "the model"
+            raise UserError(
+                f"{name}: its next-token scores behind the prompt {prompt[-60:]!r} are not finite: its weights are "
+                "damaged, or its dtype is too coarse (try float32)"
+            )
         found = [self._sample(row) for row in generated[:, rows["input_ids"].size(1) :].tolist()]
         return [found[i : i + self.n] for i in range(0, len(found), self.n)]
 

@@ -128,8 +128,8 @@ class RewardDataSection(PreferenceRows):
 class RewardTrainingSection(BaseTrainingSection):
     """How the optimiser runs; TRL's names, except for the batch, which is declared for all processes together."""
 
-    ours: ClassVar[tuple[str, ...]] = ("global_batch_size", "group_by_length", "cpu_threads")
+    ours: ClassVar[tuple[str, ...]] = ("global_batch_size", "on_nan", "group_by_length", "cpu_threads")
     passed_through: ClassVar[dict[str, Any]] = PASSED_THROUGH
     not_accepted: ClassVar[dict[str, str]] = REWARD_REFUSED
 
-    learning_rate: float = option(1e-5, "Peak learning rate.", "Coste et al. 2310.02743", gt=0)
+    learning_rate: float = option(1e-5, "Peak learning rate.", "Coste et al. 2310.02743", gt=0, le=1)

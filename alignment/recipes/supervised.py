@@ -80,11 +80,11 @@ class SftDataSection(TextSection):
 class SftTrainingSection(BaseTrainingSection):
     """How the optimiser runs; TRL's names, except for the batch, which is declared for all processes together."""
 
-    ours: ClassVar[tuple[str, ...]] = ("global_batch_size", "group_by_length", "cpu_threads")
+    ours: ClassVar[tuple[str, ...]] = ("global_batch_size", "on_nan", "group_by_length", "cpu_threads")
     passed_through: ClassVar[dict[str, Any]] = SFT_PASSED_THROUGH
     not_accepted: ClassVar[dict[str, str]] = SFT_REFUSED
 
     global_batch_size: int = Field(
         ge=1, description="Rows per optimiser step over all processes; accumulation is derived from it."
     )
-    learning_rate: float = option(2e-5, "Peak learning rate.", "TRL 1.16 (SFTConfig)", gt=0)
+    learning_rate: float = option(2e-5, "Peak learning rate.", "TRL 1.16 (SFTConfig)", gt=0, le=1)

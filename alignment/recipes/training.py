@@ -19,6 +19,7 @@ from alignment.recipes.trl_keys import PASSED_THROUGH, REFUSED, REPORTERS, SCHED
 # Ours; everything else in the section goes to DPOConfig.
 OURS = (
     "global_batch_size",
+    "on_nan",
     "layout",
     "group_by_length",
     "displacement_alarm",
@@ -61,7 +62,7 @@ class BaseTrainingSection(OpenSection):
         "the cores shared out over this machine's processes; `accelerate launch` alone would leave one",
         ge=1,
     )
-    learning_rate: float = option(1e-6, "Peak learning rate.", _TRL, gt=0)
+    learning_rate: float = option(1e-6, "Peak learning rate.", _TRL, gt=0, le=1)
     num_train_epochs: float = option(
         1.0, "Passes over the data.", "alignment: one pass, as in the RPO and Zephyr recipes; TRL's is 3", gt=0
     )
@@ -70,6 +71,11 @@ class BaseTrainingSection(OpenSection):
     warmup_steps: float = option(0.0, "Steps of warm-up; a number below 1 is a share of all steps.", _TRL, ge=0)
     weight_decay: float = option(0.0, "Decoupled weight decay.", _TRL, ge=0)
     max_grad_norm: float = option(1.0, "Clip the gradient's norm here; 0: never.", _TRL, ge=0)
+    on_nan: Literal["stop", "skip"] = option(
+        "stop",
+        "At a step whose loss or gradient is not finite: stop the run, or leave the step out and count it.",
+        "alignment: nothing is learned from a number that is none",
+    )
     optim: Text = option("adamw_torch_fused", "transformers' name of the optimiser.", _TRL)
     seed: int = option(42, "Seed of the order of pairs and of fresh adapters.", _TRL, ge=0)
     bf16: bool = option(False, "bfloat16 autocast.", "alignment: exact unless asked; TRL's is on")
@@ -112,10 +118,12 @@ class BaseTrainingSection(OpenSection):
             # How many pairs an evaluation takes at a time.
             "per_device_eval_batch_size "
             # What is said, where and when.
-            "report_to logging_steps logging_strategy logging_first_step logging_nan_inf_filter log_level "
+            "report_to logging_steps logging_strategy logging_first_step log_level "
             "log_level_replica log_on_each_node disable_tqdm displacement_alarm skip_memory_metrics debug "
             "diagnostics diagnostics.every diagnostics.pairs diagnostics.parameters "
             "trackio_space_id trackio_bucket_id trackio_static_space_id "
+            # What happens at a step that is not finite: a run that stopped there resumes with `skip`.
+            "on_nan "
             # When checkpoints are written and which are kept. Not save_only_model: those cannot be resumed from.
             "save_strategy save_steps save_total_limit save_on_each_node enable_jit_checkpoint "
             # Where the trained model is uploaded to.

@@ -51,6 +51,8 @@ class Calibration:
             label: `[B]`, probability that chosen is the better one; None: 1.
         """
         margins = margins.detach().double()
+        number = margins.isfinite()  # what is none has no confidence; training stops at it, or skips its step
+        margins, label = margins[number], None if label is None else label[number]
         confidence = label_probability(self.objective, margins.abs().sigmoid())
         right = torch.ones_like(margins) if label is None else label.double()
         right = torch.where(margins > TIE, right, torch.where(margins < -TIE, 1 - right, 0.5))

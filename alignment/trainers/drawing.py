@@ -21,6 +21,7 @@ from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from alignment.errors import UserError
+from alignment.models.finite import FiniteScores, processing
 from alignment.models.sampling import own_defaults_only
 from alignment.trainers.reference import ReferenceTrainer
 
@@ -81,6 +82,7 @@ class DrawingTrainer(ReferenceTrainer, RLOOTrainer):
     """Draws; the attributes are set by `OnlinePreferenceTrainer`."""
 
     draw_batch: int
+    undrawable: set[int]  # places of prompts behind which a model's scores were not finite
 
     def _seeded(self, *which: int) -> contextlib.AbstractContextManager[None]:
         """The generators as (seed, which…, process) makes them, restored afterwards."""
@@ -102,6 +104,7 @@ class DrawingTrainer(ReferenceTrainer, RLOOTrainer):
                 f"rollout.vllm: vLLM holds the policy alone, and the {source} is sampled, too; leave it out"
             )
         found: list[list[list[int]]] = []
+        scores = FiniteScores()
         per_batch = max(1, self.draw_batch // n)
         shipped: Any = self.accelerator.unwrap_model(self.model_wrapped)
         if source == "reference" and self.ref_model is not None:
@@ -110,8 +113,9 @@ class DrawingTrainer(ReferenceTrainer, RLOOTrainer):
         with self._sampling(sampler, n), own_defaults_only(shipped):
             for start in range(0, len(prompts), per_batch):
                 rows = [ids for ids in prompts[start : start + per_batch] for _ in range(n)]
-                with self._from(source, [len(ids) for ids in rows], share):
+                with processing(shipped, scores), self._from(source, [len(ids) for ids in rows], share, scores):
                     drawn = self._generate_single_turn(rows, None, {})
+                self.undrawable |= {start + row // n for row in scores.take()}
                 found += [drawn[i : i + n] for i in range(0, len(drawn), n)]
         return found
 
@@ -143,8 +147,8 @@ class DrawingTrainer(ReferenceTrainer, RLOOTrainer):
                 self.generation_config, self.generation_kwargs = configured
 
     @contextlib.contextmanager
-    def _from(self, source: str, lengths: list[int], share: float) -> Iterator[None]:
-        """Make TRL's `generate` draw from another model than the policy."""
+    def _from(self, source: str, lengths: list[int], share: float, scores: FiniteScores) -> Iterator[None]:
+        """Make TRL's `generate` draw from another model than the policy; `scores` goes behind a mixture's."""
         if source == "policy":
             yield
             return
@@ -170,12 +174,13 @@ class DrawingTrainer(ReferenceTrainer, RLOOTrainer):
                 with switched(), torch.no_grad():
                     return reference(**inputs)
 
-            original = adapted.generate
-            adapted.generate = functools.partial(original, logits_processor=[GeometricMixture(score, lengths, share)])
+            plain = adapted.generate
+            mixed = [GeometricMixture(score, lengths, share), scores]
+            adapted.generate = functools.partial(plain, logits_processor=mixed)
             try:
                 yield
             finally:
-                del adapted.generate
+                adapted.generate = plain
 
 
 @contextlib.contextmanager

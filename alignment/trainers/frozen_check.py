@@ -68,6 +68,9 @@ class FrozenCheck(TrainerCallback):
         if len(before) == 1:  # nothing is frozen
             model.train(training)
             return
+        if trainer._any_process(not all(bool(values.isfinite().all()) for values in before.values())):
+            model.train(training)
+            return  # nothing to see on this row; training stops at it, or skips its step and shows the next one
         again = self._scored(model, row)
         weights = some_weights([p for p in trainer.model.parameters() if p.requires_grad])
         with changed(weights):

@@ -270,6 +270,9 @@ def conclude(
     took["total"] = time.perf_counter() - seconds["total"]
     manifest["wall_seconds"] = {name: round(value, 1) for name, value in took.items()}
     manifest["steps"] = trainer.state.global_step
+    if trainer.skipped_steps:
+        manifest["skipped_steps"] = trainer.skipped_steps
+        say(state, f"{trainer.skipped_steps} of {manifest['steps']} steps were skipped (training.on_nan)")
     if state.is_main_process:
         write_json(run / "manifest.json", manifest)
     if recipe.training.push_to_hub and state.is_main_process:

@@ -152,8 +152,8 @@ class LookAheadTrainer(DrawingTrainer):
                     loss = self.compute_loss(model, self._prepare_inputs(None)) / (last + 1)
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
         if not deepspeed:
-            if self.args.max_grad_norm > 0:
-                self._clip_grad_norm(model)
+            norm = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
+            self._get_grad_norm(model, grad_norm=norm)  # asks whether the step may be taken
             self.optimizer.step()  # type: ignore[union-attr]
             model.zero_grad()
         state._set_sync_gradients(kept)

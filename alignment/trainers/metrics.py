@@ -56,7 +56,7 @@ class DisplacementAlarm(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: D102 - transformers' hook
         fallen = (logs or {}).get("displacement/chosen")
-        if self.given or fallen is None or float(fallen) > -self.threshold:
+        if self.given or fallen is None or not float(fallen) <= -self.threshold:
             return
         self.given = True
         if state.is_world_process_zero:

@@ -37,6 +37,7 @@ from alignment.trainers.collation import (
     truncated,
 )
 from alignment.trainers.degree import COLUMNS, DegreeTrainer, cut_copies
+from alignment.trainers.finite import NATS_PER_TOKEN, FiniteTrainer
 from alignment.trainers.frozen_check import FrozenCheck
 from alignment.trainers.layout import possible_layout
 from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals, agreement
@@ -49,7 +50,7 @@ JUDGED = ("reward", "preference", "log_odds")  # what a judge has written into t
 HINTS = {"log_odds": "; gpo needs log-odds, and an oracle that answers 0 or 1 has none: use sppo or a soft oracle"}
 
 
-class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
+class PreferenceTrainer(FiniteTrainer, ReferenceTrainer, DegreeTrainer):
     """Train a language model on preference pairs with any offline objective of the registry.
 
     The reference is the model that training starts from: a frozen copy of `model` as it is in memory (not what lies on
@@ -76,7 +77,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         group_by_length: global batches of like length (`LengthGroupedSampler`).
         displacement_alarm: nats that chosen may fall below the start before the warning in words.
         normalized_gradient: both responses of a pair push equally (`NormalizedGradient`).
-        more: `callbacks`, `optimizers`, `compute_metrics` … as in TRL.
+        more: `callbacks`, `optimizers`, `compute_metrics` … as in TRL; `on_nan` of `FiniteTrainer`.
 
     Raises:
         UserError: the data lack a column that the objective needs, a prompt fills `max_length` in every row, or the
@@ -299,7 +300,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         if self.model.training and not self._begun:
             self._check.show(model, self._paired(inputs))
         batch = self.pair_logps(model, inputs)
-        if self.model.training and not self._begun:
+        if self.model.training and not self._begun and not self._any_process(not _finite(batch)):
             self._begin(model, inputs, batch)
         if self.model.training and not self._gradient_seen:
             self._look_for_gradient(batch)
@@ -307,7 +308,16 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             batch = self._normalize(batch, self._paired(inputs))
         losses = self.objective.loss(batch)
         self._record(inputs, batch, losses)
-        return losses.mean()
+        return self._watched(losses, batch, inputs) if self.model.training else losses.mean()
+
+    def _watched(self, losses: torch.Tensor, batch: PairLogps, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The mean loss, with what `FiniteTrainer` wants to know of its rows."""
+        columns, branches = batch.columns(), BRANCHES[: self._branches]
+        policy = [columns[b] for b in branches]
+        each = [policy[j].detach().abs() / inputs[f"{b}_length"].clamp(min=1) for j, b in enumerate(branches)]
+        frozen = [value for name, value in columns.items() if name.startswith(("ref_", "prev_"))]
+        beyond = (torch.stack(each) > NATS_PER_TOKEN).any()
+        return self.watch(losses.mean(), [losses, *policy, *frozen], inputs, policy, beyond)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluation has a loss and no logits."""
@@ -327,7 +337,7 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
         """
         self._begun = True
         starts_at_reference = self.start_is_reference and self._needs_reference
-        if self.state.global_step > 0:
+        if self.state.global_step > self.skipped_here:
             self._gradient_seen = True  # looked for at the start; the end of a run may well have none left
             # Precomputed: there is no model to ask; the run directory compares `frozen_digests` instead.
             self._check.resume(model, starts_at_reference)
@@ -429,3 +439,8 @@ class PreferenceTrainer(ReferenceTrainer, DegreeTrainer):
             logs["eval_loss"] = found.pop("loss")
         self._metrics[mode].update({name: [value] for name, value in found.items()})
         super().log(logs, start_time)
+
+
+def _finite(batch: PairLogps) -> bool:
+    """Whether every column is; `FiniteTrainer` names the rows where one is not."""
+    return all(bool(value.isfinite().all()) for value in batch.columns().values())

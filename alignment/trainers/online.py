@@ -31,6 +31,7 @@ from alignment.trainers import chains, judging
 from alignment.trainers.batches import RolloutCollator, group_logps, labelled_pairs, sample_pairs
 from alignment.trainers.collation import order_seed
 from alignment.trainers.drawing import Sampler
+from alignment.trainers.finite_rollout import FiniteRolloutTrainer
 from alignment.trainers.frozen_check import FrozenCheck
 from alignment.trainers.layout import possible_layout
 from alignment.trainers.metrics import Totals
@@ -48,7 +49,7 @@ from alignment.trainers.rollout_log import STAGES, RolloutLogTrainer
 from alignment.trainers.scoring import Layout, branch_tokens, forward_rows, scored_tokens
 
 
-class OnlinePreferenceTrainer(RolloutLogTrainer):
+class OnlinePreferenceTrainer(FiniteRolloutTrainer, RolloutLogTrainer):
     """Train a language model on responses that it samples itself, with any on-policy objective of the registry.
 
     The objective's `card.batch` says what is sampled: two responses a prompt ("samples"; "pairs" are labelled first),
@@ -68,6 +69,7 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
         start_is_reference: whether the reference holds the weights that training starts from.
         peft_config: train a fresh adapter.
         layout: as in `PreferenceTrainer`.
+        more: as in TRL; `on_nan` of `FiniteTrainer`.
 
     Raises:
         UserError: settings that do not fit each other, or a step-0 check that fails.
@@ -102,6 +104,7 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
         self._precompute = False
         self._branches = 3 if rollouts.calibration else rollouts.samples
         self.draw_batch = rollouts.batch
+        self.undrawable: set[int] = set()
         self._checked = self._begun = self._said_lost = self._said_unmarked = False
         self._totals = {"train": Totals(), "eval": Totals()}
         self._seconds, self._tokens = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0)
@@ -126,7 +129,7 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
         args.disable_dropout = True  # TRL's on-policy default is off: samples and log-probs would not be one policy's
         super().__init__(
             model=model,
-            reward_funcs=[_not_asked],  # type: ignore[list-item]
+            reward_funcs=[_not_asked],
             args=args,
             train_dataset=prompts,
             processing_class=processing_class,
@@ -209,7 +212,7 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
         loss = (losses * learned).sum() / len(learned) / max(self._learned, 1e-12)
         self._record(inputs, batch, losses, policy)
         self._spent("train", began, int(scored_tokens(inputs["row_segments"]).sum()))
-        return loss
+        return self.watch_prompts(loss, batch, losses, policy, inputs)
 
     def _batch(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, torch.Tensor]:
         """(what the objective reads, the policy's log-probs `[B, k]`)."""
@@ -284,6 +287,7 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
     def _sampled(self, rows: list[int]) -> list[Record]:
         """Samples of these prompts, from the policy as it is now."""
         prompts, settings = [self.columns["prompt_ids"][row] for row in rows], self.rollouts
+        self.undrawable.clear()
         drawn = self._draw(prompts, settings.samples, settings.sampler)
         others: list[list[list[int]]] | None = None
         if settings.opponent is not None:
@@ -301,6 +305,7 @@ class OnlinePreferenceTrainer(RolloutLogTrainer):
                 if not ids:
                     raise UserError(f"prompt {row + 1}: the model gave an empty response; it has no log-probability")
             records.append(record)
+        self.refuse_undrawable(records)
         return records
 
     def _recorded(self, replay: Replay, rollout: int, phase: int) -> list[Record]:

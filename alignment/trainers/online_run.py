@@ -158,6 +158,7 @@ def build_trainer(
         **frozen_models(recipe, args, objective, adapted),
         peft_config=adapter_config(recipe),
         layout=recipe.training.layout,
+        on_nan=recipe.training.on_nan,
         callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
     )
     return compact(trainer)
@@ -184,6 +185,7 @@ def _train_in(
     args = run_arguments(recipe, run, state.num_processes)
     with setting_up():
         trainer = build_trainer(recipe, args, prompts, tokenizer)
+    trainer.row_name = prompts.name_of
     order, replay = trainer.order, recipe.generation.replay
     judge = trainer.reward or trainer.oracle
     manifest = begun(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer) | dated(tokenizer)

@@ -26,6 +26,7 @@ from alignment.models.reward_model import Facts, head_of, padded
 from alignment.rewards.losses import RewardLoss, general_score, unit
 from alignment.trainers.card import CardTrainer
 from alignment.trainers.collation import LengthGroupedSampler, train_sampler, truncated
+from alignment.trainers.finite import LOGIT_RANGE, FiniteTrainer
 from alignment.trainers.metrics import EpochOrder, Totals, agreement
 
 BRANCHES = ("chosen", "rejected")
@@ -109,7 +110,7 @@ def init_head(model: Any, seed: int, outputs: int) -> None:
         parameter.copy_(torch.stack(rows))
 
 
-class RewardModelTrainer(CardTrainer, RewardTrainer):
+class RewardModelTrainer(FiniteTrainer, CardTrainer, RewardTrainer):
     """Fit scores to preferences: k heads at once, hard or soft labels, any loss of `alignment.rewards.losses`.
 
     Args:
@@ -119,7 +120,7 @@ class RewardModelTrainer(CardTrainer, RewardTrainer):
         train_dataset, eval_dataset: columns `prompt_ids`, `chosen_ids`, `rejected_ids`, instead of which `features`
             are read where they are; optional `label`, `margin`, `weights` (of heads).
         group_by_length: global batches of like length (`LengthGroupedSampler`).
-        more: as in TRL.
+        more: as in TRL; `on_nan` of `FiniteTrainer`.
 
     Logged, over pairs of all processes: `loss` (mean over heads), `accuracy` (share of pairs whose chosen one scores
     higher, ties half; against the label where labels are soft), `margin`, `score/mean`, `score/std`;
@@ -161,15 +162,9 @@ class RewardModelTrainer(CardTrainer, RewardTrainer):
     # --- scores and loss ----------------------------------------------------------------------------------------
 
     def pair_scores(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(chosen, rejected), `[B, k]` each; of a general preference model s(chosen > rejected) `[B, 1]` and 0.
-
-        Raises:
-            UserError: a score is NaN or infinite: nothing that follows would mean anything.
-        """
+        """(chosen, rejected), `[B, k]` each; of a general preference model s(chosen > rejected) `[B, 1]` and 0."""
         names = ("inputs_embeds",) if "inputs_embeds" in inputs else ("input_ids", "attention_mask")
         logits = model(**{name: inputs[name] for name in names}, use_cache=False).logits.float()
-        if not bool(logits.isfinite().all()):
-            raise UserError(not_finite(self.state.global_step))
         if self.facts.kind == "scalar":
             chosen, rejected = logits.chunk(2)
             return chosen, rejected
@@ -183,7 +178,19 @@ class RewardModelTrainer(CardTrainer, RewardTrainer):
         if "weights" in inputs and self.model.training:
             losses = losses * inputs["weights"]
         self._record(chosen.detach(), rejected.detach(), losses.mean(1), inputs)
-        return (losses.mean(), None) if return_outputs else losses.mean()
+        loss = losses.mean()
+        if self.model.training:
+            learned = inputs["weights"] > 0 if "weights" in inputs else torch.ones_like(losses, dtype=torch.bool)
+            beyond = ((chosen - rejected).abs() / self._scale() > LOGIT_RANGE) & learned
+            loss = self.watch(loss, [losses, chosen, rejected], inputs, [chosen, rejected], beyond.any())
+        return (loss, None) if return_outputs else loss
+
+    def _scale(self) -> float:
+        """By what a margin is divided before the loss's sigmoid."""
+        return self.loss.temperature if self.facts.kind == "general" else 1.0
+
+    def _out_of_range(self) -> str:
+        return f"margins between scores lie beyond {LOGIT_RANGE:g}"
 
     def _record(
         self, chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor, inputs: dict[str, torch.Tensor]
@@ -216,6 +223,7 @@ class RewardModelTrainer(CardTrainer, RewardTrainer):
             if "score/square" in found:
                 found["score/std"] = max(found.pop("score/square") - found["score/mean"] ** 2, 0.0) ** 0.5
             logs |= found
+        self.add_skipped(logs)
         super(RewardTrainer, self).log(logs, start_time)
 
     # --- evaluation ---------------------------------------------------------------------------------------------
@@ -232,6 +240,8 @@ class RewardModelTrainer(CardTrainer, RewardTrainer):
         self._scores = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         rows, self._scores = torch.cat(self._scores).double(), None
+        if bad := (~rows.isfinite().all(1)).nonzero().flatten().tolist():
+            raise UserError(not_finite(self.state.global_step, len(bad), bad[0] + 1))
         chosen, rejected = rows[:, :-1].reshape(len(rows), 2, -1).unbind(1)
         data: Any = dataloader.dataset
         label = torch.tensor(data["label"]) if "label" in data.column_names else None
@@ -246,15 +256,15 @@ class RewardModelTrainer(CardTrainer, RewardTrainer):
         return self.last_scores
 
 
-def not_finite(step: int) -> str:
-    """What to tell the user when a score is no number after so many optimiser steps."""
+def not_finite(step: int, count: int, first: int) -> str:
+    """What to tell the user when scores of so many pairs are no numbers after so many optimiser steps."""
     cause = (
         "the model of model.name_or_path gives none before it is trained: its weights are damaged, or model.dtype is "
         "too coarse for it (try float32)"
         if step == 0
         else "training has diverged: lower training.learning_rate, or training.max_grad_norm"
     )
-    return f"after {step} training steps a score is not a finite number; {cause}"
+    return f"after {step} training steps the scores of {count} pairs, first pair {first}, are not finite; {cause}"
 
 
 def general_pair(logits: torch.Tensor, facts: Facts) -> torch.Tensor:

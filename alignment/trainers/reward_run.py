@@ -243,8 +243,6 @@ def _train_in(
     say(state, f"[2/3] model: {recipe.model.name_or_path}")
     args = trl_config(RewardConfig, recipe, run, state.num_processes)
     args.eval_on_start = args.eval_on_start and checkpoint is None
-    if "logging_nan_inf_filter" not in (recipe.training.model_extra or {}):
-        args.logging_nan_inf_filter = False  # transformers would log the mean of the losses that are numbers
     facts = facts_of(recipe, chat=not isinstance(given.dataset[0]["prompt"], str))
     data = _with_columns(recipe, given.dataset, training=True)
     judged = None if held_out is None else _with_columns(recipe, held_out.dataset, training=False)
@@ -259,6 +257,7 @@ def _train_in(
         model.requires_grad_(False).score.requires_grad_(True)
     with without_trunk(model, frozen):
         trainer = build_trainer(recipe, args, model, facts, data, judged, tokenizer)
+        trainer.row_name = given.name_of
         manifest = known(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer) | dated(tokenizer)
         manifest |= {
             "pairs": len(data),
@@ -325,6 +324,7 @@ def build_trainer(
             processing_class=tokenizer,
             peft_config=peft,
             group_by_length=recipe.training.group_by_length,
+            on_nan=recipe.training.on_nan,
             callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
         )
     return compact(trainer)

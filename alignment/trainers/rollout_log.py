@@ -87,7 +87,7 @@ class RolloutLogTrainer(RolloutScoringTrainer):
     def _stop_if_drifted(self, drift: float | None) -> None:
         """VPO's optimistic term has no lower bound: stop before the policy is spent on it."""
         limit = self.rollouts.drift
-        if drift is None or limit is None or drift > -limit:
+        if drift is None or limit is None or not drift <= -limit:
             return
         self.control.should_training_stop = True
         if self.accelerator.is_main_process:

@@ -5,6 +5,7 @@ Not a trainer by itself: `online.py` is, and sets the attributes below. How a ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,9 +39,12 @@ class RolloutScoringTrainer(LookAheadTrainer):
 
     def _begin(self) -> None:
         """Before the first update: the reference is frozen; in a resumed run it is also the one of its start."""
+        sound = [record for record in self._records if _is_finite(record)]
+        if not sound:
+            return  # the step stops, or is skipped
         self._begun = True
         self._compare_if_wider(self._records)  # those of a checkpoint have not been
-        inputs = self._on_device(self._records[: self.args.per_device_train_batch_size])  # on all processes the same
+        inputs = self._on_device(sound[: self.args.per_device_train_batch_size])  # on all processes the same
         model, rows = self.model_wrapped, self._paired(inputs)
         self._check.show(model, rows)
         if self.state.global_step:
@@ -95,10 +99,16 @@ class RolloutScoringTrainer(LookAheadTrainer):
         if self._checked or "ref" not in found or not self.start_is_reference or self.state.global_step:
             return
         self._checked = True
-        gap = relative_gap(found["behaviour"], found["ref"])
+        sound = (found["behaviour"].isfinite() & found["ref"].isfinite()).all(1)
+        gap = relative_gap(found["behaviour"][sound], found["ref"][sound]) if bool(sound.any()) else 0.0
         # Both have just scored the same rows in the same layout: see `step_zero_problem`.
         if self._any_process(5 * gap > self.tolerance):
             raise UserError(
                 f"step-0 check: policy and reference differ by a relative {gap:.2g} in log-prob, so that implicit "
                 "rewards do not start at 0: the reference is another model, has another dtype, or dropout is active"
             )
+
+
+def _is_finite(record: Record) -> bool:
+    """Whether its log-probs under the policy that drew it are."""
+    return all(math.isfinite(value) for name, value in record.numbers.items() if name.startswith("behaviour_"))

@@ -214,6 +214,7 @@ def build_trainer(
         group_by_length=recipe.training.group_by_length,
         displacement_alarm=recipe.training.displacement_alarm,
         normalized_gradient=recipe.training.normalized_gradient,
+        on_nan=recipe.training.on_nan,
         callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
     )
     probe = recipe.training.diagnostics
@@ -291,6 +292,7 @@ def _train_in(
     args.eval_on_start = args.eval_on_start and checkpoint is None  # the start was evaluated when the run began
     with setting_up():
         trainer = build_trainer(recipe, args, data, held_out.dataset if held_out else None, tokenizer)
+    trainer.row_name = rows.name_of
     pairs = len(trainer.train_dataset)  # type: ignore[arg-type]  # a Dataset, by our constructor
     repeated = -pairs % recipe.training.global_batch_size
     manifest = begun(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer) | dated(tokenizer)

@@ -68,7 +68,7 @@ def last_checkpoint(run: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    found = sorted(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    found = _checkpoints(run)
     if not found:
         raise UserError(f"--resume: {run} holds no checkpoint; set training.save_strategy=steps, or start afresh")
     problems = [_what_is_missing(checkpoint) for checkpoint in found]
@@ -78,6 +78,15 @@ def last_checkpoint(run: Path) -> Path:
     if whole != found[0] and PartialState().is_main_process:
         print(f"{found[0].name} {problems[0]}: resuming from {whole.name}", flush=True)
     return whole
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint; None where there is none."""
+    return next((c for c in _checkpoints(run) if _what_is_missing(c) is None), None)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
 
 
 def _what_is_missing(checkpoint: Path) -> str | None:

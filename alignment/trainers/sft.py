@@ -28,6 +28,7 @@ from alignment.recipes import SftRecipe
 from alignment.trainers import rundir
 from alignment.trainers.card import CardTrainer
 from alignment.trainers.collation import LengthGroupedSampler, train_sampler
+from alignment.trainers.finite import FiniteTrainer
 from alignment.trainers.launching import (
     adapter_config,
     begin,
@@ -46,13 +47,13 @@ from alignment.trainers.metrics import EpochOrder
 from alignment.trainers.opening import dated, open_tokenizer, refuse_unfit
 
 
-class SupervisedTrainer(CardTrainer, SFTTrainer):
+class SupervisedTrainer(FiniteTrainer, CardTrainer, SFTTrainer):
     """TRL's SFTTrainer on rows that are tokens already, in the batches of preference training.
 
     Args:
         train_dataset, eval_dataset: columns `input_ids` and `labels` (-100: not learned), cut to length.
         group_by_length: global batches of like length (`LengthGroupedSampler`).
-        more: as in TRL.
+        more: as in TRL; `on_nan` of `FiniteTrainer`.
     """
 
     trains = "sft"
@@ -71,11 +72,30 @@ class SupervisedTrainer(CardTrainer, SFTTrainer):
         self.sampler = train_sampler(self.args, [len(ids) for ids in rows["input_ids"]], self.group_by_length)
         return self.sampler
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As TRL's; a loss that is not finite is noticed."""
+        rows = dict(inputs)  # TRL adds to them
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training or return_outputs:
+            return found
+        return self.watch(found, [found.detach().expand(len(rows["labels"]))], rows)
+
+    def _good_rows(self, good, inputs):
+        """Rows whose log-likelihood is finite: TRL's loss is one number."""
+        found = self._token_logps(self.model_wrapped, inputs)
+        return found.log_probs.isfinite().all(1)
+
+    def _says_pushes(self) -> bool:
+        return False
+
+    def _token_logps(self, model: Any, inputs: dict[str, Any]) -> Any:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return model(**inputs, use_cache=False, fused_lm_head=True)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Sums of every row of every process: TRL's eval_loss is a mean of means, which depends on the batch size."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            found = model(**inputs, use_cache=False, fused_lm_head=True)
+        found = self._token_logps(model, inputs)
         tokens = (inputs["labels"][:, 1:] != -100).sum(1)
         rows = torch.stack([-found.log_probs.sum(1), tokens, found.is_top1.sum(1)], dim=1).float()
         self._judged.append(self.accelerator.gather_for_metrics(rows))
@@ -106,6 +126,7 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=adapter_config(recipe),
         group_by_length=recipe.training.group_by_length,
+        on_nan=recipe.training.on_nan,
         callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
     )
     compact(trainer)
@@ -174,6 +195,7 @@ def _train_in(
     args.eval_on_start = args.eval_on_start and checkpoint is None  # the start was evaluated when the run began
     with setting_up():
         trainer = build_trainer(recipe, args, rows.dataset, held_out.dataset if held_out else None, tokenizer)
+    trainer.row_name = rows.name_of
     count = len(rows.dataset)
     repeated = -count % recipe.training.global_batch_size
     manifest = known(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer) | dated(tokenizer)
