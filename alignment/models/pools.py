@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 SAMPLES_PER_SHARD = 4096
+ALIKE, LONG = 8, 8  # prompts without two different samples, of so many tokens at least, that show a deaf server
 _PER_SAMPLE = ("ids", "responses", "finished")
 
 
@@ -264,6 +265,7 @@ def _draw(
         return sum(len(block) for number, block in enumerate(pool.shards) if number not in absent) * pool.n
 
     total = pool.prompts * pool.n
+    repeats = _Repeats(str(pool.manifest.get("base_url")), generation)
     mine = [number for number in pool.missing() if number % state.num_processes == state.process_index]
     hidden = {} if state.is_main_process else {"disable": True}  # else TQDM_DISABLE counts
     with tqdm(total=total, initial=there(), desc=progress, unit="sample", **hidden) as bar:
@@ -277,12 +279,45 @@ def _draw(
                 more = backend.draw(given, ids, size, generation, part)
                 drawn = [samples + new for samples, new in zip(drawn, more, strict=True)]
                 bar.update(size * len(given))
+            if pool.manifest.get("backend") == "endpoint":
+                repeats.see(drawn)
             write_json_lines(pool.file(number), map(_row, given, ids, drawn))
             if state.is_main_process:
                 bar.n = there()
                 bar.refresh()
         state.wait_for_everyone()
         bar.n = there()
+
+
+class _Repeats:
+    """Watches a server's samples for a temperature that it ignores: every sample of every prompt is then the same.
+
+    What would be the same anyway does not count: answers of a few tokens, and temperatures near greedy. One prompt
+    with two different samples ends the watch. `ALIKE` prompts without any are no accident: at a temperature of 1/2 or
+    more a model repeats a whole answer of `LONG` tokens for one prompt, not for each.
+    """
+
+    def __init__(self, base_url: str, generation: Generation) -> None:
+        self.base_url, self.temperature, self.alike = base_url, generation.temperature, 0
+        self.watching = generation.temperature >= 0.5 and generation.top_p >= 0.5 and generation.top_k != 1
+
+    def see(self, drawn: Sequence[Sequence[Sample]]) -> None:
+        """Look at one shard's samples, by prompt.
+
+        Raises:
+            UserError: `ALIKE` prompts or more, and none with two different samples.
+        """
+        for samples in drawn if self.watching else ():
+            if len({sample.text for sample in samples}) > 1:
+                self.watching = False
+                return
+            self.alike += len(samples) > 1 and min(len(sample.ids) for sample in samples) >= LONG
+        if self.watching and self.alike >= ALIKE:
+            raise UserError(
+                f"sampling: base_url {self.base_url}: each of {self.alike} prompts got one answer again and again "
+                f"at temperature {self.temperature:g}: the server ignores temperature or repeats a stored answer; "
+                "`transformers serve` samples only with do_sample: true in the model's generation_config.json"
+            )
 
 
 def _row(prompt: Prompt, ids: list[int], samples: list[Sample]) -> dict[str, Any]:

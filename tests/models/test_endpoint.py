@@ -40,10 +40,10 @@ def completing(body, number):
     return Answer({"object": "text_completion", "choices": choices})
 
 
-def draw(tiny, url, folder, n=3, prompts=PROMPTS, generation=SETTINGS, **keys):
+def draw(tiny, url, folder, n=3, prompts=PROMPTS, generation=SETTINGS, prompts_per_shard=2, **keys):
     tokenizer = load_tokenizer(tiny)
     backend = EndpointBackend(url, "m", tokenizer, **{"retries": 1, **keys})
-    settings = {"generation": generation, "seed": 1, "prompts_per_shard": 2, "backend": backend}
+    settings = {"generation": generation, "seed": 1, "prompts_per_shard": prompts_per_shard, "backend": backend}
     return sample_pool({"name_or_path": str(tiny)}, tokenizer, prompts, folder, n, **settings)
 
 
@@ -161,6 +161,54 @@ def test_a_key_that_decides_what_is_drawn_is_never_left_out(tiny, tmp_path, key,
         draw(tiny, server.url, tmp_path / "pool", generation=generation, concurrency=1)
     assert str(caught.value).endswith(remedy) and "\n" not in str(caught.value)
     assert len(server.requests) == 1 and not list(tmp_path.glob("pool/shards/*"))
+
+
+MANY = [f"my dog number {i} is" for i in range(8)]
+LONG_TEXT = " warm and good and kind and cold and warm ."
+
+
+def saying(text_of):
+    """n samples of `text_of(prompt, seed, number of the sample)`."""
+
+    def answer(body, number):
+        texts = [text_of(body["prompt"], body["seed"], i) for i in range(body["n"])]
+        return Answer({"choices": [{"text": text, "finish_reason": "stop"} for text in texts]})
+
+    return answer
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_server_that_ignores_temperature_is_noticed_after_the_first_shard(tiny, tmp_path, batch_size):
+    """As `transformers serve` without do_sample: one request a sample, each answered greedily."""
+    generation = Generation(16, 1.0, batch_size=batch_size)
+    with (
+        endpoint(saying(lambda prompt, seed, i: f" {prompt}{LONG_TEXT}")) as server,
+        pytest.raises(UserError) as found,
+    ):
+        draw(tiny, server.url, tmp_path / "pool", n=2, prompts=MANY * 2, generation=generation, prompts_per_shard=8)
+    message = str(found.value)
+    assert "\n" not in message and f"base_url {server.url}: each of 8 prompts got one answer again" in message
+    assert "do_sample: true in the model's generation_config.json" in message
+    assert len(server.requests) == 8 * 2 // batch_size and not list(tmp_path.glob("pool/shards/*"))
+
+
+@pytest.mark.parametrize(
+    ("text_of", "prompts", "n", "generation"),
+    [
+        (lambda prompt, seed, i: LONG_TEXT, MANY[:7], 2, Generation(16, 1.0)),  # too few prompts to tell
+        (lambda prompt, seed, i: LONG_TEXT, MANY, 1, Generation(16, 1.0)),  # one sample each
+        (lambda prompt, seed, i: " kind .", MANY, 2, Generation(16, 1.0)),  # a few tokens repeat by themselves
+        (lambda prompt, seed, i: LONG_TEXT, MANY, 2, Generation(16, 0.1)),  # nearly greedy on purpose
+        (lambda prompt, seed, i: LONG_TEXT, MANY, 2, Generation(16, 1.0, 0.1)),
+        (lambda prompt, seed, i: (" cold" if i and "7" in prompt else "") + LONG_TEXT, MANY, 2, Generation(16, 1.0)),
+    ],
+)
+def test_samples_that_may_be_alike_raise_no_alarm(tiny, tmp_path, text_of, prompts, n, generation):
+    with endpoint(saying(text_of)) as server:
+        pool = draw(
+            tiny, server.url, tmp_path / "pool", n=n, prompts=prompts, generation=generation, prompts_per_shard=8
+        )
+    assert pool.prompts == len(prompts)
 
 
 def test_ids_that_the_server_does_not_give(tiny, tmp_path):
