@@ -36,7 +36,8 @@ RECIPES = [path for path in ALL if path not in ON_POLICY]
 
 # The recipes' rates are for 135M parameters; this model has 0.1M. One epoch is 14 steps.
 LEARNING_RATE = 1e-3
-GENTLER = {  # losses that weigh a log-ratio z by exp(-z) or penalise any fall of chosen: a large step overshoots
+GENTLER = {  # a large step overshoots: simpo loses the text, the others weigh z by exp(-z) or penalise falls of chosen
+    "simpo": 3e-4,
     "dpop": 3e-4,
     "f_dpo objective.divergence=forward_kl": 2e-4,
     "f_dpo objective.divergence=alpha objective.alpha=0.5": 3e-4,

@@ -154,7 +154,7 @@ def test_score_is_beta_times_the_log_ratio_with_the_end_token(tiny, other):
 
 
 def test_chat_prompts_are_asked_as_in_training(tiny, other):
-    asked, reply = f"<|start|>user\n{PROMPT}<|end|>\n<|start|>assistant\n", f"{PROMPT} kind .<|end|>\n"
+    asked, reply = f"<|start|>user\n{PROMPT}<|end|>\n<|start|>assistant\n", f"{PROMPT} kind .<|end|>"
     expected = sum(by_hand(other, asked, reply)) - sum(by_hand(tiny, asked, reply))
     messages = [{"role": "user", "content": PROMPT}]
     reward = ImplicitReward(str(other), str(tiny), beta=1.0)
