@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.errors import UserError
 from alignment.files import read_json_object, write_text
+from alignment.models.adapters import kind_of, why_not_merged
 from alignment.models.card import Card, adapter_of, measured
 from alignment.models.ends import settle_ends
 from alignment.models.loading import DTYPES, load_model, load_tokenizer, resolve_path
@@ -113,6 +114,11 @@ def export(run: Path, target: Path, dtype: str | None = None) -> list[str]:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: exists and is not an empty folder; give another")
     source = find_source(run)
+    config = adapter_of(source.folder) or {}
+    if (why := why_not_merged(config)) is not None:
+        raise UserError(
+            f"{source.folder}: an adapter of kind {kind_of(config)} cannot be merged: {why}; {_stays(source.base)}"
+        )
     trained_dtype = _trained_dtype(source)
     beside = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
@@ -160,12 +166,15 @@ def _write(source: Source, folder: Path, trained: str, saved: str) -> list[str]:
             # What the adapter has learned fits the weights as they were rounded, not those before.
             model = _on_base(source.folder, source.base, trained, source.model_section, written_out=True)
             said.append("the base's quantised weights are written out in full")
-        model, gap = _merged(model, prompts)
-        _refuse_beyond(gap, EXACT, "merging the adapter")
+        model, gap = _merged(model, prompts, source.base)
+        _refuse_beyond(gap, EXACT, "merging the adapter", _stays(source.base))
         said.append(f"adapter merged into {source.base} in float32 (relative difference of logits {gap:.1g})")
     _cast(model, getattr(torch, saved))
     in_memory = _logits(model, prompts)
-    _refuse_beyond(_gap(in_memory, before), max(ROUNDED[saved], ROUNDED[trained]), f"rounding to {saved}")
+    step, remedy = f"rounding to {saved}", "try --dtype float32"
+    if saved == "float32" and source.is_adapter:  # nothing is rounded: the base under the adapter is another one
+        step, remedy = "writing the base's weights out in full", _stays(source.base)
+    _refuse_beyond(_gap(in_memory, before), max(ROUNDED[saved], ROUNDED[trained]), step, remedy)
     if not source.is_reward_model:
         settle_ends(model, tokenizer)
     _save(model, tokenizer, folder)
@@ -174,7 +183,7 @@ def _write(source: Source, folder: Path, trained: str, saved: str) -> list[str]:
         shutil.copy(source.folder / FACTS, folder / FACTS)
     reloaded = (load_reward_model if source.is_reward_model else load_model)(folder, dtype=saved, **source.options)
     after = _logits(reloaded, prompts)
-    _refuse_beyond(_gap(after, in_memory), EXACT, "saving and loading again")
+    _refuse_beyond(_gap(after, in_memory), EXACT, "saving and loading again", f"{source.folder} is whole: use that")
     largest = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
     scale = max(float(b.abs().max()) for b in before)
     said.append(
@@ -184,12 +193,17 @@ def _write(source: Source, folder: Path, trained: str, saved: str) -> list[str]:
     return said
 
 
-def _refuse_beyond(gap: float, limit: float, step: str) -> None:
+def _refuse_beyond(gap: float, limit: float, step: str, remedy: str) -> None:
     if not gap <= limit:
         raise UserError(
             f"export: {step} changes the logits by {gap:.2g} of the largest one, more than {limit:g}: nothing was "
-            "written; try --dtype float32"
+            f"written; {remedy}"
         )
+
+
+def _stays(base: str) -> str:
+    """What becomes of an adapter that cannot be merged."""
+    return f"use it as it is: PEFT loads the folder as an adapter on {base}"
 
 
 def _trained_model(source: Source, dtype: str) -> Any:
@@ -217,10 +231,10 @@ def _on_base(adapter: Path, base: str, dtype: str, section: dict[str, Any], *, w
         if not (written_out and options["quantization"]):
             return load_model(path, dtype=dtype, adapter=str(adapter), **options)
         whole: Any = load_model(path, dtype=dtype, **options)
-        return PeftModel.from_pretrained(whole.dequantize(getattr(torch, dtype)), str(adapter)).eval()
+        return PeftModel.from_pretrained(_written_out(whole, dtype), str(adapter)).eval()
     below = _on_base(Path(path), _named_base(Path(path)), dtype, section, written_out=True)
-    below, gap = _merged(below, [[1, 2, 3, 4]])
-    _refuse_beyond(gap, EXACT, f"merging {path}")
+    below, gap = _merged(below, [[1, 2, 3, 4]], path)
+    _refuse_beyond(gap, EXACT, f"merging {path}", _stays(_named_base(Path(path))))
     _cast(below, getattr(torch, dtype))
     return PeftModel.from_pretrained(below, str(adapter)).eval()
 
@@ -229,12 +243,11 @@ def _scores_on_base(
     path: str, adapter: Path, outputs: int, dtype: str, written_out: bool, options: dict[str, Any]
 ) -> Any:
     """A reward model's adapter, which brings the head, on its trunk."""
-    import torch
     from peft import PeftModel
 
     trunk = load_reward_model(path, outputs=outputs, fresh_head=True, dtype=dtype, **options)
     if written_out and options["quantization"]:
-        trunk = trunk.dequantize(getattr(torch, dtype))
+        trunk = _written_out(trunk, dtype)
     return PeftModel.from_pretrained(trunk, str(adapter)).eval()
 
 
@@ -253,14 +266,49 @@ def _tokenizer_folder(source: Source) -> str:
     return folder
 
 
-def _merged(model: Any, prompts: list[list[int]]) -> tuple[Any, float]:
-    """(the base with the adapter added to its weights in float32, how far that moved the logits)."""
+def _written_out(model: Any, dtype: str) -> Any:
+    """A quantised model with the same weights in `dtype`; some kinds of adapters merge only where no flag is left."""
     import torch
 
+    plain = model.dequantize(getattr(torch, dtype))
+    plain.is_loaded_in_4bit = plain.is_loaded_in_8bit = False
+    return plain
+
+
+def _untie(model: Any) -> None:
+    """Give the head weights of its own where an adapter sits on the input embedding alone: merged into tied weights,
+    it would change the head, which it has not been trained for."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base: Any = model.get_base_model()
+    embedding: Any = base.get_input_embeddings()
+    head: Any = base.get_output_embeddings()
+    if not isinstance(embedding, BaseTunerLayer) or head is None or isinstance(head, BaseTunerLayer):
+        return
+    matrix: Any = embedding.get_base_layer()
+    if head.weight is matrix.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
+
+
+def _merged(model: Any, prompts: list[list[int]], base: str) -> tuple[Any, float]:
+    """(the base with the adapter added to its weights in float32, how far that moved the logits).
+
+    Raises:
+        UserError: PEFT cannot merge this adapter.
+    """
+    import torch
+
+    _untie(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32)
     beside = _logits(model, prompts)
-    merged = model.merge_and_unload()
+    try:
+        merged = model.merge_and_unload()
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(f"export: PEFT cannot merge this adapter ({reason}); {_stays(base)}") from error
     return merged, _gap(_logits(merged, prompts), beside)
 
 

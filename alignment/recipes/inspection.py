@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import UserError
-from alignment.files import PACKAGE_SCHEME, package_file
+from alignment.files import PACKAGE_SCHEME, package_file, read_json_object
+from alignment.models.adapters import kind_of, why_not_trained
 from alignment.recipes.document import Origin, Problem, RecipeError
 from alignment.recipes.iterate import CheckpointSection
-from alignment.recipes.loading import EveryRecipe, IterateRecipe, Recipe, load_any
+from alignment.recipes.loading import EveryRecipe, IterateRecipe, Recipe, SftRecipe, load_any
 from alignment.recipes.registries import judge_files
 from alignment.recipes.rows import SourceSection
 from alignment.recipes.sections import ObjectiveSection
@@ -82,6 +83,12 @@ def _missing_files(recipe: EveryRecipe) -> Iterator[tuple[str, str]]:
         there = Path(recipe.model.adapter).is_dir()
         what = "no adapter_config.json there: not a folder of a LoRA adapter" if there else "no such folder"
         yield "model.adapter", f"{recipe.model.adapter}: {what}"
+    for key, name in (("model.name_or_path", recipe.model.name_or_path), ("model.adapter", recipe.model.adapter)):
+        file = Path(name or "") / "adapter_config.json"
+        config = read_json_object(file) if name is not None and file.is_file() else {}
+        why = why_not_trained(config) if config and not isinstance(recipe, SftRecipe) else None
+        if why is not None:
+            yield key, f"{name}: {kind_of(config)} {why}; start from full weights or from a LoRA adapter"
     if recipe.lora is not None and (Path(recipe.model.name_or_path) / "adapter_config.json").is_file():
         yield (
             "lora",

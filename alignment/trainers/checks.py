@@ -66,7 +66,8 @@ def step_zero_problem(
         if off > tolerance:
             return (
                 f"{name} and starting model differ by a relative {off:.2g} in log-prob, so implicit rewards do not "
-                "start at 0: it is another model, has another dtype, or is an adapter's base"
+                "start at 0: it is another model, has another dtype, is an adapter's base, or a fresh adapter does "
+                "not start at zero (PEFT's init_lora_weights or init_weights)"
             )
     started = replace(batch, **{name: start[:, j] for j, name in enumerate(columns)})
     return _loss_problem(objective, batch, started, (policy - start).abs().sum(1))

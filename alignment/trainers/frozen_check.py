@@ -80,7 +80,8 @@ class FrozenCheck(TrainerCallback):
         if trainer._any_process(bool(weights) and not moved.pop("policy", False)):
             raise UserError(
                 "model: its log-probs do not change with its weights: its forward is another model's, as that of a "
-                "copy of a model that a trainer has had; load it from disk"
+                "copy of a model that a trainer has had (load it from disk), or its adapter is of a kind that starts "
+                "at a standstill (HRA) or does not touch these rows (TrainableTokens)"
             )
         for name, gap in moved.items():
             if trainer._any_process(bool(gap)):

@@ -15,6 +15,7 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from alignment.errors import UserError
+from alignment.models.adapters import kind_of, why_not_merged, why_not_trained
 from alignment.objectives.base import Objective
 from alignment.trainers.card import CardTrainer
 from alignment.trainers.scoring import (
@@ -168,14 +169,23 @@ class LayoutTrainer(CardTrainer):
 
 
 def possible_layout(layout: Layout, model: PreTrainedModel, peft_config: Any) -> Layout:
-    """`layout`, or `paired`, with a warning, where this model is known not to take shared rows."""
-    if layout == "paired":
-        return layout
-    configs = list(model.peft_config.values()) if is_peft_model(model) else []
-    learned = [c for c in (*configs, peft_config) if c is not None and c.is_prompt_learning]
-    reason = why_not_shared(model.config)
-    if learned:
-        reason = f"{learned[0].peft_type.value} puts virtual tokens before the prompt"
+    """`layout`, or `paired`, with a warning, where this model is known not to take shared rows.
+
+    Raises:
+        UserError: adapters of this kind cannot be trained.
+    """
+    given: Any = model
+    configs = list(given.peft_config.values()) if is_peft_model(given) else []
+    for config in (one.to_dict() for one in (*configs, peft_config) if one is not None):
+        if (why := why_not_trained(config)) is not None:
+            raise UserError(f"adapter: {kind_of(config)} {why}; train a LoRA adapter")
+        if (why := why_not_merged(config)) is not None:
+            warnings.warn(
+                f"the trained model stays an adapter on its base: `alignment export` cannot merge {kind_of(config)}, "
+                f"since {why}",
+                stacklevel=3,
+            )
+    reason = None if layout == "paired" else why_not_shared(model.config)
     if reason is None:
         return layout
     warnings.warn(f"layout shared_prefix is not possible ({reason}); using paired", stacklevel=3)

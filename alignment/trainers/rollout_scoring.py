@@ -105,7 +105,8 @@ class RolloutScoringTrainer(LookAheadTrainer):
         if self._any_process(5 * gap > self.tolerance):
             raise UserError(
                 f"step-0 check: policy and reference differ by a relative {gap:.2g} in log-prob, so that implicit "
-                "rewards do not start at 0: the reference is another model, has another dtype, or dropout is active"
+                "rewards do not start at 0: the reference is another model, has another dtype, dropout is active, or "
+                "a fresh adapter does not start at zero (PEFT's init_lora_weights or init_weights)"
             )
 
 

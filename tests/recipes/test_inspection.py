@@ -167,11 +167,17 @@ def test_diff_shows_what_differs_and_nothing_else(small):
             ["data.train=org/name", "model.name_or_path=an_adapter", "lora.r=4"],
             ["command line: lora: trains a fresh adapter, and an_adapter is an adapter already: give one of them"],
         ),
+        (
+            ["data.train=org/name", "model.name_or_path=org/base", "model.adapter=prompt_tuning"],
+            ["command line: model.adapter: prompt_tuning: PROMPT_TUNING puts virtual tokens before the prompt"],
+        ),
     ],
 )
 def test_check_looks_for_the_files_that_a_recipe_names(small, overrides, expected):
     Path("an_adapter").mkdir()
     Path("an_adapter/adapter_config.json").write_text("{}")
+    Path("prompt_tuning").mkdir()
+    Path("prompt_tuning/adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
     found = [str(problem) for problem in check(small(), overrides)]
     assert len(found) == len(expected)
     assert all(problem.startswith(start) for problem, start in zip(found, expected, strict=True))
