@@ -23,7 +23,7 @@ def read_prompts(path: Path, limit: int | None, chat: bool) -> list[tuple[Any, s
     """The prompts of a file and where they stand, which may repeat; with `chat`, texts are what the user says."""
     from alignment.data.prompt_files import locate_prompts
 
-    found = locate_prompts(path, limit, unique=not path.name.endswith(DATA_ENDINGS))
+    found = locate_prompts(path, limit, strict=not path.name.endswith(DATA_ENDINGS))
     return [([{"role": "user", "content": p}] if chat and isinstance(p, str) else p, where) for p, where in found]
 
 

@@ -57,13 +57,13 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     return [one.prompt for one in locate_prompts(path, limit)]
 
 
-def locate_prompts(path: str | Path, limit: int | None = None, *, unique: bool = True) -> list[PlacedPrompt]:
+def locate_prompts(path: str | Path, limit: int | None = None, *, strict: bool = True) -> list[PlacedPrompt]:
     """The prompts of a file and where they stand.
 
     Args:
         path: of text or of rows.
         limit: use only the first so many.
-        unique: refuse a prompt that stands there twice.
+        strict: refuse a prompt that stands there twice, and texts beside chats.
 
     Raises:
         UserError: the file is missing, cannot be read, has no prompts or fewer than `limit`; a row has none, or one
@@ -77,14 +77,14 @@ def locate_prompts(path: str | Path, limit: int | None = None, *, unique: bool =
         except BadRow as bad:
             raise UserError(f"{where}: {bad.detail}") from None
         before = first.setdefault(json.dumps(prompt, sort_keys=True), where)
-        if before != where and unique:
+        if before != where and strict:
             raise UserError(f"{where}: repeats the prompt of {before}; give each prompt once")
         found.append(PlacedPrompt(prompt, where))
     if not found:
         raise UserError(f"{path}: no prompts in it")
     if limit is not None and len(found) < limit:
         raise UserError(f"{path}: {len(found)} prompts, but {limit} are asked for")
-    return _of_one_kind(found)[:limit]
+    return (_of_one_kind(found) if strict else found)[:limit]
 
 
 def refuse_without_prompts(path: str | Path) -> None:
