@@ -59,7 +59,7 @@ CHAINS = ("objective={name: likelihood}", "reward=null", "rollout.answer={marker
         ([{"prompt": LONG}], (), "none of 1 prompts can be used: row 1: "),
         ([*GOOD, {"prompt": LONG}, {"prompt": LONG}], (), "and data.max_length less generation.max_new_tokens leaves"),
         ([*GOOD, {"question": "a"}, {"prompt": 5}], (), "missing_field"),
-        ([{"prompt": ""}, {"prompt": None}], (), "row 1: prompt is empty"),
+        ([{"prompt": ""}, {"prompt": None}], (), "prompts.jsonl:1: prompt is empty"),
         ([*GOOD, {"prompt": [{"role": "user", "content": "a"}]}], (), "some prompts are texts and others chat"),
         ([*GOOD, "{not json"], (), "prompts.jsonl:13: not valid JSON"),
         ([], (), "prompts.jsonl: no rows"),
