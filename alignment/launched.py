@@ -83,10 +83,11 @@ def _report(run: Path) -> None:
     from evaluation.held_out import write_held_out
     from evaluation.report import write_report
 
+    lines = write_held_out(run)  # before the pages, which show it
     members = sorted(run.glob("member-*"))
     for each in members or [run]:
         print(f"report: {write_report(each)}")
-    for line in write_held_out(run):
+    for line in lines:
         print(line)
 
 

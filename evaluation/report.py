@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # started as `python evaluation/report.py`: this 
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import iterate_json_lines, read_json_object, write_text
-from alignment.models.card import is_outdated
+from alignment.models.card import is_outdated, measured
 from alignment.models.public_names import start_parts
 from evaluation import comparison, curves
 from evaluation.pages import page_environment
@@ -67,7 +67,9 @@ def report_content(run: Path) -> dict[str, Any]:
     model = recipe.get("model") or {}
     return {
         "name": run.resolve().name,
-        "command": f"python -m evaluation.win_rate {shlex.quote(str(run))}",
+        "command": win_rate_command(run, recipe),
+        "scores": recipe.get("reward_model") is not None,
+        "measured": measured(run),
         "objective_name": (recipe.get("objective") or {}).get("name"),
         "model_name": " + ".join(start_parts(model)),
         "result": describe_result(result) if result else None,
@@ -81,6 +83,16 @@ def report_content(run: Path) -> dict[str, Any]:
         "recipe": recipe_tables(recipe),
         "environment": flatten({key: value for key, value in manifest.items() if key != "recipe"}),
     }
+
+
+def win_rate_command(run: Path, recipe: Mapping[str, Any]) -> str:
+    """What measures the run's win rate; capitals stand for what its recipe does not name."""
+    words = ["python -m evaluation.win_rate", shlex.quote(str(run))]
+    if not (recipe.get("evaluation") or {}).get("prompts"):
+        words.append("--prompts FILE")
+    if not recipe.get("reward") and not recipe.get("oracle"):
+        words.append("--reward NAME")
+    return " ".join(words)
 
 
 def _optional_object(path: Path) -> dict[str, Any]:
@@ -199,21 +211,28 @@ def starting_loss(metrics: curves.Rows) -> float | None:
 
 
 def choose_samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The prompts with the highest, the median and the lowest change of mean score: chosen by rule, not by eye."""
-    scored = sorted((row for row in rows if row.get("score_change") is not None), key=lambda row: -row["score_change"])
-    if not scored:
+    """The prompts with the highest, the median and the lowest change of mean score: chosen by rule, not by eye.
+
+    An oracle gives no scores: then the share of pairs that the model won decides.
+    """
+    key = "score_change" if any(row.get("score_change") is not None for row in rows) else "win_rate"
+    ranked = sorted((row for row in rows if row.get(key) is not None), key=lambda row: -row[key])
+    if not ranked:
         return []
-    best, worst = scored[0]["score_change"], scored[-1]["score_change"]
-    last = len(scored) - 1
-    places = {
-        last: "largest loss" if worst < 0 else "smallest gain",
-        last // 2: "median",
-        0: "largest gain" if best > 0 else "smallest loss",
-    }
+    last = len(ranked) - 1
+    best, worst = (_signed(ranked[place][key] - (0.5 if key == "win_rate" else 0)) for place in (0, last))
+    highest = {1: "largest gain", 0: "no change", -1: "smallest loss"}
+    lowest = {1: "smallest gain", 0: "no change", -1: "largest loss"}
+    places = {last: lowest[worst], last // 2: "median", 0: highest[best]}
+    words = "share won {:.3g}" if key == "win_rate" else "mean score {:+.4g}"
     return [
-        {**scored[place], "place": name, "change": f"{scored[place]['score_change']:+.4g}"}
+        {**ranked[place], "place": name, "change": words.format(ranked[place][key])}
         for place, name in sorted(places.items())
     ]
+
+
+def _signed(value: float) -> int:
+    return (value > 0) - (value < 0)
 
 
 def objective_card(section: Mapping[str, Any]) -> dict[str, Any] | None:
