@@ -304,12 +304,12 @@ def broken_model(tiny: Path, copy: Path, value: float) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (WHOLE, "after 0 training steps a score is not a finite number; the model of model.name_or_path gives none"),
+        (WHOLE, "error: step 1: the loss of "),
         (("training.eval_on_start=true", "data.eval={here}/pairs.jsonl", "data.overlap=allow", *WHOLE),
          "after 0 training steps"),
         ((), "features of 4 of 4 pairs are not finite numbers, first those of prompt 'my dog is'"),
         (("reward_model.loss=general", "reward_model.members=1", "reward_model.mode=independent",
-          "reward_model.bootstrap=false", *WHOLE), "after 0 training steps"),
+          "reward_model.bootstrap=false", *WHOLE), "error: step 1: the loss of "),
     ],
     ids=["whole", "evaluated first", "frozen", "general"],
 )  # fmt: skip
@@ -317,15 +317,16 @@ def broken_model(tiny: Path, copy: Path, value: float) -> Path:
 def test_a_model_whose_scores_are_no_numbers(refused_reward, tiny, tmp_path, overrides, message, value):
     base = broken_model(tiny, tmp_path / "broken", value)
     found = refused_reward(f"model.name_or_path={base}", *overrides)
-    assert message in found and "float32" in found
+    assert message in found and ("float32" in found or "There is no whole checkpoint" in found)
     assert left(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("steps", ["4", "1"])  # 1: that it was the step before the last shows when scores are measured
+@pytest.mark.parametrize("steps", ["4", "1"])
 def test_training_that_diverges_ends_without_a_model(refused_reward, tmp_path, steps):
-    given = (*WHOLE, "training.learning_rate=1e30", "training.warmup_steps=0", f"training.max_steps={steps}")
+    wild = ("training.optim=sgd", "training.learning_rate=1", "training.max_grad_norm=0", "reward_model.center=1e30")
+    given = (*WHOLE, *wild, "training.warmup_steps=0", f"training.max_steps={steps}")
     found = refused_reward(*given)
-    assert "after 1 training steps a score is not a finite number; training has diverged" in found
+    assert "error: step 1: the gradient is not finite; training stopped before the optimizer's step" in found
     assert "lower training.learning_rate" in found
     assert not [name for name in left(tmp_path / "out") if "final" in name or "held_out" in name]
 

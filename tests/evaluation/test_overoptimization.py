@@ -111,7 +111,7 @@ def test_members_on_cached_features_score_as_the_exported_model(done):
     expected = best_of_n_curve(proxy, gold, [row["n"] for row in found])
     assert [row["gold"] for row in found] == pytest.approx([row["gold"] for row in expected], abs=1e-4)
     assert [row["proxy"] for row in found] == pytest.approx([row["proxy"] for row in expected], abs=1e-4)
-    assert found[-1]["n"] == 8 and found[-1]["proxy"] > found[0]["proxy"] + 0.5
+    assert found[-1]["n"] == 8 and found[-1]["proxy"] > found[0]["proxy"] + 0.3
 
 
 def test_it_goes_on_and_refuses_another_experiment(experiment, done):
