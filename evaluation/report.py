@@ -9,7 +9,6 @@ of the run directory as they are.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +19,11 @@ if __package__ in (None, ""):  # started as `python evaluation/report.py`: this 
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import iterate_json_lines, read_json_object, write_text
-from alignment.models.card import is_outdated, measured
+from alignment.models.card import is_outdated
 from alignment.models.public_names import start_parts
 from evaluation import comparison, curves
 from evaluation.pages import page_environment
+from evaluation.report_kinds import kind_of
 
 SAMPLES_SHOWN = 4  # of each side and prompt; more hides the prompts below
 LONG_SECTION = 14  # recipe sections with more rows start folded
@@ -64,35 +64,23 @@ def report_content(run: Path) -> dict[str, Any]:
     samples_file = run / "samples.jsonl"
     samples = [row for _, row in iterate_json_lines(samples_file)] if result and samples_file.is_file() else []
     recipe = manifest.get("recipe") or {}
-    model = recipe.get("model") or {}
+    model, kind = recipe.get("model") or {}, kind_of(run, recipe)
     return {
         "name": run.resolve().name,
-        "command": win_rate_command(run, recipe),
-        "scores": recipe.get("reward_model") is not None,
-        "measured": measured(run),
+        "kind": kind,
         "objective_name": (recipe.get("objective") or {}).get("name"),
         "model_name": " + ".join(start_parts(model)),
         "result": describe_result(result) if result else None,
         "outdated": bool(result) and is_outdated(run, run / "win_rate.json"),
         "brief": training_brief(metrics),
         "alarm": displacement_alarm(metrics, recipe),
-        "figures": draw_figures(metrics),
+        "figures": draw_figures(metrics, kind.loss),
         "samples": choose_samples(samples),
         "samples_shown": SAMPLES_SHOWN,
         "card": objective_card(recipe.get("objective") or {}),
         "recipe": recipe_tables(recipe),
         "environment": flatten({key: value for key, value in manifest.items() if key != "recipe"}),
     }
-
-
-def win_rate_command(run: Path, recipe: Mapping[str, Any]) -> str:
-    """What measures the run's win rate; capitals stand for what its recipe does not name."""
-    words = ["python -m evaluation.win_rate", shlex.quote(str(run))]
-    if not (recipe.get("evaluation") or {}).get("prompts"):
-        words.append("--prompts FILE")
-    if not recipe.get("reward") and not recipe.get("oracle"):
-        words.append("--reward NAME")
-    return " ".join(words)
 
 
 def _optional_object(path: Path) -> dict[str, Any]:
@@ -129,6 +117,7 @@ def training_brief(metrics: curves.Rows) -> list[tuple[str, str]]:
     named = (
         ("Last logged step", "step"),
         ("Loss", "loss"),
+        ("Steps skipped (loss or gradient not finite)", "skipped_steps"),
         ("Margin", "rewards/margins"),
         ("Accuracy", "rewards/accuracies"),
         ("Log π chosen since step 0", "displacement/chosen"),
@@ -187,13 +176,13 @@ def displacement_alarm(metrics: curves.Rows, recipe: Mapping[str, Any]) -> str |
     )
 
 
-def draw_figures(metrics: curves.Rows) -> list[dict[str, Any]]:
-    """Title, drawing and reading of every curve that the run has."""
+def draw_figures(metrics: curves.Rows, loss: curves.Curve) -> list[dict[str, Any]]:
+    """Title, drawing and reading of every curve that the run has; `loss` is that of its kind."""
     from markupsafe import Markup
 
     start = starting_loss(metrics)
     figures = []
-    for curve in curves.CURVES:
+    for curve in (loss, *curves.CURVES[1:]):
         level = (
             (start, f"before the first update: {format_number(start)}")
             if curve.title == "Loss" and start is not None

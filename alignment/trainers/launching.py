@@ -245,6 +245,7 @@ def carry_out(
     say(state, f"[3/3] training: {announced}")
     if recipe.training.push_to_hub and state.is_main_process:
         hub.claim(trainer)
+    trainer.add_callback(rundir.MissedEvaluation(trainer, run / "metrics.jsonl"))
     trainer.add_callback(rundir.StopWhenDone)
     with contextlib.suppress(rundir.AllDone):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

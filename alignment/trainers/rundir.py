@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from alignment.errors import UserError
 from alignment.files import (
@@ -239,6 +240,33 @@ class MetricsFile(TrainerCallback):
             numbers = {name: float(value) for name, value in logs.items()}
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(jsonable({"step": state.global_step, **numbers})) + "\n")
+
+
+class MissedEvaluation(TrainerCallback):
+    """Makes up for an epoch's evaluation that a run was stopped in: its step's checkpoint is written before it.
+
+    To be added after `MetricsFile`, which keeps the lines that count.
+    """
+
+    def __init__(self, trainer: Any, metrics: Path):
+        self.trainer, self.metrics = trainer, metrics
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: D102 - transformers' hook
+        ended = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
+        if not state.global_step or args.eval_strategy != IntervalStrategy.EPOCH or not ended:
+            return
+        if args.eval_delay <= state.epoch and not self._is_there(state):
+            self.trainer.evaluate()
+
+    def _is_there(self, state: Any) -> bool:
+        """What the main process reads; the folder of another machine may not have the file."""
+        there = [False]
+        if state.is_world_process_zero and self.metrics.is_file():
+            rows = (row for _, row in iterate_json_lines(self.metrics))
+            there = [any(row["step"] == state.global_step and "eval_loss" in row for row in rows)]
+        if PartialState().num_processes > 1:
+            broadcast_object_list(there, from_process=0)
+        return there[0]
 
 
 class AllDone(Exception):

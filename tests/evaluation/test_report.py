@@ -16,7 +16,8 @@ from alignment.errors import UserError
 from alignment.rewards import get_reward
 from evaluation import curves
 from evaluation.comparison import Side, compare
-from evaluation.report import VERDICTS, choose_samples, starting_loss, training_brief, win_rate_command, write_report
+from evaluation.report import VERDICTS, choose_samples, starting_loss, training_brief, write_report
+from evaluation.report_kinds import win_rate_command
 from evaluation.win_rate import write_comparison
 
 REPOSITORY = Path(__file__).parents[2]
@@ -258,14 +259,6 @@ def test_samples_are_chosen_by_rule():
 )
 def test_the_command_that_a_report_offers_names_what_the_recipe_does_not(tmp_path, sections, words):
     assert win_rate_command(tmp_path, sections) == f"python -m evaluation.win_rate {tmp_path}{words}"
-
-
-def test_a_reward_model_is_not_offered_a_win_rate(tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps({"recipe": {"reward_model": {"loss": "bradley_terry"}}}))
-    page = Page(write_report(tmp_path).read_text())
-    assert "win_rate" not in page.text and "win rate" not in page.text.lower() and "Not evaluated" in page.text
-    (tmp_path / "held_out.json").write_text(json.dumps({"summary": ["accuracy 80.0 % [70.0, 90.0]"]}))
-    assert "accuracy 80.0 % [70.0, 90.0]" in Page(write_report(tmp_path).read_text()).text
 
 
 def test_program(run_dir):

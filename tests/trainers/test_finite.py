@@ -12,14 +12,15 @@ from transformers import TrainerCallback
 
 from alignment.data.preferences import read_rows
 from alignment.errors import UserError
-from alignment.files import read_json_object, write_json_lines
+from alignment.files import read_json_object
 from alignment.models import load_model, load_tokenizer
 from alignment.models.sampling import sample
 from alignment.objectives import get_objective
-from alignment.recipes import RecipeError, load_any
-from alignment.trainers import finite, reward_run, run, sft
+from alignment.recipes import RecipeError
+from alignment.trainers import finite, run
 from tests.trainers.building import config, logged, preferences, trainer_for
 from tests.trainers.building_online import Kindness, Preference, online
+from tests.trainers.building_runs import recipe, rows, train
 
 BAD = 11  # the row, from 0, of 16
 WORD = "purple"  # of that row alone
@@ -40,53 +41,6 @@ def damaged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows(bad: int | None = BAD) -> list[dict]:
-    found = preferences(16).to_list()
-    if bad is not None:
-        found[bad]["chosen"] = f" {WORD} ."
-    return found
-
-
-def recipe(kind: str, model: Path, folder: Path, *more: str):
-    data = rows()
-    if kind == "sft":
-        data = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in data]
-    write_json_lines(folder / "rows.jsonl", data)
-    settings = [
-        f"model.name_or_path={model}",
-        f"data.train={folder / 'rows.jsonl'}",
-        f"training.output_dir={folder / 'run'}",
-        "training.use_cpu=true",
-        "training.global_batch_size=2",
-        "training.per_device_train_batch_size=1",
-        "training.num_train_epochs=1",
-        "training.learning_rate=1e-3",
-        "training.lr_scheduler_type=constant",
-        "training.warmup_steps=0",
-        "training.save_strategy=steps",
-        "training.save_steps=1",
-        "training.save_total_limit=2",
-        "training.logging_steps=1",
-        "training.eval_strategy=no",
-    ]
-    settings += {
-        "dpo": ["data.sample=null", "reward=null", "evaluation=null"],
-        "sft": ["data.eval=null"],
-        "reward_model": [
-            "data.eval=null",
-            *("reward_model.members=1", "reward_model.mode=independent", "reward_model.bootstrap=false"),
-            "reward_model.freeze_trunk=false",
-        ],
-    }[kind]
-    keys = [override.partition("=")[0] for override in more]
-    settings = [given for given in settings if given.partition("=")[0] not in keys]
-    return load_any(f"recipes/quickstart/{kind}.yaml", [*settings, *more])
-
-
-def train(made):
-    {"Recipe": run.train, "SftRecipe": sft.train, "RewardModelRecipe": reward_run.train}[type(made).__name__](made)
-
-
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
@@ -99,7 +53,7 @@ def train(made):
     ids=["dpo", "hinge", "simpo", "sft", "reward_model"],
 )
 def test_a_row_that_is_no_number_stops_before_the_step(damaged, tmp_path, kind, more):
-    made = recipe(kind, damaged, tmp_path, *more)
+    made = recipe(kind, damaged, tmp_path, *more, given=rows(BAD, WORD))
     with pytest.raises(UserError) as stopped:
         train(made)
     folder = tmp_path / "run"
@@ -119,7 +73,8 @@ def test_a_row_that_is_no_number_stops_before_the_step(damaged, tmp_path, kind, 
 
 def test_a_skipped_step_leaves_weights_moments_and_schedule_as_if_it_were_not(damaged, tmp_path):
     """The same run on the sound model with its optimizer's step held back at that step, by hand."""
-    made = recipe("dpo", damaged, tmp_path, "training.on_nan=skip", "training.save_strategy=no")
+    quiet, given = ["training.save_strategy=no"], rows(BAD, WORD)
+    made = recipe("dpo", damaged, tmp_path, "training.on_nan=skip", *quiet, given=given)
     train(made)
     lines = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     (step,) = (row["step"] for row in lines if row["loss"] is None)
@@ -136,7 +91,7 @@ def test_a_skipped_step_leaves_weights_moments_and_schedule_as_if_it_were_not(da
             if state.global_step + 1 == step:
                 model.zero_grad(set_to_none=True)
 
-    other = recipe("dpo", sound, tmp_path, f"training.output_dir={tmp_path / 'held'}", "training.save_strategy=no")
+    other = recipe("dpo", sound, tmp_path, f"training.output_dir={tmp_path / 'held'}", *quiet, given=given)
     args = run.run_arguments(other, tmp_path / "held", 1)
     tokenizer = load_tokenizer(str(sound))
     trainer = run.build_trainer(other, args, run.given_rows(other, "train", tokenizer).dataset, None, tokenizer)
@@ -146,6 +101,17 @@ def test_a_skipped_step_leaves_weights_moments_and_schedule_as_if_it_were_not(da
     for name, value in trainer.model.state_dict().items():
         last = -1 if name == "model.embed_tokens.weight" else None
         torch.testing.assert_close(mine[name][:last], value[:last], rtol=0, atol=0)
+
+
+def test_a_log_prob_that_is_no_number_stops_though_the_loss_is_zero_there(tiny, tmp_path):
+    """A hinge far behind its margin: relu(1 - beta * inf) = 0, without a gradient."""
+    args = config(tmp_path, max_steps=2)
+    trainer = trainer_for(tiny, tmp_path, "hinge", args=args, train_dataset=preferences(8), start_is_reference=False)
+    rejected = [-10.0] * 5 + [math.inf] + [-10.0] * 2
+    data = trainer.train_dataset.add_column("ref_chosen", [-10.0] * 8).add_column("ref_rejected", rejected)
+    trainer.train_dataset = data
+    with pytest.raises(UserError, match=r"step \d: the loss of row 6 of the training data is not a finite number"):
+        trainer.train()
 
 
 def test_a_gradient_that_is_no_number_stops_though_the_loss_is_one(tiny, tmp_path):
@@ -197,12 +163,7 @@ def test_one_weight_with_a_flipped_exponent_bit_stops(tiny, tmp_path, kind):
     model.model.norm.weight.data[:] = 1e30
     model.save_pretrained(tmp_path / "flipped")
     load_tokenizer(str(tiny)).save_pretrained(tmp_path / "flipped")
-    write_json_lines(tmp_path / "rows.jsonl", rows(None))
     made = recipe(kind, tmp_path / "flipped", tmp_path)
-    data = rows(None)
-    if kind == "sft":
-        data = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in data]
-    write_json_lines(tmp_path / "rows.jsonl", data)
     with pytest.raises(UserError, match="exactly 0 for 3 steps|is not a finite number|is not finite"):
         train(made)
     assert not (tmp_path / "run" / "final").exists()
