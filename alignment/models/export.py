@@ -19,7 +19,7 @@ from alignment.files import read_json_object, write_text
 from alignment.models.adapters import kind_of, why_not_merged
 from alignment.models.card import Card, adapter_of, measured
 from alignment.models.ends import settle_ends
-from alignment.models.loading import DTYPES, load_model, load_tokenizer, resolve_path
+from alignment.models.loading import DTYPES, load_model, load_tokenizer, resolve_path, with_adapter
 from alignment.models.reward_model import FACTS, load_reward_model, read_facts
 
 if TYPE_CHECKING:
@@ -220,7 +220,6 @@ def _on_base(adapter: Path, base: str, dtype: str, section: dict[str, Any], *, w
     A quantised base stays so, or has the same weights written out in `dtype`.
     """
     import torch
-    from peft import PeftModel
 
     path = resolve_path(base)
     if not (Path(path) / "adapter_config.json").is_file():
@@ -231,24 +230,23 @@ def _on_base(adapter: Path, base: str, dtype: str, section: dict[str, Any], *, w
         if not (written_out and options["quantization"]):
             return load_model(path, dtype=dtype, adapter=str(adapter), **options)
         whole: Any = load_model(path, dtype=dtype, **options)
-        return PeftModel.from_pretrained(_written_out(whole, dtype), str(adapter)).eval()
+        return with_adapter(_written_out(whole, dtype), str(adapter)).eval()
     below = _on_base(Path(path), _named_base(Path(path)), dtype, section, written_out=True)
     below, gap = _merged(below, [[1, 2, 3, 4]], path)
     _refuse_beyond(gap, EXACT, f"merging {path}", _stays(_named_base(Path(path))))
     _cast(below, getattr(torch, dtype))
-    return PeftModel.from_pretrained(below, str(adapter)).eval()
+    return with_adapter(below, str(adapter)).eval()
 
 
 def _scores_on_base(
     path: str, adapter: Path, outputs: int, dtype: str, written_out: bool, options: dict[str, Any]
 ) -> Any:
     """A reward model's adapter, which brings the head, on its trunk."""
-    from peft import PeftModel
 
     trunk = load_reward_model(path, outputs=outputs, fresh_head=True, dtype=dtype, **options)
     if written_out and options["quantization"]:
         trunk = _written_out(trunk, dtype)
-    return PeftModel.from_pretrained(trunk, str(adapter)).eval()
+    return with_adapter(trunk, str(adapter)).eval()
 
 
 def _named_base(adapter: Path) -> str:

@@ -70,15 +70,21 @@ def _read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from alignment.models.loading import refuse_missing_weights
+
     try:
         pre = _metadata(file, "tokenizer.ggml.pre")
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+        )
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model.name_or_path: {file}: not a GGUF file that transformers can read ({reason})"
         ) from error
+    model, info = loaded
+    refuse_missing_weights(f"model.name_or_path: {file}", {*info["missing_keys"]})
     if pre in SPLITS_DIGITS:
         from tokenizers import pre_tokenizers
 

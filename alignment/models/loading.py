@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,12 +172,13 @@ def load_model(
                 f"model.adapter: {str(name_or_path)!r} is an adapter already; put its base in name_or_path"
             )
         path, adapter = resolve_path(base), path
-    labels = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    labels = {} if num_labels is None else {"num_labels": num_labels}
     model, loaded = _from_pretrained(
         kind or AutoModelForCausalLM,
         name_or_path,
         path,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `_refuse_drawn` says which, in one line
         dtype=getattr(torch, dtype),
         quantization_config=_quantization(quantization, dtype),
         attn_implementation=attn_implementation,
@@ -184,16 +186,47 @@ def load_model(
         trust_remote_code=trust_remote_code,
         **labels,
     )
-    if refuse_missing is not None and loaded["missing_keys"]:
-        raise UserError(
-            f"{refuse_missing}: not a reward model: it has no {sorted(loaded['missing_keys'])[0]}, and scores from "
-            "random weights mean nothing; train one with scripts/train_reward_model.py"
-        )
+    _refuse_drawn(model, path, loaded, refuse_missing, new_head=num_labels is not None and refuse_missing is None)
     if quantization is not None:
         _compute_as_asked(model)
     if adapter is not None:
-        model = _with_adapter(model, adapter, trainable_adapter)
+        model = with_adapter(model, adapter, trainable_adapter)
     return model.eval()
+
+
+def _refuse_drawn(model: Any, path: str, loaded: dict[str, Any], reward: str | None, new_head: bool) -> None:
+    """Refuse weights that transformers drew at random, because the file lacks them or has another shape.
+
+    Tied weights are not among them. `new_head` allows what lies outside the backbone: a new reward head takes the
+    place of the language model's. Weights that the model has no place for are a warning.
+    """
+    drawn = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+    if new_head:
+        drawn = {key for key in drawn if _in_backbone(model, key)}
+    if drawn and reward is not None:
+        raise UserError(
+            f"{reward}: not a reward model: it has no {min(drawn)}, and scores from random weights mean nothing; "
+            "train one with scripts/train_reward_model.py"
+        )
+    refuse_missing_weights(f"model.name_or_path: {path!r}", drawn)
+    unexpected = {key for key in loaded["unexpected_keys"] if not new_head or _in_backbone(model, key)}
+    if unexpected:
+        warnings.warn(
+            f"{path}: the model ignores {len(unexpected)} saved weights, first {min(unexpected)}", stacklevel=3
+        )
+
+
+def _in_backbone(model: Any, key: str) -> bool:
+    return key.startswith(f"{model.base_model_prefix}.")
+
+
+def refuse_missing_weights(what: str, keys: set[str]) -> None:
+    """UserError if there are `keys`: weights that a file lacks, or has in another shape, would be drawn at random."""
+    if keys:
+        raise UserError(
+            f"{what}: {len(keys)} weights are missing or have another shape, first {min(keys)}; save or download the "
+            "model again"
+        )
 
 
 def _quantization(kind: str | None, dtype: str) -> Any:
@@ -229,17 +262,27 @@ def _compute_as_asked(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _with_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> Any:
-    from peft import PeftModel
+def with_adapter(model: PreTrainedModel, adapter: str, trainable: bool = False) -> Any:
+    """The model under a saved adapter, all weights of which are there.
+
+    Raises:
+        UserError: it is no adapter, or not one of this model, or lacks weights (peft only warns).
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
     from safetensors import SafetensorError
 
     if adapter_base(adapter) is None:
         raise UserError(f"model.adapter: {adapter!r} is not a folder with adapter_config.json")
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        saved = load_peft_weights(adapter, device="cpu")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes of another base
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.adapter: cannot load {adapter!r} on this model ({reason})") from error
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    refuse_missing_weights(f"model.adapter: {adapter!r}", set(expected) - set(saved))
+    return wrapped
 
 
 def fingerprint(model: Any) -> str:
