@@ -42,6 +42,51 @@ def alone(folder: Path, patience: float = 0.0) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def sole_user(run: Path) -> Iterator[None]:
+    """One program at a time with a run's folder, which may be moved aside meanwhile; the lock ends with the process.
+
+    The lock is `.NAME.lock` beside the folder, with the number of the process that holds it; it is removed at the end.
+    Where nothing can be written beside the folder, the folder itself is locked: nothing can be moved there.
+
+    Raises:
+        UserError: another program trains, resumes or evaluates there.
+    """
+    run = run.resolve()
+    file = run.with_name(f".{run.name}.lock")
+    try:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(file, run)
+    except OSError:  # what cannot be written is said where the run begins
+        with alone(run) if run.is_dir() else contextlib.nullcontext():
+            yield
+        return
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before the lock goes: who waits for this file makes a new one
+        os.close(handle)
+
+
+def _locked(file: Path, run: Path) -> int:
+    """A locked handle of the file that stands at this path now; the last holder may have removed the one opened."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 20).decode().strip() or "unknown"
+            os.close(handle)
+            raise UserError(
+                f"{run}: another program (process {holder}) works in this run; wait for it, or stop it"
+            ) from None
+        if file.exists() and os.fstat(handle).st_ino == file.stat().st_ino:
+            return handle
+        os.close(handle)
+
+
 def make_folder(folder: Path) -> None:
     """The folder with its parents, unless it is there.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as `python evaluation/win_rate.py`: this folder must not shadow the standard
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # library's `statistics`
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -28,6 +29,7 @@ import typer
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import jsonable, refuse_file
+from alignment.locks import sole_user
 from alignment.models.sampling import Generation
 from alignment.rewards import PreferenceOracle, RewardFunction, get_oracle, get_reward
 from evaluation.annotations import Annotation, difficulty_at, read_difficulty, read_model_outputs
@@ -215,9 +217,15 @@ def _generation(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_program(given: dict[str, Any]) -> None:
-    """Compare, keep what is to be kept, print the result."""
+    """Compare, keep what is to be kept, print the result; what is written into a run is written by nobody else."""
     form = choose_form(set(given))
     refuse_file(given.get("output"), "--output")
+    into_run = form == "run" and "output" not in given and given["RUN_DIR"].is_dir()
+    with sole_user(given["RUN_DIR"]) if into_run else contextlib.nullcontext():
+        _run_form(form, given)
+
+
+def _run_form(form: str, given: dict[str, Any]) -> None:
     written: list[Path] = []
     if form == "annotations":
         settings = {"resamples": given.get("bootstrap", RESAMPLES), "seed": given.get("seed", 1)}

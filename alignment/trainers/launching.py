@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from alignment.errors import UserError
 from alignment.files import write_json
+from alignment.locks import sole_user
 from alignment.models.ends import write_ends
 from alignment.models.loading import settle_accelerator
 from alignment.models.public_names import digest_of_start
@@ -172,19 +173,23 @@ def run_directory(
     """The run's folder, ready, as long as the block lasts; gives the checkpoint to resume from.
 
     An earlier run in the same place is moved aside; where the block fails before training has begun, all is put back.
+
+    Raises:
+        UserError: another program works in the folder.
     """
     run, main = Path(recipe.training.output_dir), state.is_main_process
-    checkpoint, aside = prepare_run(recipe, run, resume, manifest) if main else (None, None)
-    state.wait_for_everyone()
-    if resume and not main:
-        checkpoint = rundir.last_checkpoint(run)
-    finished = False
-    try:
-        yield checkpoint
-        finished = True
-    finally:
-        if main and not resume and not finished:
-            rundir.undo_unless_begun(run, aside)
+    with sole_user(run) if main else contextlib.nullcontext():
+        checkpoint, aside = prepare_run(recipe, run, resume, manifest) if main else (None, None)
+        state.wait_for_everyone()
+        if resume and not main:
+            checkpoint = rundir.last_checkpoint(run)
+        finished = False
+        try:
+            yield checkpoint
+            finished = True
+        finally:
+            if main and not resume and not finished:
+                rundir.undo_unless_begun(run, aside)
 
 
 def compact(trainer: Any) -> Any:

@@ -8,6 +8,7 @@ Not here: the trainer (`reward_model`), what runs have in common (`launching`), 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import time
@@ -28,6 +29,7 @@ from alignment.data.pipeline import Prepared, prepare, write_rejected
 from alignment.data.tables import fingerprint
 from alignment.errors import UserError
 from alignment.files import write_json, write_json_lines
+from alignment.locks import sole_user
 from alignment.models.card import refresh
 from alignment.models.digest import model_digest
 from alignment.models.reward_model import Facts, load_reward_model, settle_padding, trunk_features
@@ -80,6 +82,22 @@ def train(recipe: RewardModelRecipe, resume: bool = False) -> Path:
     if members == 1 or recipe.reward_model.mode == "shared_trunk":
         _train_one(recipe, state, tokenizer, given, held_out, resume)
         return run
+    with sole_user(run) if state.is_main_process else contextlib.nullcontext():
+        _train_members(run, recipe, state, tokenizer, given, held_out, resume)
+    return run
+
+
+def _train_members(
+    run: Path,
+    recipe: RewardModelRecipe,
+    state: PartialState,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Prepared,
+    held_out: Prepared | None,
+    resume: bool,
+) -> None:
+    """Independent members one after the other, each a run of its own in the folder `run`."""
+    members = recipe.reward_model.members
     if state.is_main_process and not resume and (aside := _move_members_aside(run)):
         print(f"{run} held an earlier run; it is now {aside}", flush=True)
     state.wait_for_everyone()
@@ -104,7 +122,6 @@ def train(recipe: RewardModelRecipe, resume: bool = False) -> Path:
         write_json(run / "manifest.json", known(recipe, state.num_processes) | {"members": members})
         refresh(run)
     state.wait_for_everyone()
-    return run
 
 
 def _move_members_aside(run: Path) -> Path | None:
