@@ -366,7 +366,7 @@ def runs_of(folder: Path, case: str) -> tuple[Path, Path]:
     return folder / case, straight(folder, case)
 
 
-@pytest.mark.parametrize("mode", LAUNCHES)
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_the_first_batch_is_kept_as_the_starting_model_scores_it(trained, mode):
     """start.json of a sharded run: the main process's pairs, which are the first of the one process's."""
     kept, plain = (
