@@ -8,7 +8,7 @@ reduce that training has anyway tells all of them. `on_nan="stop"` raises `UserE
 whole checkpoint; `"skip"` drops the gradients of the global step and counts it. A gradient norm of exactly 0 at a
 learning rate above 0, three steps in a row, stops the run where the loss still asks for a change, or where the model
 has left the range in which losses are computed; a loss that is flat by its own formula (ties, hinge behind its
-margin) may go on. Weights are checked before each save.
+margin), or down to rounding, may go on. Weights are checked before each save.
 
 Not here: what a loss is (`alignment.objectives`), the step-0 check (`checks.py`).
 """
@@ -30,6 +30,7 @@ from alignment.trainers import rundir
 
 OnNan = Literal["stop", "skip"]
 DEAD_STEPS = 3  # steps in a row without any gradient
+PUSH = 1e-12  # |dL/dlog pi| below which a gradient may vanish by rounding: its square leaves float32 from 1e-22 down
 OVERFLOWS = 30  # steps in a row that float16's loss scaling may leave out: it halves its factor each time, from 2^16
 NAMED = 8  # rows that a message names
 NATS_PER_TOKEN = 100.0  # a uniform choice among a million tokens costs 13.8: beyond this nothing is a language model
@@ -229,7 +230,7 @@ class FiniteTrainer(Trainer):
         device = self.accelerator.device
         pushes = [value.to(device) for value in watch.pushes] or [torch.zeros((), device=device)]
         extreme = [value.to(device) for value in watch.extreme] or [torch.zeros((), device=device, dtype=torch.bool)]
-        flags = torch.stack([torch.stack(pushes).max() > 0, torch.stack(extreme).all()]).float()
+        flags = torch.stack([torch.stack(pushes).max() > PUSH, torch.stack(extreme).all()]).float()
         pushed, beyond = self.accelerator.reduce(flags, reduction="sum").tolist()
         reason = ""
         if pushed or not self._says_pushes():

@@ -178,6 +178,18 @@ def test_a_hinge_behind_its_margin_has_no_gradient_and_may_go_on(tiny, tmp_path)
     assert any(norms[i : i + 3] == [0.0] * 3 for i in range(len(norms) - 2)), norms
 
 
+def test_pairs_that_are_learned_beyond_rounding_may_go_on(tiny, tmp_path):
+    """80 nats ahead, a pair pushes with e^-80 = 2e-35; the squares of its gradient are 0 in float32."""
+    args = config(tmp_path, max_steps=4)
+    objective = get_objective("dpo", beta=1.0)
+    trainer = trainer_for(tiny, tmp_path, objective, args=args, train_dataset=preferences(8), start_is_reference=False)
+    columns = {"ref_chosen": [-90.0] * 8, "ref_rejected": [-10.0] * 8}
+    for name, values in columns.items():
+        trainer.train_dataset = trainer.train_dataset.add_column(name, values)
+    trainer.train()
+    assert logged(trainer, "grad_norm") == [0.0] * 4
+
+
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
