@@ -8,7 +8,8 @@ reduce that training has anyway tells all of them. `on_nan="stop"` raises `UserE
 whole checkpoint; `"skip"` drops the gradients of the global step and counts it. A gradient norm of exactly 0 at a
 learning rate above 0, three steps in a row, stops the run where the loss still asks for a change, or where the model
 has left the range in which losses are computed; a loss that is flat by its own formula (ties, hinge behind its
-margin), or down to rounding, may go on. Weights are checked before each save.
+margin), or down to rounding, may go on. Three skipped steps in a row without any sound row stop it, too: there the model
+is at fault. Held-out rows are watched at each evaluation, weights before each save.
 
 Not here: what a loss is (`alignment.objectives`), the step-0 check (`checks.py`).
 """
@@ -56,7 +57,7 @@ class StepWatch:
         self.passes: list[Pass] = []
         self.pushes: list[torch.Tensor] = []  # largest |dL/dlog pi| of each backward pass since the last gradient
         self.extreme: list[torch.Tensor] = []  # of each pass since then: whether a row has left the range
-        self.still = self.overflows = 0  # steps in a row
+        self.still = self.overflows = self.unsound = 0  # steps in a row
         self.still_at = self.failed_at = -1  # the last step without gradient, and the last that was left out
 
     def alive(self) -> None:
@@ -72,20 +73,22 @@ class FiniteTrainer(Trainer):
         more: as in TRL; `logging_nan_inf_filter` is switched off, which would log a NaN as the mean of other losses.
 
     Attributes:
-        row_name: how messages call a row of the training data, by its number from 0.
+        row_name, held_out_name: how messages call a row of the training or held-out data, by its number from 0.
         skipped_steps: global steps left out, those before a resume included.
         skipped_here: those since training began or was resumed.
     """
 
     model: Any
     row_name: Callable[[int], str] | None = None
+    held_out_name: Callable[[int], str] | None = None
     skipped_steps = 0
 
     def __init__(self, *args: Any, on_nan: OnNan = "stop", **more: Any):
         self.on_nan = on_nan
         self._watch = StepWatch()
         self.skipped_here = 0
-        self._damaged_before: frozenset[str] = frozenset()
+        self._damaged_before: dict[str, int] = {}
+        self._held_out: list[torch.Tensor] = []  # of each pass of the evaluation under way: `_finite_rows`
         super().__init__(*args, **more)
         self.args.logging_nan_inf_filter = False
         self.add_callback(_FiniteStart(self))
@@ -109,9 +112,7 @@ class FiniteTrainer(Trainer):
             pushed: tensors whose gradients say whether the loss asks for a change.
             extreme: whether a row has left the range in which the loss can be computed (scalar bool).
         """
-        good = torch.ones(len(rows[0]), dtype=torch.bool, device=loss.device)
-        for values in rows:
-            good = good & values.detach().isfinite().reshape(len(good), -1).all(1)
+        good = _finite_rows(rows)
         self._watch.passes.append(Pass(good, inputs))
         for tensor in pushed:
             if tensor.requires_grad:
@@ -158,11 +159,11 @@ class FiniteTrainer(Trainer):
             self._watch.passes = []
             return False
         if math.isfinite(norm):
-            self._watch.passes, self._watch.overflows = [], 0
+            self._watch.passes, self._watch.overflows, self._watch.unsound = [], 0, 0
             if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
                 self._refuse_dead(norm)
             return True
-        rows = self._bad_rows()
+        rows, sound = self._bad_rows()
         if scaled and not rows and self._watch.overflows < OVERFLOWS:
             self._watch.passes, self._watch.overflows = [], self._watch.overflows + 1
             return True  # the scaling leaves the step out by itself, and tries a smaller factor
@@ -172,6 +173,12 @@ class FiniteTrainer(Trainer):
         if self.on_nan == "stop":
             raise UserError(f"step {step}: {what}; training stopped before the optimizer's step. {self.remedy()}")
         self._watch.alive()
+        self._watch.unsound = 0 if rows and sound else self._watch.unsound + 1
+        if self._watch.unsound == DEAD_STEPS:
+            raise UserError(
+                f"step {step}: {what}. No row of the last {DEAD_STEPS} steps was sound: the model is damaged or has "
+                f"diverged. Lower training.learning_rate. {self._kept_so_far()}"
+            )
         self._watch.failed_at = self.state.global_step
         self.skipped_steps += 1
         self.skipped_here += 1
@@ -187,14 +194,12 @@ class FiniteTrainer(Trainer):
             return f"There is no whole checkpoint. {mend}"
         return f"{mend}; --resume goes on from {checkpoint}"
 
-    def _bad_rows(self) -> list[str]:
-        """Names of the step's rows, of all processes, whose numbers are not finite."""
-        own = [
-            self._named(number, int(place))
-            for number, (good, inputs) in enumerate(self._watch.passes)
-            for place in (~self._good_rows(good, inputs)).nonzero().flatten().tolist()
-        ]
-        return list(dict.fromkeys(gather_object(own)))
+    def _bad_rows(self) -> tuple[list[str], bool]:
+        """Names of the step's rows, of all processes, whose numbers are not finite; whether there are others."""
+        good = [self._good_rows(one.good, one.inputs) for one in self._watch.passes]
+        own = [self._named(i, place) for i, rows in enumerate(good) for place in (~rows).nonzero().flatten().tolist()]
+        sound = gather_object([any(bool(rows.any()) for rows in good)])
+        return list(dict.fromkeys(gather_object(own))), any(sound)
 
     def _good_rows(self, good: torch.Tensor, inputs: Any) -> torch.Tensor:
         """`[B]` bool of a forward pass; for trainers whose losses come in one number (all processes call this)."""
@@ -214,6 +219,36 @@ class FiniteTrainer(Trainer):
         if at >= len(order):
             return "a row"
         return f"row {order[at] + 1} of the training data" if self.row_name is None else self.row_name(order[at])
+
+    # --- held-out rows --------------------------------------------------------------------------------------------
+
+    def watch_held_out(self, rows: Sequence[torch.Tensor]) -> None:
+        """Notes which rows of an evaluation's pass are sound; `rows` as of `watch`."""
+        self._held_out.append(_finite_rows(rows))
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """As transformers'.
+
+        Raises:
+            UserError: a row's loss is not finite, and their mean would be no number.
+        """
+        self._held_out = []
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        bad = {  # accelerate deals whole batches round the processes, and repeats the first rows at the end
+            ((number * world + rank) * self.args.eval_batch_size + place) % len(dataloader.dataset)
+            for number, good in enumerate(self._held_out)
+            for place in (~good).nonzero().flatten().tolist()
+        }
+        rows = sorted(set(gather_object(sorted(bad))))
+        if rows:
+            name = self.held_out_name or (lambda i: f"row {i + 1} of the held-out data")
+            raise UserError(
+                f"step {self.state.global_step}: the loss of {listed([*map(name, rows)])} is not a finite number, and "
+                "neither is the evaluation's. Mend or remove the row, or lower training.learning_rate. "
+                f"{self._kept_so_far()}"
+            )
+        return output
 
     # --- runs that no longer learn --------------------------------------------------------------------------------
 
@@ -299,8 +334,9 @@ class FiniteTrainer(Trainer):
         Raises:
             UserError: one is.
         """
-        damaged = frozenset(non_finite(self.model, trainable=True)) - self._damaged_before
-        names = sorted(set(gather_object(sorted(damaged))))
+        counts = non_finite(self.model, trainable=True)
+        damaged = sorted(name for name, count in counts.items() if count > self._damaged_before.get(name, 0))
+        names = sorted(set(gather_object(damaged)))
         if names:
             raise UserError(
                 f"step {self.state.global_step}: {names[0]} has weights that are not finite; nothing is saved. "
@@ -314,7 +350,8 @@ class FiniteTrainer(Trainer):
 
 
 class _FiniteStart(TrainerCallback):
-    """Before the first step: what is not finite already, and how many steps were left out before a resume."""
+    """Before the first step: what is not finite already, and how many steps were left out before a resume. At the end:
+    whether any step was taken."""
 
     def __init__(self, trainer: FiniteTrainer):
         self.trainer = trainer
@@ -325,7 +362,7 @@ class _FiniteStart(TrainerCallback):
         counts = [row["skipped_steps"] for row in state.log_history if "skipped_steps" in row]
         trainer.skipped_steps, trainer.skipped_here = (int(counts[-1]) if counts else 0), 0
         damaged = non_finite(trainer.model)
-        trainer._damaged_before = frozenset(damaged)
+        trainer._damaged_before = damaged
         for name, count in list(damaged.items())[:1]:
             print(
                 f"warning: {name} has {count} weights that are not finite before training begins; is the model's "
@@ -333,6 +370,18 @@ class _FiniteStart(TrainerCallback):
                 file=sys.stderr,
                 flush=True,
             )
+
+    def on_train_end(self, args, state, control, **kwargs):  # noqa: D102
+        if state.global_step and self.trainer.skipped_steps == state.global_step:
+            raise UserError(
+                f"step {state.global_step}: every step was skipped, and nothing was learned; mend or remove the rows "
+                "that the warnings name"
+            )
+
+
+def _finite_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`[B]` bool: whether all numbers of a row are finite, in tensors `[B, ...]`."""
+    return torch.stack([values.detach().isfinite().reshape(len(values), -1).all(1) for values in rows]).all(0)
 
 
 def non_finite(model: Any, trainable: bool = False) -> dict[str, int]:

@@ -308,16 +308,19 @@ class PreferenceTrainer(FiniteTrainer, ReferenceTrainer, DegreeTrainer):
             batch = self._normalize(batch, self._paired(inputs))
         losses = self.objective.loss(batch)
         self._record(inputs, batch, losses)
-        return self._watched(losses, batch, inputs) if self.model.training else losses.mean()
+        return self._watched(losses, batch, inputs)
 
     def _watched(self, losses: torch.Tensor, batch: PairLogps, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The mean loss, with what `FiniteTrainer` wants to know of its rows."""
         columns, branches = batch.columns(), BRANCHES[: self._branches]
         policy = [columns[b] for b in branches]
+        rows = [losses, *policy, *(value for name, value in columns.items() if name.startswith(("ref_", "prev_")))]
+        if not self.model.training:
+            self.watch_held_out(rows)
+            return losses.mean()
         each = [policy[j].detach().abs() / inputs[f"{b}_length"].clamp(min=1) for j, b in enumerate(branches)]
-        frozen = [value for name, value in columns.items() if name.startswith(("ref_", "prev_"))]
         beyond = (torch.stack(each) > NATS_PER_TOKEN).any()
-        return self.watch(losses.mean(), [losses, *policy, *frozen], inputs, policy, beyond)
+        return self.watch(losses.mean(), rows, inputs, policy, beyond)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluation has a loss and no logits."""

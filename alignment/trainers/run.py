@@ -292,7 +292,7 @@ def _train_in(
     args.eval_on_start = args.eval_on_start and checkpoint is None  # the start was evaluated when the run began
     with setting_up():
         trainer = build_trainer(recipe, args, data, held_out.dataset if held_out else None, tokenizer)
-    trainer.row_name = rows.name_of
+    trainer.row_name, trainer.held_out_name = rows.name_of, None if held_out is None else held_out.name_of
     pairs = len(trainer.train_dataset)  # type: ignore[arg-type]  # a Dataset, by our constructor
     repeated = -pairs % recipe.training.global_batch_size
     manifest = begun(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer) | dated(tokenizer)

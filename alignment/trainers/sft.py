@@ -98,6 +98,7 @@ class SupervisedTrainer(FiniteTrainer, CardTrainer, SFTTrainer):
         found = self._token_logps(model, inputs)
         tokens = (inputs["labels"][:, 1:] != -100).sum(1)
         rows = torch.stack([-found.log_probs.sum(1), tokens, found.is_top1.sum(1)], dim=1).float()
+        self.watch_held_out([found.log_probs])
         self._judged.append(self.accelerator.gather_for_metrics(rows))
         return rows[:, 0].sum() / tokens.sum(), None, None
 
@@ -195,7 +196,7 @@ def _train_in(
     args.eval_on_start = args.eval_on_start and checkpoint is None  # the start was evaluated when the run began
     with setting_up():
         trainer = build_trainer(recipe, args, rows.dataset, held_out.dataset if held_out else None, tokenizer)
-    trainer.row_name = rows.name_of
+    trainer.row_name, trainer.held_out_name = rows.name_of, None if held_out is None else held_out.name_of
     count = len(rows.dataset)
     repeated = -count % recipe.training.global_batch_size
     manifest = known(recipe, state.num_processes) | manifest_of_batches(args, state, tokenizer) | dated(tokenizer)

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from alignment.data.preferences import read_rows
 from alignment.errors import UserError
-from alignment.files import read_json_object
+from alignment.files import read_json_object, write_json_lines
 from alignment.models import load_model, load_tokenizer
 from alignment.models.sampling import sample
 from alignment.objectives import get_objective
@@ -103,6 +103,63 @@ def test_a_skipped_step_leaves_weights_moments_and_schedule_as_if_it_were_not(da
         torch.testing.assert_close(mine[name][:last], value[:last], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["dpo", "simpo", "sft"])
+def test_a_held_out_row_that_is_no_number_stops_at_the_evaluation(damaged, tmp_path, kind):
+    """Row 12 of 16 is the fourth of the second pass of eight."""
+    held_out = [row | {"prompt": f"{row['prompt']} the"} for row in rows(BAD, WORD)]
+    if kind == "sft":
+        held_out = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in held_out]
+    write_json_lines(tmp_path / "held_out.jsonl", held_out)
+    more = ["objective={name: simpo}", "reference={}"] if kind == "simpo" else []
+    more += [f"data.eval={tmp_path / 'held_out.jsonl'}", "training.eval_strategy=steps", "training.eval_steps=2"]
+    made = recipe("sft" if kind == "sft" else "dpo", damaged, tmp_path, "training.max_steps=2", *more)
+    with pytest.raises(UserError) as stopped:
+        train(made)
+    named = f"{tmp_path / 'held_out.jsonl'}: row {BAD + 1}"
+    assert str(stopped.value).startswith(f"step 2: the loss of {named} is not a finite number, and")
+    assert str(stopped.value).endswith(f"The last whole checkpoint is {tmp_path / 'run' / 'checkpoint-1'}")
+    assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.parametrize("kind", ["dpo", "sft", "reward_model"])
+def test_skipping_ends_where_no_row_is_sound(tiny, tmp_path, kind):
+    model = load_model(str(tiny))
+    model.model.norm.weight.data[0] = math.nan
+    model.save_pretrained(tmp_path / "broken")
+    load_tokenizer(str(tiny)).save_pretrained(tmp_path / "broken")
+    made = recipe(kind, tmp_path / "broken", tmp_path, "training.on_nan=skip", "training.save_strategy=no")
+    with pytest.raises(UserError, match=r"^step 3: the loss of .*No row of the last 3 steps was sound: the model is"):
+        train(made)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_skipping_goes_on_while_some_rows_are_sound(tiny, tmp_path):
+    trainer = trainer_for(tiny, tmp_path, on_nan="skip")
+
+    def steps(begin: int, *good: bool) -> list[bool]:
+        taken = []
+        for trainer.state.global_step in range(begin, begin + 5):
+            trainer._watch.passes = [finite.Pass(torch.tensor(good), None)]
+            taken.append(trainer.may_step(math.nan))
+        return taken
+
+    assert steps(0, True, False) == [False] * 5
+    with pytest.raises(UserError, match=r"^step 8: the loss"):
+        steps(5, False, False)
+    trainer._watch.unsound = 0
+    with pytest.raises(UserError, match=r"^step 13: the gradient is not finite"):  # and no row is to blame
+        steps(10, True, True)
+
+
+def test_a_run_whose_every_step_was_skipped_has_no_result(damaged, tmp_path):
+    """All rows in each of two steps, and one of them bad."""
+    batch = ["training.global_batch_size=16", "training.per_device_train_batch_size=8", "training.num_train_epochs=2"]
+    made = recipe("sft", damaged, tmp_path, "training.on_nan=skip", *batch, given=rows(BAD, WORD))
+    with pytest.raises(UserError, match=r"^step 2: every step was skipped, and nothing was learned"):
+        train(made)
+    assert not (tmp_path / "run" / "final").exists()
+
+
 def test_a_log_prob_that_is_no_number_stops_though_the_loss_is_zero_there(tiny, tmp_path):
     """A hinge far behind its margin: relu(1 - beta * inf) = 0, without a gradient."""
     args = config(tmp_path, max_steps=2)
@@ -139,6 +196,19 @@ def test_weights_that_are_no_numbers_are_not_saved(tiny, tmp_path):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert all(value.isfinite().all() for value in load_file(tmp_path / "checkpoint-2" / "model.safetensors").values())
+
+
+def test_more_damage_in_a_parameter_that_had_some_is_not_saved(damaged, tmp_path):
+    class Break(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step + 1 == 2:
+                model.get_input_embeddings().weight.data[0, 0] = math.inf
+
+    args = config(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    trainer = trainer_for(damaged, tmp_path, args=args, callbacks=[Break()])
+    with pytest.raises(UserError, match=r"step 2: model.embed_tokens.weight has weights that are not finite"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 # --- runs that no longer learn ---------------------------------------------------------------------------------------
