@@ -82,8 +82,9 @@ def _locked(file: Path, run: Path) -> int:
             raise UserError(
                 f"{run}: another program (process {holder}) works in this run; wait for it, or stop it"
             ) from None
-        if file.exists() and os.fstat(handle).st_ino == file.stat().st_ino:
-            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), file.stat()):
+                return handle
         os.close(handle)
 
 

@@ -275,8 +275,11 @@ def with_adapter(model: PreTrainedModel, adapter: str, trainable: bool = False) 
     if adapter_base(adapter) is None:
         raise UserError(f"model.adapter: {adapter!r} is not a folder with adapter_config.json")
     try:
-        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
         saved = load_peft_weights(adapter, device="cpu")
+        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    except KeyError as error:  # of a module that the adapter saves whole; peft warns of others
+        refuse_missing_weights(f"model.adapter: {adapter!r}", {str(error.args[0])})
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes of another base
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.adapter: cannot load {adapter!r} on this model ({reason})") from error

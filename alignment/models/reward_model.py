@@ -84,7 +84,7 @@ def load_reward_model(
         options: of `load_model`.
 
     Raises:
-        UserError: as `load_model`, no trained head, or another number of outputs.
+        UserError: as `load_model`, no trained head, another number of outputs, or a fresh head on an adapter.
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -93,6 +93,19 @@ def load_reward_model(
     facts = read_facts(Path(where))
     wanted = outputs if outputs is not None else facts.outputs if facts is not None else None
     on_adapter = adapter_base(where) is not None
+    if fresh_head and (on_adapter or options.get("adapter") is not None):
+        raise UserError(
+            f"model.{'name_or_path' if on_adapter else 'adapter'}: a reward model starts from full weights: export "
+            "the adapter first, `alignment export ADAPTER DIR`"
+        )
+    if on_adapter:
+        saved = read_json_object(Path(where) / "adapter_config.json").get("modules_to_save")
+        if not saved:
+            raise UserError(
+                f"{name_or_path}: not a reward model: the adapter has no head (modules_to_save), and scores from "
+                "random weights mean nothing; train one with scripts/train_reward_model.py"
+            )
+        wanted = wanted or 1
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # a fresh head, and a language model's own that is not used, are as they should be
     model = load_model(

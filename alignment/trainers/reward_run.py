@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig
@@ -304,14 +303,7 @@ def _model(recipe: RewardModelRecipe, args: RewardConfig, tokenizer: PreTrainedT
             "reward_model.freeze_trunk: trains heads alone, of which ZeRO-3 has nothing to shard: launch "
             "one process, or several with recipes/accelerate/ddp.yaml"
         )
-    model: Any = load_reward_model(
-        outputs=facts.outputs, fresh_head=True, trainable_adapter=recipe.lora is None, **model_arguments(recipe)
-    )
-    if is_peft_model(model):
-        raise UserError(
-            "model.adapter: a reward model starts from full weights: export the adapter first, "
-            "`alignment export ADAPTER DIR`"
-        )
+    model: Any = load_reward_model(outputs=facts.outputs, fresh_head=True, **model_arguments(recipe))
     settle_padding(model, tokenizer, recipe.reward_model.pad_token)
     init_head(model, recipe.training.seed, facts.outputs)
     return model
