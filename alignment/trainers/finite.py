@@ -8,8 +8,8 @@ reduce that training has anyway tells all of them. `on_nan="stop"` raises `UserE
 whole checkpoint; `"skip"` drops the gradients of the global step and counts it. A gradient norm of exactly 0 at a
 learning rate above 0, three steps in a row, stops the run where the loss still asks for a change, or where the model
 has left the range in which losses are computed; a loss that is flat by its own formula (ties, hinge behind its
-margin), or down to rounding, may go on. Three skipped steps in a row without any sound row stop it, too: there the model
-is at fault. Held-out rows are watched at each evaluation, weights before each save.
+margin), or down to rounding, may go on. Three skipped steps in a row without any sound row stop it, too: the model is
+at fault. Held-out rows are watched at each evaluation, weights before each save.
 
 Not here: what a loss is (`alignment.objectives`), the step-0 check (`checks.py`).
 """
