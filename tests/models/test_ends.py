@@ -14,10 +14,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from alignment.data.pipeline import prepare_rows
 from alignment.data.tokens import encode
 from alignment.errors import UserError
-from alignment.models import load_tokenizer
+from alignment.models import load_model, load_tokenizer
 from alignment.models.ends import ends_of, settle_ends
 from alignment.models.sampling import sample
 from tests.data.building import reply, user
+from tests.trainers.building_online import Kindness, online
+from tests.trainers.building_runs import recipe, train
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")
@@ -107,7 +109,7 @@ def test_a_response_is_the_conversation_up_to_the_end_of_its_last_turn(name):
     assert found.rejected == [] and len(found.dataset) == 1
 
 
-def tiny(tokenizer) -> LlamaForCausalLM:
+def small(tokenizer) -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     eos = tokenizer.eos_token_id
@@ -119,7 +121,7 @@ def test_a_base_model_is_sampled_up_to_its_template_s_end():
     270 tokens draws both, and every sample stops at the first of either."""
     tokenizer = family("lfm2")
     end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    drawn = sample(tiny(tokenizer), tokenizer, [user("Hi")] * 4, 16, max_new_tokens=100, seed=0)
+    drawn = sample(small(tokenizer), tokenizer, [user("Hi")] * 4, 16, max_new_tokens=100, seed=0)
     samples = [one for group in drawn for one in group]
     assert all(not {end, eos} & {*one.ids[:-1]} for one in samples)
     assert all(one.finished == (one.ids[-1] in (end, eos)) for one in samples)
@@ -129,7 +131,7 @@ def test_a_base_model_is_sampled_up_to_its_template_s_end():
 def test_what_is_saved_stops_at_all_ends(tmp_path):
     """What transformers and vLLM read beside the weights has the template's end, and what the model had before."""
     tokenizer = family("llama3_1")
-    model = tiny(tokenizer)
+    model = small(tokenizer)
     more = tokenizer.convert_tokens_to_ids("<|end_header_id|>")
     model.generation_config.eos_token_id = [more]
     settle_ends(model, tokenizer)
@@ -138,9 +140,28 @@ def test_what_is_saved_stops_at_all_ends(tmp_path):
     assert set(kept) == {more, *tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])}
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo", "adapter", "p3o"])
+def test_every_trainer_stops_samples_where_the_template_ends_a_turn(tiny, tmp_path, kind):
+    """In what it saves, and in what it draws: a template's end that is not EOS, and EOS."""
+    folder, tokenizer = tmp_path / "other", load_tokenizer(str(tiny))
+    load_model(str(tiny)).save_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|start|>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|start|>")}
+    assert len(ends) == 2
+    if kind == "p3o":
+        trainer = online(folder, tmp_path / "run", "p3o", reward=Kindness())
+        assert {*trainer.eos_token_ids} == {*trainer.model.generation_config.eos_token_id} == ends
+        return
+    more = ["lora={r: 2, alpha: 4, target_modules: [q_proj]}"] * (kind == "adapter")
+    run = train(recipe("sft" if kind == "sft" else "dpo", folder, tmp_path, "training.max_steps=1", *more))
+    assert (run / "final" / "adapter_config.json").is_file() == (kind == "adapter")
+    assert {*GenerationConfig.from_pretrained(run / "final").eos_token_id} == ends
+
+
 def test_a_template_without_an_end_names_the_remedy_and_the_remedy_works(tmp_path):
     tokenizer = family("glm4moe")
-    tiny(tokenizer).save_pretrained(tmp_path)
+    small(tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     plain = load_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match=r"the next turn's '<\|user\|>' does; set model.end_of_turn='<\|user\|>'"):

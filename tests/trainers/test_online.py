@@ -86,6 +86,13 @@ def test_a_later_rollout_of_ties_changes_nothing(tiny, tmp_path):
     assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
 
 
+def test_ties_are_targets_of_an_objective_that_regresses_on_the_gap(tiny, tmp_path):
+    trainer = online(tiny, tmp_path, "reward_aware_rpo", reward=Flat(), args={"max_steps": 1})
+    trainer.train()
+    same = [row["responses"][0] == row["responses"][1] for row in samples(tmp_path)]
+    assert not all(same) and logged(trainer, "skipped/tie") == [sum(same) / len(same)]
+
+
 def test_log_probs_of_samples_are_those_of_a_plain_forward(tiny, tokenizer, tmp_path):
     """Under the policy that drew them (of the rollout's beginning, not its end) and under the start."""
     args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3}

@@ -72,6 +72,14 @@ def test_trained_prompts_are_those_of_the_order(tiny, tmp_path):
     assert [*trained[2], *trained[3]] != rows
 
 
+def test_the_order_is_that_of_data_seed(tiny, tmp_path):
+    def order(**seeds: int) -> list[int]:
+        trainer = online(tiny, tmp_path, "p3o", {"per_rollout": 8}, reward=Kindness(), args=seeds)
+        return trainer.order.rows(0)
+
+    assert order(seed=1, data_seed=7) == order(seed=2, data_seed=7) == order(seed=7) != order(seed=1)
+
+
 def test_samples_of_another_run_are_refused(tiny, tokenizer, tmp_path):
     def attempt(file: Path, how: dict[str, Any] | None = None, **more: Any) -> str:
         with pytest.raises(UserError) as refused:
