@@ -17,7 +17,7 @@ import numpy as np
 from alignment.errors import UserError
 from alignment.rewards import PreferenceOracle, RewardFunction
 from evaluation.annotations import annotation_rows
-from evaluation.intervals import FEW_PROMPTS, readable, too_narrow
+from evaluation.intervals import no_width, readable, too_narrow
 from evaluation.statistics import (
     Array,
     MeanDifference,
@@ -302,10 +302,14 @@ def p_phrase(p_value: float) -> str:
     return f"p = {p_value:.2g}" if p_value >= 0.0001 else "p < 0.0001"
 
 
-def headline(result: dict[str, Any]) -> str:
-    """`Win rate  61.2 %  (95 % interval 55.0 to 67.1 %)`, with what never ended and what was not judged, if any."""
+def headline(result: dict[str, Any], against: str = "") -> str:
+    """`Win rate  61.2 %  (95 % interval 55.0 to 67.1 %)`, with what never ended and what was not judged, if any.
+
+    `against` names the baseline, where no other line does.
+    """
     level, cut = f"{100 * result['level']:.0f} %", unended_phrase(result)
     rate = f"Win rate  {percent(result['win_rate'])}  ({level} interval {percent_interval(read_interval(result))})"
+    rate += f" against {against}" if against else ""
     return "; ".join(filter(None, (rate, cut, unjudged_phrase(result))))
 
 
@@ -417,16 +421,16 @@ def _controlled_phrase(result: dict[str, Any]) -> str | None:
     if control is None:
         return None
     if control["win_rate"] is None:
-        return f"not known: {control['note']}"
+        return f"no estimate: {control['note']}"
     note = f"; {control['note']}" if control["note"] else ""
     interval = "" if control["interval"] is None else f" ({percent_interval(control['interval'])})"
     return f"{percent(control['win_rate'])}{interval} at equal lengths, {control['variant']}{note}"
 
 
 def _why(result: dict[str, Any]) -> str:
-    if result["prompts"] < FEW_PROMPTS:
-        return "is too narrow with so few prompts"
-    return "has no width, since all prompts came out alike"
+    if no_width(result["interval"]):
+        return "has no width, since all prompts came out alike"
+    return "is too narrow with so few prompts"
 
 
 def _alike(prompts: int) -> str:

@@ -91,16 +91,20 @@ def described(found: LengthControl | None, raw: float, note: str | None = None) 
 def caution(raw: float, found: LengthControl) -> str | None:
     """What makes a length-controlled rate doubtful: no coefficient is left, or AlpacaEval's warning of a big change.
 
-    The latter stands where it changes the rate by over 10 points and over a quarter of the way. Doubtful rows come
-    before it.
+    The latter stands where it changes the rate by over 10 points and over a quarter of the way. Unanimous pairs,
+    doubtful rows and lengths that all differ one way come before it.
 
     Args:
         raw: the plain win rate in percent.
         found: the fit.
     """
+    if found.unanimous:
+        return (
+            "one side won every pair, so that no finite strength fits best and the rate would be the penalty's alone"
+        )
     if found.says_nothing:
         return (
-            f"says nothing: cross-validation chose the strongest penalty (C = {found.c:.2g}), which leaves no "
+            f"cross-validation chose the strongest penalty (C = {found.c:.2g}), which leaves no "
             "coefficient; too few rows, or preferences that neither length nor system explains"
         )
     if found.warning is not None:

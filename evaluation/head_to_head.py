@@ -359,7 +359,7 @@ def _outcomes(result: Mapping[str, Any]) -> str:
 def _controlled(result: Mapping[str, Any]) -> str:
     control = result["length_control"]
     if result["length_controlled_winrate"] is None:
-        return f"not known: {control['note']}"
+        return f"no estimate: {control['note']}"
     rate, interval = result["length_controlled_winrate"], result["length_controlled_interval"]
     text = f"{rate:.2f} %" if interval is None else _rate(rate, interval)
     return f"{text}, {control['variant']}{'; ' + control['note'] if control['note'] else ''}"

@@ -47,9 +47,14 @@ def wilson_interval(mean: float, n: float, level: float = 0.95) -> Interval:
 
 
 def too_narrow(prompts: int, interval: Sequence[float]) -> bool:
-    """Whether a bootstrap interval misleads: few prompts, or all came out alike (equal up to rounding)."""
+    """Whether a bootstrap interval misleads: few prompts, or all came out alike."""
+    return prompts < FEW_PROMPTS or no_width(interval)
+
+
+def no_width(interval: Sequence[float]) -> bool:
+    """Whether the limits are equal up to rounding: all prompts came out alike."""
     low, high = interval
-    return prompts < FEW_PROMPTS or high - low <= 1e-12 * max(abs(low), abs(high))
+    return high - low <= 1e-12 * max(abs(low), abs(high))
 
 
 def readable(prompts: int, interval: Sequence[float], wilson: Sequence[float]) -> tuple[float, float]:

@@ -53,6 +53,7 @@ class LengthControl:
         predictions: [n] P(system wins) of each row at equal lengths; NaN nowhere.
         refits: what the resamples gave; None without resamples.
         warning: what is doubtful about what it was fitted on.
+        unanimous: whether one side won every pair: no finite coefficients fit best, and the rate is the penalty's.
     """
 
     rate: float
@@ -64,11 +65,12 @@ class LengthControl:
     predictions: Array
     refits: Refits | None = None
     warning: str | None = None
+    unanimous: bool = False
 
     @property
     def says_nothing(self) -> bool:
-        """Whether the penalty left no coefficient: the rate is then 1/2 whatever the data."""
-        return self.c is not None and not any(self.coefficients.values())
+        """Whether the penalty left no coefficient, so that the rate is 1/2 whatever the data, or is all there is."""
+        return self.c is not None and (self.unanimous or not any(self.coefficients.values()))
 
     @property
     def collapsed(self) -> float:
@@ -243,6 +245,7 @@ def length_controlled(
         raise ValueError("pairs of one prompt; length control needs several")
     c = choose_c(x, y, weight, np.concatenate([np.arange(len(extra)), len(extra) + groups]))
     w = fit_l1(x, y, weight, c)
+    unanimous = bool((share[known] == 0).all() or (share[known] == 1).all())
     level_rows = rows.copy()
     level_rows[:, 0] = 0
     predictions = expit(level_rows @ w)
@@ -250,7 +253,7 @@ def length_controlled(
     if resamples:
         codes, count = cluster_codes(prompts)
         refits = _refitted(x, y, weight, codes[known], count, c, resamples, seed)
-        if w.any():
+        if w.any() and not unanimous:
             pairs = zip(refits.coefficients, refits.times, strict=True)
             draws = [np.average(expit(level_rows @ u), weights=times[codes]) for u, times in pairs]
             interval = percentile_interval(float(predictions.mean()), np.array(draws), level)
@@ -264,7 +267,20 @@ def length_controlled(
         variant=f"{kind}, {'with' if difficulty is not None else 'without'} difficulty",
         predictions=predictions,
         refits=refits,
+        warning=_one_sided(length[known]),
+        unanimous=unanimous,
     )
+
+
+def _one_sided(length: Array) -> str | None:
+    """What makes an estimate at equal lengths an extrapolation."""
+    for longer, side in ((length < 0).all(), "longer"), ((length > 0).all(), "shorter"):
+        if longer:
+            return (
+                f"every response is {side} than the baseline's: equal lengths lie outside of what was judged, and the "
+                "rate is an extrapolation"
+            )
+    return None
 
 
 def identical(n: int) -> LengthControl:

@@ -87,9 +87,9 @@ def write_into_run(run_dir: Path, comparison: Comparison) -> list[Path]:
 
 def summary(result: dict[str, Any]) -> list[str]:
     """What a model card says of a comparison: the rate with its interval, against whom, judged by what, and how."""
-    quoted = ("Wilson", "prompts", "test", "length", "judge", "not scored", "sampling", "overlap")
-    against = f"{' '.join(headline(result).split())} against {result['baseline']}"
-    return [against, *(f"{name}: {text}" for name, text in facts(result) if name in quoted)]
+    left_out = ("model", "baseline", "prompts won", "ties", "mean score", "orders")
+    first = " ".join(headline(result, result["baseline"]).split())
+    return [first, *(f"{name}: {text}" for name, text in facts(result) if name not in left_out)]
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from alignment.recipes import Recipe
 
 BINS, BAR = 10, 40
+DETAILS = 3  # different causes shown per reason
 FIRST_ROWS = 5  # rows named per reason; all are in the run's rejected_rows.jsonl
 PARTS = ("prompt", "chosen", "rejected")
 
@@ -39,7 +40,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Unusable:
-    """Rows refused for one reason, where the first of them stand, and what is wrong with the first."""
+    """Rows refused for one reason, where the first of them stand, and what is wrong with them."""
 
     reason: str
     rows: int
@@ -215,9 +216,14 @@ def _unusable(prepared: Prepared) -> list[Unusable]:
     found = []
     several = len({bad.file or bad.source for bad in prepared.rejected}) > 1
     for reason, count in sorted(prepared.counts.items(), key=lambda item: -item[1]):
-        first = [bad for bad in prepared.rejected if bad.reason == reason][:FIRST_ROWS]
-        where = [f"{bad.file or bad.source}: {bad.row}" if several else str(bad.row) for bad in first]
-        found.append(Unusable(reason, count, where, first[0].detail))
+        rows = [bad for bad in prepared.rejected if bad.reason == reason]
+        where = [f"{bad.file or bad.source}: {bad.row}" if several else str(bad.row) for bad in rows]
+        causes: dict[str, str] = {}  # the first row of each
+        for bad, place in zip(rows, where, strict=True):
+            causes.setdefault(bad.detail, place)
+        named = [f"row {place}: {cause}" for cause, place in causes.items()] if len(causes) > 1 else list(causes)
+        more = [f"{len(causes) - DETAILS} further causes"] if len(causes) > DETAILS else []
+        found.append(Unusable(reason, count, where[:FIRST_ROWS], "; ".join(named[:DETAILS] + more)))
     return found
 
 

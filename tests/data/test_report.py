@@ -72,6 +72,17 @@ def test_rows_reasons_and_where(tokenizer):
     assert strict.too_many  # four of five, and half are allowed
 
 
+def test_each_cause_of_a_reason_has_a_row(tokenizer):
+    """The fields that lack differ from row to row; a row must not be given another one's cause."""
+    whole = pair("is", 1, 2)
+    rows = [{name: whole[name] for name in whole if name != lacking} for lacking in ("rejected", "chosen", "rejected")]
+    prepared, found = counted(tokenizer, [*rows, *ROWS[:4]])
+    causes = {bad.row: bad.detail for bad in prepared.rejected}
+    assert causes[1] != causes[2] and causes[1] == causes[3]
+    (missing,) = found.unusable
+    assert (missing.where, missing.detail) == (["1", "2", "3"], f"row 1: {causes[1]}; row 2: {causes[2]}")
+
+
 def test_length_bias_by_hand(tokenizer):
     """Chosen longer in rows 1, 2, 4; shorter in 3 and 5; row 6 is even. Wilson (3 of 5, z = 1.959964): centre
     (0.6 + z²/10) / (1 + z²/5) = 0.55655, half-width z sqrt(0.6*0.4/5 + z²/100) / (1 + z²/5) = 0.32585."""

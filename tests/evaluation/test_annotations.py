@@ -380,7 +380,7 @@ def test_rows_that_repeat_an_instruction_at_another_difficulty_are_warned_of():
     draws = [one | {"preference": 1.5} for one in rows]  # nothing is known of these, whatever their difficulty
     found = summarise(parse_annotations(draws), difficulty=table, resamples=100)
     assert found["length_controlled_winrate"] is None
-    assert found["length_control"]["note"].startswith("says nothing")
+    assert found["length_control"]["note"].startswith("cross-validation chose the strongest penalty")
     for fine in ([one | {"index": k // 2} for k, one in enumerate(rows)], rows[::2]):
         note = summarise(parse_annotations(fine), difficulty=table, resamples=100)["length_control"]["note"]
         assert not (note or "").startswith(("10", "20"))
@@ -581,16 +581,16 @@ def test_a_fit_without_coefficients_has_no_interval(tmp_path):
     rows = parse_annotations([row(1.5, f"i{k}", "x" * (k % 5), "y") for k in range(20)])
     found = summarise(rows, resamples=100)
     assert (found["length_controlled_winrate"], found["length_controlled_interval"]) == (None, None)
-    assert found["length_control"]["note"].startswith("says nothing")
+    assert found["length_control"]["note"].startswith("cross-validation chose the strongest penalty")
     write_annotation_result(tmp_path, found, "", {"m": rows})
-    assert "not known: says nothing" in (tmp_path / "win_rate.html").read_text()
+    assert "no estimate: cross-validation chose the strongest penalty" in (tmp_path / "win_rate.html").read_text()
     (line,) = csv.DictReader((tmp_path / "leaderboard.csv").open())
     assert (line["win_rate"], line["length_controlled_winrate"], line["lc_standard_error"]) == ("50.0", "", "")
     sides = Side("n", [["x" * (k % 5)] for k in range(20)]), Side("o", [["y"]] * 20)
     judge = get_reward("regex", pattern="nothing")
     alike = with_length_control(compare([f"i{k}" for k in range(20)], *sides, judge, resamples=100, seed=0))
     assert alike.result["length_controlled"]["win_rate"] is None
-    assert "not known: says nothing" in " ".join(describe(alike.result).split())
+    assert "no estimate: cross-validation chose the strongest penalty" in " ".join(describe(alike.result).split())
 
 
 class _TwoOrders:

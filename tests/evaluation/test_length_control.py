@@ -374,3 +374,23 @@ def test_variants_are_named():
         got = length_controlled(length, share, difficulty=difficulty, gamed=gamed, resamples=0)
         kind = "regularised" if gamed else "plain"
         assert got.variant == f"{kind}, {'without' if difficulty is None else 'with'} difficulty"
+
+
+def test_unanimous_pairs_have_no_estimate():
+    """Separable: a logistic model's likelihood grows with its coefficients for ever (Albert and Anderson 1984)."""
+    length = standardise([4.0 + k % 3 for k in range(24)], [60.0 + k % 5 for k in range(24)])
+    for share, raw in ((1.0, 100.0), (0.0, 0.0)):
+        found = length_controlled(length, np.full(24, share), resamples=20)
+        assert found.says_nothing and found.interval is None
+        assert caution(raw, found).startswith("one side won every pair")
+
+
+@pytest.mark.parametrize(("sign", "side"), [(1, "longer"), (-1, "shorter")])
+def test_lengths_that_differ_one_way_are_an_extrapolation(sign, side):
+    ours, theirs = np.arange(24.0) + 60, np.full(24, 4.0)
+    length = sign * standardise(theirs, ours)
+    share = np.array([1.0, 0.0, 1.0] * 8)
+    note = f"every response is {side} than the baseline's: equal lengths lie outside"
+    assert caution(66.7, length_controlled(length, share, resamples=20)).startswith(note)
+    length[0] = -length[0]
+    assert "outside" not in (caution(66.7, length_controlled(length, share, resamples=20)) or "")

@@ -117,7 +117,7 @@ def test_module_form_prints_a_readable_block(files):
         "prompts     3, 1 to 2 samples each",
         "every pair is a tie",
         "verdict     too few prompts to tell: 3, and a claim needs 20",
-        "the interval above is Wilson's; the bootstrap's, 50.0 to 50.0 %, is too narrow with so few prompts",
+        "the interval above is Wilson's; the bootstrap's, 50.0 to 50.0 %, has no width, since all prompts came",
         "difference +0 (interval not known: all 3 prompts have the same)",
         "seed 1",
         "regular expression '^x'",
@@ -393,6 +393,9 @@ def test_run_directory_end_to_end(tmp_path, capsys):
     assert (run_dir / "report.html").is_file()
     rate = f"Win rate {100 * result['win_rate']:.1f} % (95 % interval"
     assert all(f"- {rate}" in (place / "README.md").read_text() for place in (run_dir, run_dir / "final"))
+    card = (run_dir / "README.md").read_text()
+    assert "- verdict: too few prompts to tell: 4, and a claim needs 20\n" in card
+    assert f"%) against {Path(result['baseline']).name}; never ended" in card
     before = (run_dir / "samples.jsonl").read_text()
     evaluate(run_dir)
     assert (run_dir / "samples.jsonl").read_text() == before  # same seed, same samples
