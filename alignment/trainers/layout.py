@@ -30,7 +30,8 @@ from alignment.trainers.scoring import (
 )
 from alignment.trainers.unpadded import Group, allowed, rounding_noise, unpadded_logps, width
 
-_NOT_TAKEN = (TypeError, ValueError, AttributeError, RuntimeError)  # what models raise at arguments they do not take
+# What models raise at arguments that they do not take.
+_NOT_TAKEN = (TypeError, ValueError, AttributeError, RuntimeError, AssertionError)
 
 
 class LayoutTrainer(CardTrainer):

@@ -12,6 +12,8 @@ from transformers import (
     GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 from transformers.models.bart.modeling_bart import BartForCausalLM
 from transformers.models.bert.modeling_bert import BertLMHeadModel
@@ -108,7 +110,7 @@ def test_the_widest_row_is_compared_whatever_the_first_batch_is(tiny, tmp_path, 
         assert used(short, "held out", eval_dataset=Dataset.from_list([widest])) == "paired"
 
 
-@pytest.mark.parametrize("kind", ["bert", "bart"])
+@pytest.mark.parametrize("kind", ["bert", "bart", "xlm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoders_that_read_padding_are_refused_in_one_line(tiny, tmp_path, tokenizer, kind, dtype):
     torch.manual_seed(0)
@@ -117,6 +119,14 @@ def test_decoders_that_read_padding_are_refused_in_one_line(tiny, tmp_path, toke
             BertConfig(
                 **sizes(tokenizer, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64),
                 initializer_range=0.25,
+            )
+        )
+    elif kind == "xlm":  # attention to the right as well
+        model = XLMWithLMHeadModel(
+            XLMConfig(
+                **sizes(tokenizer, emb_dim=32, n_layers=2, n_heads=4, pad_index=0, bos_index=1, eos_index=2),
+                embed_init_std=0.1,
+                init_std=0.25,
             )
         )
     else:  # its positions count padding
