@@ -310,7 +310,7 @@ def plan_of_run(
         resamples=resamples or evaluation.get("bootstrap", RESAMPLES),
         seed=seed,
         chat=bool(manifest.get("chat", False)) if chat is None else chat,
-        notes={"judge_is_training_reward": is_training_reward, **_overlap_notes(run_dir, manifest, found)},
+        notes={"judge_is_training_reward": is_training_reward, **overlap_notes(run_dir, manifest, found)},
         samples=samples,
         vllm=vllm,
     )
@@ -359,7 +359,7 @@ def _models_of_run(run_dir: Path, model: Mapping[str, Any]) -> tuple[ModelSource
     return trained, ModelSource(name, {**start, **loading}, BASELINE_SEED_OFFSET, model.get("end_of_turn"))
 
 
-def _overlap_notes(run_dir: Path, manifest: Mapping[str, Any], prompts: list[Prompt]) -> dict[str, Any]:
+def overlap_notes(run_dir: Path, manifest: Mapping[str, Any], prompts: list[Prompt]) -> dict[str, Any]:
     """What is known of prompts that are both trained and judged on, of what the run itself was trained on.
 
     A run keeps its prompts' hashes; an iterative run has its prompts, and older runs the pairs that they sampled.

@@ -27,6 +27,7 @@ from typing import Annotated, Any
 
 import typer
 
+from alignment.data.overlap import TRAINED
 from alignment.errors import UserError, run_or_exit
 from alignment.files import jsonable, refuse_file
 from alignment.locks import sole_user
@@ -45,7 +46,9 @@ from evaluation.plans import (
     SAMPLES,
     ModelSource,
     Plan,
+    overlap_notes,
     plan_of_run,
+    read_manifest,
     run_plan,
     say,
 )
@@ -195,17 +198,22 @@ def compare_as_asked(form: str, given: dict[str, Any], difficulty: Difficulty | 
 
 def _plan_of_models(given: dict[str, Any], judge: dict[str, Any], settings: dict[str, Any]) -> Plan:
     dtype = given.get("dtype", "float32")
+    prompts = locate_prompts(given["prompts"], given.get("limit"))
+    notes = {"overlap_note": "not checked: what the models were trained on is unknown here"}
+    run = Path(given["model"]).parent
+    if (run / TRAINED).is_file():  # the model is a run's final/ or checkpoint
+        notes = overlap_notes(run, read_manifest(run), prompts)
     return Plan(
         model=ModelSource(given["model"], {"name_or_path": given["model"], "dtype": dtype}),
         baseline=ModelSource(
             given["baseline"], {"name_or_path": given["baseline"], "dtype": dtype}, BASELINE_SEED_OFFSET
         ),
-        prompts=locate_prompts(given["prompts"], given.get("limit")),
+        prompts=prompts,
         judge=judge.get("judge"),
         oracle=judge.get("oracle"),
         generation=Generation(**_generation(given)),
         chat=given.get("chat", False),
-        notes={"overlap_note": "not checked: what the models were trained on is unknown here"},
+        notes=notes,
         samples=given.get("samples_dir", given["output"] / SAMPLES if "output" in given else None),
         vllm=given.get("vllm", False),
         **settings,

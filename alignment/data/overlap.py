@@ -65,10 +65,9 @@ def row_hash(row: dict[str, Any]) -> str:
     return _hash(asked(row["prompt"]), *sorted([_words(row["chosen"]), _words(row["rejected"])]))
 
 
-def write_trained(run: Path, prompts: Iterable[Any]) -> None:
+def write_trained(run: Path, hashes: Iterable[str]) -> None:
     """Keep the hashes of the prompts that a run trains on: a line of `DIGITS` hex digits each, sorted."""
-    hashes = sorted({prompt_hash(prompt)[:DIGITS] for prompt in prompts})
-    write_text(run / TRAINED, "".join(f"{line}\n" for line in hashes))
+    write_text(run / TRAINED, "".join(f"{line}\n" for line in sorted({found[:DIGITS] for found in hashes})))
 
 
 def trained_among(run: Path, prompts: Sequence[Any]) -> tuple[int, list[int]] | None:

@@ -69,6 +69,7 @@ class Prepared:
         sources: for the manifest: one mapping per source (`described`).
         overlap: rows dropped because their prompts are judged on (`alignment.data.overlap`).
         places: of each row of `dataset`, its source and where it stands there.
+        prompts: hashes of the prompts of rows that hold nothing but token ids (`alignment.data.supervised`).
     """
 
     dataset: Dataset
@@ -81,6 +82,7 @@ class Prepared:
     sources: tuple[dict[str, Any], ...] = ()
     overlap: int = 0
     places: tuple[tuple[str, Place], ...] = ()
+    prompts: frozenset[str] = frozenset()
 
     def name_of(self, row: int) -> str:
         """How messages call a row of `dataset`, by its number from 0."""

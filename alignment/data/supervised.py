@@ -33,6 +33,7 @@ from alignment.data.forms import (
     under_our_names,
 )
 from alignment.data.messages import PLAIN, TextRules, refuse_unread, settled, with_context
+from alignment.data.overlap import prompt_hash
 from alignment.data.pipeline import Prepared, Rejected, described, title
 from alignment.data.preferences import (
     BOS_EOS,
@@ -98,6 +99,13 @@ class _Encoder:
         if all(label == IGNORED for label in labels):
             raise BadRow(PROMPT_TOO_LONG, f"nothing to learn in the first {self.max_length} tokens (max_length)")
         return ids, labels
+
+    def prompts(self, row: Row) -> list[str]:
+        """Hashes of what the row's learned turns answer; none of plain text, which answers nothing."""
+        if "messages" not in row:
+            return [prompt_hash(row["prompt"])] if row["prompt"] else []
+        turns = [i for i, message in enumerate(row["messages"]) if i and message["role"] == "assistant"]
+        return [prompt_hash(row["messages"][:i]) for i in (turns[-1:] if self.template is None else turns)]
 
     def _completion(self, row: Row, marks: Markers) -> tuple[list[int], list[int]]:
         given = "completion_ids" in row
@@ -206,19 +214,24 @@ def prepare_supervised(
     template = marking_template(tokenizer) if turns == "all" and tokenizer.chat_template else None
     encoder = _Encoder(Renderer(tokenizer, rules), max_length, template)
     tables: list[Dataset | None] = []
+    asked: list[list[list[str]]] = []  # of each usable row of each source
     found: list[tuple[str, list[Place], list[Rejected]]] = []  # form, places of the usable rows, others
     for source in sources:
         kept: list[tuple[list[int], list[int]]] = []
+        prompts: list[list[str]] = []
         rejected: list[Rejected] = []
         places: list[Place] = []
         form, rows = _converted(source, raw_rows(source, role), bool(tokenizer.chat_template), rules)
         for place, convert in rows:
             try:
-                kept.append(encoder(convert()))
+                row = convert()
+                kept.append(encoder(row))
+                prompts.append(encoder.prompts(row))
                 places.append(place)
             except BadRow as bad:
                 rejected.append(Rejected(title(source), place.row, bad.reason, bad.detail, place.file))
         tables.append(_table(kept))
+        asked.append(prompts)
         found.append((form, places, rejected))
     dataset, chosen = mixed(tables, list(sources), seed)
     entries = [
@@ -241,6 +254,9 @@ def prepare_supervised(
             (title(source), usable[i])
             for source, (_, usable, _), rows in zip(sources, found, chosen, strict=True)
             for i in rows
+        ),
+        prompts=frozenset(
+            prompt for usable, rows in zip(asked, chosen, strict=True) for i in rows for prompt in usable[i]
         ),
     )
 

@@ -202,7 +202,7 @@ def _train_in(
     }
     repeats = f" (and {order.repeated} repeats, to fill the last rollout)" * bool(order.repeated)
     if state.is_main_process:
-        overlap.write_trained(run, prompts.dataset["prompt"])
+        overlap.write_trained(run, map(overlap.prompt_hash, prompts.dataset["prompt"]))
     what = f"{len(prompts.dataset)} prompts{repeats}, objective {recipe.objective.name}"
     set_up = time.perf_counter()
     carry_out(trainer, recipe, run, state, checkpoint, manifest, what)

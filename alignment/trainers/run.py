@@ -308,7 +308,7 @@ def _train_in(
     }
     repeats = f" (and {repeated} repeats, to fill the last batch)" * bool(repeated)
     if state.is_main_process:
-        overlap.write_trained(run, data["prompt"])
+        overlap.write_trained(run, map(overlap.prompt_hash, data["prompt"]))
     what = f"{pairs} pairs{repeats}, objective {recipe.objective.name}"
     carry_out(trainer, recipe, run, state, checkpoint, manifest, what)
     seconds = {"preferences": sampled - started, "training": time.perf_counter() - sampled, "total": started}

@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from alignment.data import overlap
 from alignment.data.messages import TextRules
 from alignment.data.pipeline import Prepared, write_rejected
 from alignment.data.supervised import prepare_supervised, refuse_overlap
@@ -207,5 +208,7 @@ def _train_in(
         "data_fingerprint": fingerprint(rows.dataset),
     }
     repeats = f" (and {repeated} repeats, to fill the last batch)" * bool(repeated)
+    if state.is_main_process:
+        overlap.write_trained(run, rows.prompts)
     carry_out(trainer, recipe, run, state, checkpoint, manifest, f"{count} rows{repeats}")
     conclude(trainer, recipe, run, state, manifest, {"total": started})

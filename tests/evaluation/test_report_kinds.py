@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import re
 import shlex
@@ -43,6 +44,13 @@ def test_fine_tuning_has_no_pairs_and_its_command_runs(tiny, tmp_path):
     words = [str(tmp_path / "prompts.txt") if word == "PROMPTS" else word for word in compare[3:]]
     done = CliRunner().invoke(win_rate.app, [*words, "--samples", "1", "--max-new-tokens", "2"])
     assert done.exit_code == 0, done.output
+    assert "not checked" in done.output  # nobody knows what this one was trained on
+    (tmp_path / "my run" / "training_prompts.txt").write_text(hashlib.sha256(b"my dog").hexdigest()[:16] + "\n")
+    done = CliRunner().invoke(win_rate.app, [*words, "--samples", "1", "--max-new-tokens", "2"])
+    assert done.exit_code == 0 and "none of these prompts is among the 1 that" in done.output
+    (tmp_path / "my run" / "training_prompts.txt").write_text(hashlib.sha256(b"my cat is").hexdigest()[:16] + "\n")
+    done = CliRunner().invoke(win_rate.app, [*words, "--samples", "1", "--max-new-tokens", "2"])
+    assert done.exit_code != 0 and "prompt 'my cat is' was trained on; 1 of 2" in str(done.exception)
 
 
 @pytest.mark.parametrize("measured", [False, True])

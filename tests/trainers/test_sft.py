@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -144,6 +145,18 @@ def test_a_template_that_leaves_the_end_out_of_its_marks_is_not_used(tiny):
     assert marking_template(marking) is None  # else the model would never be taught to stop
     marking.chat_template = MARKED
     assert marking_template(marking) == MARKED
+
+
+def test_each_learned_turn_has_its_prompt(tmp_path, tiny, tokenizer):
+    marked = load_tokenizer(tiny)
+    marked.chat_template = MARKED
+    first, both, text = (
+        hashlib.sha256(said.encode()).hexdigest() for said in ("my dog is", "my dog is\nour cat is", "our cat is")
+    )
+    assert prepared(tmp_path, marked, [{"messages": TURNS}]).prompts == {first, both}
+    assert prepared(tmp_path, tokenizer, [{"messages": TURNS}]).prompts == {both}  # only the last turn is learned
+    assert prepared(tmp_path, tokenizer, [{"prompt": "our cat is", "completion": " warm ."}]).prompts == {text}
+    assert prepared(tmp_path, tokenizer, [{"text": "our cat is warm ."}]).prompts == frozenset()
 
 
 def test_a_fallback_is_said_and_token_ids_are_used_as_they_are(tmp_path, tokenizer):
@@ -369,6 +382,9 @@ def test_the_program(recipe, root, files, tiny, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     main_sft([*words, "training.max_steps=1", f"training.output_dir={run}"])
     assert (run / "report.html").is_file() and "60 of 60 rows" in capsys.readouterr().out
+    asked = [" ".join(row["prompt"].split()) for row in read_rows(files[0])]
+    hashes = {hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in asked}
+    assert (run / "training_prompts.txt").read_text().split() == sorted(hashes)  # what win rates are kept apart from
     main_sft([*words, "training.max_steps=1", f"training.output_dir={run}"])
     assert (tmp_path / "run.1" / "final").is_dir()  # moved aside, not overwritten
     for wrong, message in (
