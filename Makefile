@@ -42,7 +42,7 @@ test-all: $(VENV)/installed
 static:
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy alignment evaluation scripts/train.py scripts/sft.py scripts/train_reward_model.py scripts/sample.py scripts/iterate.py
+	@$(BIN)/mypy alignment evaluation examples scripts/train.py scripts/sft.py scripts/train_reward_model.py scripts/sample.py scripts/iterate.py
 
 $(VENV)/installed: setup.cfg constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
