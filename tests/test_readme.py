@@ -29,6 +29,16 @@ def test_shown_commands_run(root, monkeypatch, words):
     assert done.stdout.strip()
 
 
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_python_example_trains(tiny, tmp_path, monkeypatch):
+    (shown,) = blocks(README, "python")
+    monkeypatch.chdir(tmp_path)
+    exec(re.sub(r'^name = ".*"', f"name = {str(tiny)!r}", shown, flags=re.MULTILINE), {})
+
+
 def _rows(text: str) -> list[dict[str, str]]:
     """The table of a comparison with tuning points: its rows, each from head to cell."""
     lines = text[text.index("| objective | tuned |") :].split("\n\n")[0].splitlines()

@@ -1,4 +1,4 @@
-"""The example objectives of README and docs/your_objective.md: short, proved, and they train from their recipes."""
+"""The example objective of docs/your_objective.md: short, proved, and it trains from its recipe."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from tests.e2e.conftest import Grammar, grammar
 from tests.pages import blocks, commands, mentioned, read, shell_lines
 
 __all__ = ["grammar"]  # a fixture
-README = read("README.md").split("\n## Add an objective\n")[1].split("\n## ")[0]
-TEXTS = {"squared_hinge": README, "per_token": read("docs/your_objective.md")}
+TEXTS = {"per_token": read("docs/your_objective.md")}
 
 
 @pytest.fixture(params=TEXTS)
@@ -54,7 +53,7 @@ def test_it_trains_from_its_recipe(example, grammar: Grammar, monkeypatch, capsy
     run_or_exit(main)
     assert f"objective {example.stem}" in capsys.readouterr().out
     rows = [json.loads(line) for line in (example.parent / "run" / "metrics.jsonl").read_text().splitlines()]
-    # Both squares are 1 at the start, where the margin is 0.
+    # The square is 1 at the start, where the margin is 0.
     assert rows[0]["loss"] == pytest.approx(1.0, abs=1e-5)
     assert min(row["loss"] for row in rows) < 0.9
     manifest = json.loads((example.parent / "run" / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Cards as text: what `alignment objectives show NAME` prints, and what README and docs say of objectives.
+"""Cards as text: what `alignment objectives show NAME` prints, and what docs/ says of objectives.
 
 Everything between the markers `<!-- NAME:begin -->` and `<!-- NAME:end -->` comes from the registry, and a test fails
 where a file is stale; the prose around them is written by hand. Rewrite all of them, and begin the page of an
@@ -73,14 +73,14 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def table_markdown(folder: str, losses: bool = True) -> str:
-    """Name, paper, loss if asked for, needs; one row per objective. `folder` holds their pages, as a link says it."""
-    head = ("objective", "paper", *(["loss of one pair"] * losses), "needs besides the policy's log-probabilities")
+def table_markdown(folder: str) -> str:
+    """Name, paper, loss, needs; one row per objective. `folder` holds their pages, as a link says it."""
+    head = ("objective", "paper", "loss of one pair", "needs besides the policy's log-probabilities")
     rows = (
         (
             f"[`{card.name}`]({folder}/{card.name}.md)",
             _cell(card.paper),
-            *([_code(_short(card))] * losses),
+            _code(_short(card)),
             _needs(card),
         )
         for card in own_cards()
@@ -194,7 +194,6 @@ def with_block(text: str, name: str, content: str, where: str) -> str:
 def blocks() -> dict[str, dict[str, str]]:
     """File -> marker -> what belongs there."""
     found = {
-        "README.md": {"objectives": table_markdown("docs/objectives", losses=False)},
         "docs/objectives.md": {"objectives": table_markdown("objectives")},
         "docs/glossary.md": {"letters": letters_markdown(), "collisions": collisions_markdown()},
     }
