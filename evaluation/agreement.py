@@ -12,17 +12,12 @@ have, is joined without it where that leaves no doubt. Not a judge: it compares 
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: this folder must not shadow the standard library's `statistics`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -30,9 +25,9 @@ import typer
 from numpy.typing import NDArray
 
 from alignment.errors import UserError, run_or_exit
+from evaluation.estimates import cluster_bootstrap, cluster_sums
 from evaluation.files import deliver
 from evaluation.intervals import percentile_interval, share_interval, too_narrow
-from evaluation.statistics import cluster_bootstrap, cluster_sums
 
 Array = NDArray[np.float64]
 Verdicts = Sequence[int | None]

@@ -14,22 +14,18 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
-
-if __package__ in (None, ""):  # started as `python evaluation/answers.py`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import typer
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import read_json_object
+from evaluation.estimates import bootstrap_means
 from evaluation.intervals import percentile_interval, share_interval
-from evaluation.statistics import bootstrap_means
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,10 @@ aggregate `alignment.rewards.aggregate`. docs/best_of_n.md explains the numbers.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as `python evaluation/best_of_n.py`: this folder must not shadow the standard
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # library's `statistics`
-
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -28,9 +23,9 @@ from scipy.special import gammaln
 
 from alignment.errors import UserError, run_or_exit
 from alignment.files import jsonable
+from evaluation.estimates import bootstrap_means
 from evaluation.intervals import percentile_interval
 from evaluation.options import BatchSize, Chat, Dtype, Limit, MaxNewTokens, Seed, Temperature, TopK, TopP, parse_keys
-from evaluation.statistics import bootstrap_means
 
 Array = NDArray[np.float64]
 Curve = list[dict[str, Any]]

@@ -1,6 +1,6 @@
 """Two systems' responses to the same prompts, judged and summarised: the content of `win_rate.json`.
 
-Not the program (`evaluation.win_rate`) and not the statistics (`evaluation.statistics`): this joins the two. It loads
+Not the program (`evaluation.win_rate`) and not the statistics (`evaluation.estimates`): this joins the two. It loads
 no model and touches no file.
 """
 
@@ -17,8 +17,7 @@ import numpy as np
 from alignment.errors import UserError
 from alignment.rewards import PreferenceOracle, RewardFunction
 from evaluation.annotations import annotation_rows
-from evaluation.intervals import no_width, readable, too_narrow
-from evaluation.statistics import (
+from evaluation.estimates import (
     Array,
     MeanDifference,
     WinRate,
@@ -27,6 +26,7 @@ from evaluation.statistics import (
     preferences,
     win_rate_of_preferences,
 )
+from evaluation.intervals import no_width, readable, too_narrow
 from evaluation.verdicts import LEVEL, sentence
 
 

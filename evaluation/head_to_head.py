@@ -24,8 +24,7 @@ from evaluation import annotations as alpaca
 from evaluation.annotations import Annotation
 from evaluation.comparison import markdown_table
 from evaluation.equal_lengths import Difficulty, Fits, described, fit_annotations
-from evaluation.intervals import Interval, effective_count, percentile_interval, readable, too_narrow, wilson_interval
-from evaluation.statistics import (
+from evaluation.estimates import (
     cluster_bootstrap,
     cluster_sums,
     clustered_standard_error,
@@ -35,6 +34,7 @@ from evaluation.statistics import (
     sign_flip_p_value,
     without_ties,
 )
+from evaluation.intervals import Interval, effective_count, percentile_interval, readable, too_narrow, wilson_interval
 from evaluation.verdicts import LEVEL, NO_DIFFERENCE, TOO_FEW, sentence, verdict
 from evaluation.win_rate_page import Entry, around, write_page
 

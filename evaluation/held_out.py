@@ -8,12 +8,7 @@ No model is loaded. scripts/train_reward_model.py calls it at its end.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: this folder must not shadow the standard library's `statistics`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from typing import Any
 
 import numpy as np
@@ -24,8 +19,8 @@ from alignment.files import iterate_json_lines, read_json_object, write_json
 from alignment.models.card import refresh
 from alignment.rewards.aggregate import aggregate
 from alignment.rewards.diagnostics import agreement_matrix, disagreement, expected_calibration_error
+from evaluation.estimates import bootstrap_means
 from evaluation.intervals import share_interval
-from evaluation.statistics import bootstrap_means
 
 RESAMPLES, SEED, LEVEL = 10_000, 1, 0.95
 LAM = 0.5  # uwo's, the ensembles paper's for best-of-n

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
+from evaluation.estimates import cluster_codes, standard_error
 from evaluation.intervals import Interval, percentile_interval
-from evaluation.statistics import cluster_codes, standard_error
 
 Array = NDArray[np.float64]
 

@@ -12,13 +12,8 @@ Not a benchmark of reward models: gold is whatever the experiment names.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: this folder must not shadow the standard library's `statistics`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np

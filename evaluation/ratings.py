@@ -10,16 +10,11 @@ pairs is too narrow. First pure functions on arrays, then the program. docs/win_
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: this folder must not shadow the standard library's `statistics`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import itertools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,9 +22,9 @@ import typer
 from numpy.typing import NDArray
 
 from alignment.errors import UserError, nearest, run_or_exit
+from evaluation.estimates import cluster_codes, cluster_sums, holm, sign_flip_p_value
 from evaluation.files import deliver
 from evaluation.intervals import FEW_PROMPTS, Interval, percentile_interval
-from evaluation.statistics import cluster_codes, cluster_sums, holm, sign_flip_p_value
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]

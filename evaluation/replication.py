@@ -12,16 +12,11 @@ are as the YAML says.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np

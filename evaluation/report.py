@@ -14,9 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # started as `python evaluation/report.py`: this folder must not shadow the standard
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # library's `statistics`
-
 from alignment.errors import UserError, run_or_exit
 from alignment.files import iterate_json_lines, read_json_object, write_text
 from alignment.models.card import is_outdated

@@ -11,18 +11,13 @@ lists of texts (version 2: best of n, and the Ties subset). First the definition
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: this folder must not shadow the standard library's `statistics`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import itertools
 import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -33,10 +28,10 @@ from alignment.errors import UserError, run_or_exit
 from alignment.rewards import RewardFunction, get_reward
 from alignment.rewards.base import Prompt
 from evaluation.comparison import describe_judge
+from evaluation.estimates import bootstrap_means, cluster_bootstrap, cluster_sums
 from evaluation.files import deliver
 from evaluation.intervals import FEW_PROMPTS, effective_count, percentile_interval, readable, wilson_interval
 from evaluation.options import parse_keys
-from evaluation.statistics import bootstrap_means, cluster_bootstrap, cluster_sums
 
 Array = NDArray[np.float64]
 

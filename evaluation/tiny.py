@@ -14,13 +14,9 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
-
-if __package__ in (None, ""):  # started as `python evaluation/tiny.py`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import typer
 

@@ -13,16 +13,11 @@ here; sampling is in `plans`, numbers in `comparison` and `head_to_head`. docs/w
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as `python evaluation/win_rate.py`: this folder must not shadow the standard
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # library's `statistics`
-
 import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer

@@ -7,13 +7,11 @@
 Only the command line: `alignment.models.pools` draws and writes, `evaluation` judges.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout, which has `evaluation`
 from alignment.errors import UserError, run_or_exit
 from alignment.recipes.rows import DATA_ENDINGS
 from evaluation.options import BatchSize, Chat, Dtype, Limit, MaxNewTokens, Seed, Temperature, TopK, TopP

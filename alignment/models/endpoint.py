@@ -1,7 +1,7 @@
 """Samples from an OpenAI-compatible HTTP endpoint, for `pools`: a local server (vLLM, llama.cpp …) or a hosted model.
 
 Texts are asked for with `/completions`, chat messages with `/chat/completions` (where the server's own chat template
-counts). Sending and retrying is `alignment.http`'s.
+counts). Sending and retrying is `alignment.web`'s.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from alignment.errors import UserError
-from alignment.http import Connection, Dialect, Failed, JsonServer, is_endpoint, is_variable, parsed, refused_key
 from alignment.models.ends import end_of
 from alignment.models.sampling import Generation, Prompt, Sample
+from alignment.web import Connection, Dialect, Failed, JsonServer, is_endpoint, is_variable, parsed, refused_key
 
 
 @dataclass

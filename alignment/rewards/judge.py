@@ -6,7 +6,7 @@
       model: Qwen/Qwen2.5-7B-Instruct
 
 Here is what is asked; how an answer is read is in `verdicts`, keeping answers in `judge_client`, sending and retrying
-in `alignment.http`.
+in `alignment.web`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any, ClassVar, Literal
 
 from alignment.errors import UserError
 from alignment.files import read_text
-from alignment.http import JsonServer, is_endpoint, is_variable
 from alignment.rewards.base import Prompt, prompt_text
 from alignment.rewards.judge_client import ChatClient, Reply
 from alignment.rewards.oracles import symmetric
 from alignment.rewards.verdicts import TIE, Verdict, first_from_logprobs, read_verdict
+from alignment.web import JsonServer, is_endpoint, is_variable
 
 MOST_INVALID = 0.5  # a larger share of answers without a verdict is an error
 ENOUGH = 20  # answers from which on it is one at once: with 1 in 4 invalid, 1 run in 250 would stop (binomial)

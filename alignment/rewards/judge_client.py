@@ -1,7 +1,7 @@
 """Chat completions of an OpenAI-compatible endpoint: asked at most once each and kept on disk.
 
 Knows nothing of preferences: requests in, the endpoint's answers out, whole. `judge` reads verdicts from them, and
-`alignment.http` sends and retries. Every answer is written the moment it is there, so whatever stops a run, the next
+`alignment.web` sends and retries. Every answer is written the moment it is there, so whatever stops a run, the next
 one goes on from it.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from alignment.errors import UserError
 from alignment.files import json_digest, read_json_object, write_text
-from alignment.http import Connection, Dialect, Failed, JsonServer, parsed, refused_key
+from alignment.web import Connection, Dialect, Failed, JsonServer, parsed, refused_key
 
 FORMAT = 1  # of the cache; part of the key
 TOP_LOGPROBS = 5  # alternatives per token that are asked for, as AlpacaEval does (alpaca_eval_clf, cd543a149)

@@ -1,6 +1,6 @@
 """Statistics of a comparison: pure functions on shares won, by seed and prompt. No models, no files.
 
-The unit is the prompt, as in `evaluation.statistics`: seeds are averaged within it. An interval over prompts holds
+The unit is the prompt, as in `evaluation.estimates`: seeds are averaged within it. An interval over prompts holds
 what other prompts would change, for these very models; what another seed of training would change is the spread over
 seeds, and a claim needs both (`Cell.claim_p`).
 """
@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import verdicts
+from evaluation.estimates import bootstrap_means, clustered_standard_error, holm, sign_flip_p_value
 from evaluation.experiments import over_seeds
 from evaluation.intervals import share_interval
-from evaluation.statistics import bootstrap_means, clustered_standard_error, holm, sign_flip_p_value
 from evaluation.verdicts import NO_DIFFERENCE as NO_DIFFERENCE
 
 Array = NDArray[np.float64]

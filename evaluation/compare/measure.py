@@ -19,8 +19,8 @@ from alignment.files import iterate_json_lines, json_digest, read_json_object, w
 from alignment.rewards.base import Prompt
 from evaluation.compare.plan import Run
 from evaluation.compare.recipe import CompareRecipe
+from evaluation.estimates import preferences
 from evaluation.policies import log_probs, means_of, stamps_of_files, tables_won
-from evaluation.statistics import preferences
 
 Array = NDArray[np.float64]
 

@@ -11,11 +11,11 @@ from scipy import stats
 from alignment.rewards import get_reward
 from evaluation.annotations import parse_annotations
 from evaluation.comparison import Side, compare, describe, needs_wilson, read_interval
+from evaluation.estimates import standard_error, win_rate
 from evaluation.head_to_head import facts, summarise
 from evaluation.intervals import effective_count, share_interval, wilson_interval
 from evaluation.outputs import with_length_control, write_output
 from evaluation.report import calibration_verdict, describe_result
-from evaluation.statistics import standard_error, win_rate
 from evaluation.verdicts import sentence, verdict
 
 Z = 1.959963984540054

@@ -138,7 +138,7 @@ def test_extremes_stay_finite_and_precision_is_kept(name, dtype, normalization) 
         assert all(each.dtype == dtype and bool(each.isfinite().all()) for each in found)
 
 
-def test_statistics_by_hand() -> None:
+def test_estimates_by_hand() -> None:
     def found(name, **keywords):
         return {key: value.item() for key, value in get_objective(name, **keywords).statistics(golden_pair()).items()}
 

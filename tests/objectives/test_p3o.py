@@ -267,7 +267,7 @@ def test_equal_responses_contribute_nothing(version) -> None:
         assert each.abs().max().item() == 0
 
 
-def test_statistics_by_hand() -> None:
+def test_estimates_by_hand() -> None:
     found = {name: value.item() for name, value in get_objective("p3o").statistics(golden_pair()).items()}
     assert found == pytest.approx(
         {"advantage": 0.825, "log_ratio": 0.3, "kl": 0.25, "ratio_clipped": 0.0, "difference_clipped": 1.0}

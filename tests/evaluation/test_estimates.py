@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluation.statistics import (
+from evaluation.estimates import (
     bootstrap_means,
     cluster_bootstrap,
     clustered_standard_error,
@@ -136,7 +136,7 @@ def test_ratio_without_ties_of_few_prompts_is_wilson_s():
 def test_same_seed_same_numbers_and_chunks_do_not_matter(monkeypatch):
     values = np.random.default_rng(2).normal(size=(20, 2))
     whole = bootstrap_means(values, 500, np.random.default_rng(3))
-    monkeypatch.setattr("evaluation.statistics._CHUNK", 100)
+    monkeypatch.setattr("evaluation.estimates._CHUNK", 100)
     # A matrix product of another size may round its sums in another order (BLAS, by CPU): the last bits.
     np.testing.assert_allclose(bootstrap_means(values, 500, np.random.default_rng(3)), whole, rtol=0, atol=1e-14)
     # Closed form: the mean of a resample has mean x-bar and variance (population variance) / n.
