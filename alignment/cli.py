@@ -87,7 +87,7 @@ def train(
     """
     words = [str(recipe), *(overrides or ()), *(["--resume"] if resume else [])]
     if accelerate_config is None:
-        from alignment.launched import main as launched
+        from alignment.runs.program import main as launched
 
         return launched(words)
     from alignment.recipes import RecipeError, load_recipe
@@ -100,7 +100,7 @@ def train(
     read_launch(accelerate_config)
     sys.stdout.flush()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # no traceback of its own after ours
-    os.execv(launch[0], [*launch, "--config_file", str(accelerate_config), "-m", "alignment.launched", *words])
+    os.execv(launch[0], [*launch, "--config_file", str(accelerate_config), "-m", "alignment.runs.program", *words])
 
 
 @app.command()
@@ -342,7 +342,7 @@ def data_strength(
         raise UserError(f"{recipe}: no preferences are given there (data.train, data.sample)")
     if problems := what_is_missing(loaded):
         raise RecipeError(problems)
-    from alignment.rewards.data_quality import mend
+    from alignment.runs.data_strength import mend
 
     bands = Bands(lowest, low, middle, high, smoothing=smoothing)
     found = mend(loaded, out, bands, members=members, folds=folds, seed=seed, batch_size=batch_size)
@@ -420,7 +420,7 @@ def run_games(
     Writes figure.svg, figure.png, table.md and table.json, and prints the table. Exit code 1 if what theory says of
     exact runs (EGPO's linear rate, where mirror descent cannot converge) does not hold.
     """
-    from alignment.recipes.games import load_games_recipe
+    from alignment.games.recipe import load_games_recipe
 
     loaded = load_games_recipe(recipe, overrides or ())
     folder = output or Path("runs") / f"games-{recipe.stem}"

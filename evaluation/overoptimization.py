@@ -111,7 +111,7 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
                 {"noise": noise, "seed": seed, "curves": curves, "curves_not_normalised": raw}
                 | _agreement(members, gold_scores)
             )
-    from alignment.trainers.rundir import hardware, versions
+    from alignment.environment import hardware, versions
 
     result = {
         "experiment": settings,
@@ -206,7 +206,7 @@ def _recipe(experiment: Experiment, given: list[str]) -> Any:
 
 def _train(experiment: Experiment, run_dir: Path, pairs: Path, noise: float, seed: int) -> Path:
     """The ensemble of one noise and seed; what is complete is left as it is."""
-    from alignment.trainers.reward_run import train
+    from alignment.runs.reward_model import train
 
     given = [
         f"data.train={json.dumps(str(pairs))}",

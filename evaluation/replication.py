@@ -148,7 +148,7 @@ def _leave(recipe: Any, model: Path) -> None:
 def _train(recipe: Any, name: str, seed: int) -> None:
     from alignment.pipeline.driver import run as iterate
     from alignment.recipes import IterateRecipe
-    from alignment.trainers.run import train
+    from alignment.runs.preferences import train
 
     run_dir = Path(recipe.training.output_dir)
     if (run_dir / "final").is_dir():

@@ -19,8 +19,8 @@ import pytest
 import typer
 
 from alignment.cli import app
+from alignment.games.recipe import load_games_recipe
 from alignment.recipes import load_any
-from alignment.recipes.games import load_games_recipe
 from evaluation.compare.recipe import load_compare_recipe
 from evaluation.experiments import read_experiment
 from tests.pages import PAGES, ROOT, anchors, commands, links, mentioned, prose, read, shell_lines

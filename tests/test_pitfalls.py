@@ -12,7 +12,7 @@ import pytest
 
 from alignment.errors import UserError
 from alignment.recipes import load_recipe
-from alignment.trainers.run import train
+from alignment.runs.preferences import train
 from tests.trainers.building import preferences
 
 

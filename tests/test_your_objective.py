@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from alignment.cli import app
 from alignment.errors import run_or_exit
-from alignment.launched import main
 from alignment.objectives import registry
 from alignment.recipes import load_recipe
+from alignment.runs.program import main
 from tests.e2e.conftest import Grammar, grammar
 from tests.pages import blocks, commands, mentioned, read, shell_lines
 

@@ -131,7 +131,7 @@ def _ends(recipe: Recipe, tokenizer: Any, console: Console) -> None:
 
 def _prompts(recipe: Recipe, tokenizer: Any, console: Console) -> None:
     """What an on-policy recipe asks. There is no pair to look at: the policy draws its own while it trains."""
-    from alignment.trainers.online_run import given_prompts
+    from alignment.runs.on_policy import given_prompts
 
     try:
         found = given_prompts(recipe, tokenizer)
@@ -156,8 +156,8 @@ def _first_rows(recipe: Recipe) -> Recipe:
 
 
 def _given(recipe: Recipe, tokenizer: Any) -> Prepared | None:
-    from alignment.trainers.opening import refuse_unfit
-    from alignment.trainers.run import given_rows
+    from alignment.runs.opening import refuse_unfit
+    from alignment.runs.preferences import given_rows
 
     found = given_rows(_first_rows(recipe), "train", tokenizer)
     refuse_unfit(recipe, tokenizer, [found.dataset] if found else [])
@@ -167,7 +167,7 @@ def _given(recipe: Recipe, tokenizer: Any) -> Prepared | None:
 def _sampled(recipe: Recipe, options: Options, tokenizer: Any, console: Console) -> Prepared | None:
     """A first batch drawn from the model, as training would draw all of them."""
     from alignment.data.prompt_files import read_prompts
-    from alignment.trainers.run import sampled_preferences
+    from alignment.runs.preferences import sampled_preferences
 
     settings = recipe.data.sample
     if settings is None or not options.with_model:

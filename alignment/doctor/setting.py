@@ -153,8 +153,8 @@ def from_recipe(recipe: Recipe, launched: Launch | None = None, world: int | Non
         world: processes; by default the file's `num_processes`, or 1.
     """
     from alignment.objectives import get_objective
+    from alignment.runs.lifecycle import plan_batches
     from alignment.trainers.degree import RESPONSES
-    from alignment.trainers.launching import plan_batches
 
     launch = launch_of(launched, world)
     training = recipe.training

@@ -20,11 +20,11 @@ from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective
 from alignment.objectives.spo import degree_loss
 from alignment.recipes import Recipe
+from alignment.runs.preferences import build_trainer, run_arguments
 from alignment.trainers.checks import losses_and_slopes
 from alignment.trainers.collation import BRANCHES
 from alignment.trainers.degree import cut_copies
 from alignment.trainers.offline import PreferenceTrainer
-from alignment.trainers.run import build_trainer, run_arguments
 from alignment.trainers.scoring import ROW_KEYS, relative_gap, repaired, sequence_logps
 
 # A run's doings beside its steps, none of which belongs into a look at the first batch.

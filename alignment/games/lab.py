@@ -4,7 +4,7 @@
 
 Every method starts at the same policy, in the same games with the same reference. Exact runs have nothing random after
 that; sampled ones draw from generators that the experiment's seed and the setting fix, the same for every method.
-`report.py` makes tables and verdicts of the result, `figure.py` a picture; `alignment.recipes.games` reads YAML.
+`report.py` makes tables and verdicts of the result, `figure.py` a picture; `alignment.games.recipe` reads YAML.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from alignment.errors import UserError
 from alignment.files import write_json_lines
 from alignment.models import load_tokenizer
 from alignment.recipes import Recipe
+from alignment.runs.lifecycle import begin, setting_up, tokenizer_arguments
+from alignment.runs.preferences import build_trainer, given_rows, run_arguments
 from alignment.trainers.collation import FROZEN_COLUMNS
-from alignment.trainers.launching import begin, setting_up, tokenizer_arguments
-from alignment.trainers.run import build_trainer, given_rows, run_arguments
 
 
 def write_logps(recipe: Recipe, out: Path) -> None:

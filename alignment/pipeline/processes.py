@@ -21,7 +21,7 @@ from alignment.errors import UserError
 from alignment.files import read_text, write_text
 
 PATIENCE = 60.0  # seconds that processes of a killed driver are given to end
-PRELOADED = ["alignment.pipeline.stage", "alignment.launched", "alignment.trainers.run"]
+PRELOADED = ["alignment.pipeline.stage", "alignment.runs.program", "alignment.runs.preferences"]
 
 
 def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> None:

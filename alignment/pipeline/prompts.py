@@ -20,8 +20,8 @@ from alignment.models import load_tokenizer
 from alignment.models.chat import pin_date
 from alignment.recipes import IterateRecipe
 from alignment.rewards import get_oracle, get_reward
-from alignment.trainers.launching import tokenizer_arguments
-from alignment.trainers.opening import dated, refuse_unfit
+from alignment.runs.lifecycle import tokenizer_arguments
+from alignment.runs.opening import dated, refuse_unfit
 
 
 def seed_of(seed: int, iteration: int, role: str) -> int:

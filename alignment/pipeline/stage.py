@@ -32,7 +32,7 @@ def main(words: Sequence[str]) -> None:
     place = run if iteration == 0 else iteration_folder(run, iteration)
     out = unfinished(place / name)
     if name == "train":
-        from alignment.launched import main as launched
+        from alignment.runs.program import main as launched
 
         with _main_process_alone(out.parent):
             # The report comes when the run is where it stays.
@@ -92,7 +92,7 @@ def _draw(
     from alignment.models.pools import sample_pool
     from alignment.models.sampling import Generation
     from alignment.pipeline.prompts import read_prompts, seed_of
-    from alignment.trainers.launching import begin, tokenizer_arguments
+    from alignment.runs.lifecycle import begin, tokenizer_arguments
 
     state = begin(recipe)
     tokenizer = load_tokenizer(recipe.model.name_or_path, **tokenizer_arguments(recipe))

@@ -213,7 +213,7 @@ class BaseTrainingSection(OpenSection):
     def trl_arguments(self) -> dict[str, Any]:
         """Keyword arguments for TRL's config: this section without our own keys.
 
-        `push_to_hub` is among ours: TRL's would upload the whole run directory (see `trainers.hub`).
+        `push_to_hub` is among ours: TRL's would upload the whole run directory (see `runs.hub`).
         """
         arguments = {key: value for key, value in self.model_dump().items() if key not in (*self.ours, "push_to_hub")}
         return {_RENAMED.get(key, key): value for key, value in arguments.items()}

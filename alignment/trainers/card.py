@@ -75,7 +75,7 @@ class CardTrainer(Trainer):
 
     def _known(self) -> dict[str, Any]:
         """What a manifest would say, of a trainer that was built in Python."""
-        from alignment.trainers.rundir import hardware, versions
+        from alignment.environment import hardware, versions
 
         model: Any = self.model
         base = model.get_base_model() if is_peft_model(model) else model

@@ -27,7 +27,7 @@ from accelerate.utils import DistributedType, gather_object
 from transformers import Trainer, TrainerCallback
 
 from alignment.errors import UserError
-from alignment.trainers import rundir
+from alignment.trainers import checkpoints
 
 OnNan = Literal["stop", "skip"]
 DEAD_STEPS = 3  # steps in a row without any gradient
@@ -188,7 +188,7 @@ class FiniteTrainer(Trainer):
 
     def remedy(self) -> str:
         """What the user can do, and where a resumed run would go on."""
-        checkpoint = rundir.newest_checkpoint(Path(str(self.args.output_dir)))
+        checkpoint = checkpoints.newest_checkpoint(Path(str(self.args.output_dir)))
         mend = "Mend or remove the row, lower training.learning_rate, or set training.on_nan=skip"
         if checkpoint is None:
             return f"There is no whole checkpoint. {mend}"
@@ -345,7 +345,7 @@ class FiniteTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _kept_so_far(self) -> str:
-        checkpoint = rundir.newest_checkpoint(Path(str(self.args.output_dir)))
+        checkpoint = checkpoints.newest_checkpoint(Path(str(self.args.output_dir)))
         return "There is no whole checkpoint" if checkpoint is None else f"The last whole checkpoint is {checkpoint}"
 
 

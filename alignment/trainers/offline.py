@@ -1,8 +1,8 @@
 """`PreferenceTrainer`: TRL's DPOTrainer with the objective, the rows and the reference replaced.
 
 Overrides: data preparation (token ids taken as they are), collation, sampler, loss, reference, logging. Kept from TRL:
-PEFT, evaluation, checkpoints, DeepSpeed/FSDP, model card. Tested with TRL 1.16 only;
-the contract test names what moved. Not here: recipes and argv (`run.py`), maths (`alignment.objectives`), forward
+PEFT, evaluation, checkpoints, DeepSpeed/FSDP, model card. Tested with TRL 1.16 only; the
+contract test names what moved. Not here: recipes and argv (`alignment.runs`), maths (`alignment.objectives`), forward
 passes (`scoring.py`).
 """
 

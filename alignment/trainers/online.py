@@ -4,7 +4,7 @@ Kept from TRL: generation (transformers or vLLM), PEFT, checkpoints, DeepSpeed, 
 sampled by all processes, scored under the frozen models, judged, and then known to every process, so that which
 prompts make up a step depends on no number of processes. Tested with TRL 1.16 only. Not here: how responses are drawn
 (`drawing`), judged (`judging`), collated (`batches`) and logged (`rollout_log`); EGPO's look-ahead (`lookahead`);
-recipes (`online_run`).
+recipes (`alignment.runs.on_policy`).
 """
 
 from __future__ import annotations

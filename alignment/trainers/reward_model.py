@@ -1,7 +1,7 @@
 """`RewardModelTrainer`: TRL's RewardTrainer with our rows, losses, k heads, batches and sums in the logs.
 
 Overrides: data (token ids as they are), collation, sampler, loss, evaluation, logging. Kept from TRL: PEFT,
-checkpoints, DeepSpeed, callbacks. Tested with TRL 1.16 only. Not here: recipes, members and files (`reward_run`), the
+checkpoints, DeepSpeed, callbacks. Tested with TRL 1.16 only. Not here: recipes and members (`alignment.runs`), the
 formulas (`alignment.rewards.losses`), the head's forward pass (transformers).
 """
 

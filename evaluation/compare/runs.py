@@ -159,7 +159,7 @@ def _train(run: Run, folder: Path) -> bool:
 
 
 def _child(words: list[str]) -> None:
-    from alignment.launched import main as launched
+    from alignment.runs.program import main as launched
 
     die_with_parent()
     try:

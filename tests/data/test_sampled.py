@@ -21,7 +21,7 @@ from alignment.errors import UserError
 from alignment.models import load_tokenizer
 from alignment.models.sampling import Sample
 from alignment.recipes import load_recipe
-from alignment.trainers.run import sampled_preferences
+from alignment.runs.preferences import sampled_preferences
 from tests import tiny_lm
 
 

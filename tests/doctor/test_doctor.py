@@ -23,7 +23,7 @@ from alignment.doctor.start import step_zero
 from alignment.errors import UserError
 from alignment.models import load_model, load_tokenizer
 from alignment.recipes import load_recipe
-from alignment.trainers.run import given_rows
+from alignment.runs.preferences import given_rows
 from tests.doctor.conftest import made_up_rows
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from alignment.errors import UserError
-from tests.trainers.building_runs import recipe, rows, train
+from tests.runs.building_runs import recipe, rows, train
 
 
 def carry_out(model: str, folder: Path, row: int, word: str) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 from accelerate import PartialState
 
 from alignment.recipes import Recipe, RewardModelRecipe, load_any
-from alignment.trainers.reward_run import train as train_reward_model
-from alignment.trainers.run import train
+from alignment.runs.preferences import train
+from alignment.runs.reward_model import train as train_reward_model
 
 AT_THE_END = ("final", "README.md")  # what training writes when it is done
 
@@ -67,4 +67,4 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)
     gc.freeze()  # libraries collect garbage between trainings: not among all that was imported, a second each time
     carry_out(json.loads(Path(sys.argv[1]).read_text()))
-    PartialState().destroy_process_group()  # as alignment.launched
+    PartialState().destroy_process_group()  # as alignment.runs.program

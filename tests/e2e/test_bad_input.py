@@ -19,11 +19,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from alignment.errors import run_or_exit
-from alignment.launched import main, main_reward_model
 from alignment.models import load_tokenizer
 from alignment.models.reward_model import load_reward_model
 from alignment.models.sampling import Generation
-from alignment.trainers import launching
+from alignment.runs import lifecycle
+from alignment.runs.program import main, main_reward_model
 from evaluation import best_of_n, held_out, overoptimization, win_rate
 from evaluation.plans import ModelSource
 from evaluation.pools import sample_source
@@ -191,7 +191,7 @@ def test_files_that_are_not_models(refused, tmp_path):
 
 def test_batch_that_cannot_be_split_over_the_processes(refused, monkeypatch):
     three = SimpleNamespace(num_processes=3, is_main_process=True)
-    monkeypatch.setattr(launching, "PartialState", lambda **settings: three)
+    monkeypatch.setattr(lifecycle, "PartialState", lambda **settings: three)
     assert "8 pairs cannot be split evenly over 3 processes; declare 9" in refused()
 
 

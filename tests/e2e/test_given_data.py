@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from alignment.errors import UserError
-from alignment.launched import main
+from alignment.runs.program import main
 from tests import tiny_lm
 from tests.data.building import reply, said, user, write
 from tests.e2e.conftest import Grammar

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from alignment.recipes import load_recipe
-from alignment.trainers.run import train
+from alignment.runs.preferences import train
 from tests.e2e.conftest import Grammar, finished, free_port, launched, series
 
 pytestmark = pytest.mark.slow

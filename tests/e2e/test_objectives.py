@@ -23,7 +23,7 @@ from alignment.models.sampling import prompt_ids, sample
 from alignment.objectives import list_objectives, objective_class
 from alignment.recipes import load_recipe
 from alignment.rewards import get_oracle, get_reward
-from alignment.trainers.run import train
+from alignment.runs.preferences import train
 from evaluation.comparison import Side, compare
 from evaluation.plans import Plan, plan_of_run, sample_side
 from tests import tiny_lm

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from alignment.errors import run_or_exit
-from alignment.launched import main
-from alignment.trainers import launching
+from alignment.runs import lifecycle
+from alignment.runs.program import main
 from tests import tiny_lm
 from tests.e2e.test_bad_input import left, said
 from tests.e2e.test_bad_input import refused as refused  # the fixture
@@ -96,7 +96,7 @@ def test_prompts_that_evaluation_asks_as_well(refused, grammar, tmp_path):
 
 def test_a_batch_that_cannot_be_split_over_the_processes(attempt, monkeypatch):
     three = SimpleNamespace(num_processes=3, is_main_process=True)
-    monkeypatch.setattr(launching, "PartialState", lambda **settings: three)
+    monkeypatch.setattr(lifecycle, "PartialState", lambda **settings: three)
     assert "cannot be split evenly over 3 processes" in attempt(GOOD)
 
 

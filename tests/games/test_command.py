@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from alignment.cli import app
 from alignment.errors import UserError
-from alignment.recipes.games import load_games_recipe
+from alignment.games.recipe import load_games_recipe
 
 RECIPE = """\
 claim: A small one

@@ -14,8 +14,8 @@ from alignment.games import duality_gap, nash_policy, rates, report
 from alignment.games.figure import write
 from alignment.games.lab import Curve, Experiment, Games, Setting, run
 from alignment.games.methods import Method
+from alignment.games.recipe import load_games_recipe
 from alignment.games.run import run_and_write
-from alignment.recipes.games import load_games_recipe
 
 NAMES = ("egpo", "online_ipo1", "online_ipo2", "nash_md", "nash_md_pg")
 

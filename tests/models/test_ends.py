@@ -18,8 +18,8 @@ from alignment.models import load_model, load_tokenizer
 from alignment.models.ends import ends_of, settle_ends
 from alignment.models.sampling import sample
 from tests.data.building import reply, user
+from tests.runs.building_runs import recipe, train
 from tests.trainers.building_online import Kindness, online
-from tests.trainers.building_runs import recipe, train
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")

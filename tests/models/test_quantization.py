@@ -11,7 +11,7 @@ from alignment.data.preferences import read_rows
 from alignment.errors import UserError
 from alignment.models import load_model
 from alignment.recipes import RecipeError, load_recipe
-from alignment.trainers.run import train
+from alignment.runs.preferences import train
 from tests.trainers.building import LORA, config, logged, preferences, trainer_for
 
 # The 16 levels of NF4, Dettmers et al. 2023, appendix E.

@@ -103,7 +103,7 @@ def test_train_hands_over_to_accelerate(monkeypatch):
     recipe, config = Path("recipes/quickstart/dpo.yaml"), Path("recipes/accelerate/cpu.yaml")
     cli.train(recipe, ["training.seed=1"], config)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-    program = ["-m", "alignment.launched", str(recipe), "training.seed=1"]
+    program = ["-m", "alignment.runs.program", str(recipe), "training.seed=1"]
     assert commands == [(sys.executable, [*launch, *program])]
     words = ["train", str(recipe), "--accelerate-config", str(config), "--resume", "training.seed=1"]
     assert CliRunner().invoke(cli.app, words).exit_code == 0
@@ -122,14 +122,23 @@ def test_train_without_a_launcher_is_one_process_with_exit_code_2(tiny, tmp_path
 def test_the_launcher_knows_the_options():
     from accelerate.commands.launch import launch_command_parser
 
-    words = ["--quiet", "--config_file", "x.yaml", "-m", "alignment.launched", "r.yaml", "training.seed=1", "--resume"]
+    words = [
+        "--quiet",
+        "--config_file",
+        "x.yaml",
+        "-m",
+        "alignment.runs.program",
+        "r.yaml",
+        "training.seed=1",
+        "--resume",
+    ]
     parsed = launch_command_parser().parse_args(words)
-    assert (parsed.quiet, parsed.module, parsed.training_script) == (True, True, "alignment.launched")
+    assert (parsed.quiet, parsed.module, parsed.training_script) == (True, True, "alignment.runs.program")
     assert parsed.training_script_args == ["r.yaml", "training.seed=1", "--resume"]
 
 
 def test_a_run_whose_checkpoints_hold_no_optimiser_is_not_resumed(monkeypatch):
-    from alignment import launched
+    from alignment.runs import program as launched
 
     monkeypatch.chdir(ROOT)
     words = ["recipes/quickstart/dpo.yaml", "training.save_only_model=true", "--resume"]

@@ -17,10 +17,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from alignment.launched import main_reward_model
 from alignment.recipes import load_recipe, load_reward_model_recipe
 from alignment.rewards import list_oracles, list_rewards, oracle_keys, reward_keys
-from alignment.trainers.reward_run import train
+from alignment.runs.program import main_reward_model
+from alignment.runs.reward_model import train
 from evaluation import best_of_n, held_out
 from tests.pages import ROOT, blocks, read
 

@@ -25,9 +25,9 @@ from alignment.pipeline.ledger import digest
 from alignment.recipes import load_recipe
 from alignment.rewards import get_reward
 from alignment.rewards.losses import RewardLoss
+from alignment.runs.preferences import train
 from alignment.trainers.reward_model import RewardModelTrainer
-from alignment.trainers.run import train
-from alignment.trainers.sft import SupervisedTrainer
+from alignment.trainers.supervised import SupervisedTrainer
 from evaluation.plans import plan_of_run
 from evaluation.report import report_content
 from tests.trainers.building import LORA, arguments, config, preferences, trainer_for

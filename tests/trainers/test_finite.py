@@ -18,9 +18,9 @@ from alignment.models.sampling import sample
 from alignment.objectives import get_objective
 from alignment.recipes import RecipeError
 from alignment.trainers import finite, run
+from tests.runs.building_runs import recipe, rows, train
 from tests.trainers.building import config, logged, preferences, trainer_for
 from tests.trainers.building_online import Kindness, Preference, online
-from tests.trainers.building_runs import recipe, rows, train
 
 BAD = 11  # the row, from 0, of 16
 WORD = "purple"  # of that row alone

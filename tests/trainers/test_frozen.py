@@ -24,8 +24,8 @@ from alignment.errors import UserError
 from alignment.files import write_json
 from alignment.models import load_model, load_tokenizer
 from alignment.recipes import load_recipe
+from alignment.runs.preferences import build_trainer, run_arguments, train
 from alignment.trainers import frozen
-from alignment.trainers.run import build_trainer, run_arguments, train
 from tests.trainers.building import LORA, config, logged, preferences, trainer_for
 
 

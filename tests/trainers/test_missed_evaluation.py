@@ -8,7 +8,7 @@ import pytest
 
 from alignment.files import write_json_lines
 from tests.e2e.test_modes import lines
-from tests.trainers.building_runs import recipe, rows, train
+from tests.runs.building_runs import recipe, rows, train
 
 
 @pytest.mark.parametrize(("kind", "epoch"), [("dpo", 1), ("dpo", 2), ("sft", 2), ("reward_model", 2)])

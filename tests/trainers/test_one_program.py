@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from alignment.errors import UserError
 from alignment.locks import sole_user
 from evaluation import win_rate
-from tests.trainers.building_runs import recipe, train
+from tests.runs.building_runs import recipe, train
 
 HOLD = """
 import sys, time

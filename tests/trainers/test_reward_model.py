@@ -30,8 +30,8 @@ from alignment.recipes.trl_keys import PASSED_THROUGH
 from alignment.rewards import get_oracle, get_reward
 from alignment.rewards.losses import general_score, unit
 from alignment.rewards.scored import _loaded
+from alignment.runs.reward_model import train
 from alignment.trainers.reward_model import init_head
-from alignment.trainers.reward_run import train
 from evaluation.held_out import write_held_out
 from tests.e2e.test_modes import pairs, training_lines
 

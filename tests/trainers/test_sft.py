@@ -18,12 +18,12 @@ from alignment.data.preferences import read_rows
 from alignment.data.supervised import IGNORED, marking_template, prepare_supervised
 from alignment.errors import UserError
 from alignment.files import write_json_lines
-from alignment.launched import main, main_sft
 from alignment.models import load_model, load_tokenizer
 from alignment.recipes import RecipeError, load_any, load_recipe, load_sft_recipe
 from alignment.recipes.rows import SourceSection
 from alignment.recipes.supervised import SFT_PASSED_THROUGH, SFT_REFUSED, SftTrainingSection
-from alignment.trainers.sft import train
+from alignment.runs.program import main, main_sft
+from alignment.runs.supervised import train
 from tests import tiny_lm
 
 QUICK = "recipes/quickstart/sft.yaml"

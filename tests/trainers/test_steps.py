@@ -12,8 +12,8 @@ import torch
 from alignment.errors import UserError
 from alignment.models import load_model
 from alignment.objectives import get_objective
+from alignment.runs.lifecycle import plan_batches
 from alignment.trainers.collation import LengthGroupedSampler, train_sampler
-from alignment.trainers.launching import plan_batches
 from alignment.trainers.metrics import DisplacementAlarm, Totals, agreement
 from tests.trainers.building import config, logged, preferences, trainer_for
 

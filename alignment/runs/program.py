@@ -1,4 +1,4 @@
-"""Train from a recipe: what `accelerate launch` starts, as `scripts/train.py` or as `-m alignment.launched`.
+"""Train from a recipe: what `accelerate launch` starts, as `scripts/train.py` or as `-m alignment.runs.program`.
 
     accelerate launch scripts/train.py recipes/quickstart/dpo.yaml
     accelerate launch --config_file recipes/accelerate/zero3.yaml scripts/train.py recipes/rpo/zephyr-7b.yaml \
@@ -6,7 +6,7 @@
     accelerate launch scripts/train.py recipes/quickstart/dpo.yaml --resume
 
 `scripts/sft.py` starts `main_sft`, `scripts/train_reward_model.py` `main_reward_model`. Not a library: see
-`alignment.trainers.run`, `sft` and `reward_run`.
+`alignment.runs.preferences`, `supervised` and `reward_model`.
 """
 
 import importlib
@@ -37,17 +37,17 @@ REWARD_MODEL_HELP = """Train a reward model, or an ensemble, from a recipe with 
 
 def main(argv: Sequence[str] | None = None, report: bool = True) -> None:
     """Words (argv unless given): RECIPE [section.key=value …] [--resume]. Without `report` there is no page."""
-    _launch(argv, load_recipe, "alignment.trainers.run", str(__doc__), report)
+    _launch(argv, load_recipe, "alignment.runs.preferences", str(__doc__), report)
 
 
 def main_sft(argv: Sequence[str] | None = None) -> None:
     """`main` for recipes of supervised fine-tuning."""
-    _launch(argv, load_sft_recipe, "alignment.trainers.sft", SFT_HELP)
+    _launch(argv, load_sft_recipe, "alignment.runs.supervised", SFT_HELP)
 
 
 def main_reward_model(argv: Sequence[str] | None = None) -> None:
     """`main` for recipes of reward models."""
-    _launch(argv, load_reward_model_recipe, "alignment.trainers.reward_run", REWARD_MODEL_HELP)
+    _launch(argv, load_reward_model_recipe, "alignment.runs.reward_model", REWARD_MODEL_HELP)
 
 
 def _launch(

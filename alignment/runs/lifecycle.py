@@ -29,7 +29,11 @@ from alignment.models.loading import settle_accelerator
 from alignment.models.public_names import digest_of_start
 from alignment.processes import WAIT_HOURS, plan_batches, set_threads
 from alignment.recipes import AnyRecipe, EveryRecipe
-from alignment.trainers import hub, rundir
+from alignment.runs import hub
+from alignment import environment
+from alignment.runs import directory
+from alignment.trainers import callbacks
+from alignment.trainers import checkpoints
 
 Config = TypeVar("Config", bound=TrainingArguments)
 
@@ -145,8 +149,8 @@ def known(recipe: AnyRecipe, world: int) -> dict[str, Any]:
         "recipe": recipe.resolved(),
         "recipe_path": str(recipe.path),
         "seed": recipe.training.seed,
-        "versions": rundir.versions(),
-        "hardware": rundir.hardware(world),
+        "versions": environment.versions(),
+        "hardware": environment.hardware(world),
     }
 
 
@@ -157,9 +161,9 @@ def prepare_run(
     if resume:
         if not (run / "manifest.json").is_file():
             raise UserError(f"--resume: {run} is not a run directory")
-        rundir.refuse_other_recipe(run, recipe)
-        return rundir.last_checkpoint(run), None
-    aside = rundir.move_aside(run)
+        directory.refuse_other_recipe(run, recipe)
+        return checkpoints.last_checkpoint(run), None
+    aside = directory.move_aside(run)
     if aside is not None:
         print(f"{run} held an earlier run; it is now {aside}", flush=True)
     write_json(run / "manifest.json", manifest)
@@ -182,22 +186,22 @@ def run_directory(
         checkpoint, aside = prepare_run(recipe, run, resume, manifest) if main else (None, None)
         state.wait_for_everyone()
         if resume and not main:
-            checkpoint = rundir.last_checkpoint(run)
+            checkpoint = checkpoints.last_checkpoint(run)
         finished = False
         try:
             yield checkpoint
             finished = True
         finally:
             if main and not resume and not finished:
-                rundir.undo_unless_begun(run, aside)
+                directory.undo_unless_begun(run, aside)
 
 
 def compact(trainer: Any) -> Any:
     """The trainer with our progress bar in the place of transformers' two, and lists of checkpoints' files."""
-    trainer.add_callback(rundir.CheckpointFiles())
+    trainer.add_callback(checkpoints.CheckpointFiles())
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(rundir.CompactProgress)
+        trainer.add_callback(callbacks.CompactProgress)
     return trainer
 
 
@@ -239,9 +243,9 @@ def carry_out(
         UserError: the run that is resumed began otherwise.
     """
     if checkpoint is not None:
-        rundir.refuse_other_sharding(run, manifest["sharding"], state.num_processes)
-        rundir.refuse_other_data(run, manifest["data_fingerprint"])
-        rundir.refuse_other_weights(run, manifest.get("frozen_weights", {}))
+        directory.refuse_other_sharding(run, manifest["sharding"], state.num_processes)
+        directory.refuse_other_data(run, manifest["data_fingerprint"])
+        directory.refuse_other_weights(run, manifest.get("frozen_weights", {}))
     trainer.manifest = manifest
     state.wait_for_everyone()
     if state.is_main_process:
@@ -250,9 +254,9 @@ def carry_out(
     say(state, f"[3/3] training: {announced}")
     if recipe.training.push_to_hub and state.is_main_process:
         hub.claim(trainer)
-    trainer.add_callback(rundir.MissedEvaluation(trainer, run / "metrics.jsonl"))
-    trainer.add_callback(rundir.StopWhenDone)
-    with contextlib.suppress(rundir.AllDone):
+    trainer.add_callback(callbacks.MissedEvaluation(trainer, run / "metrics.jsonl"))
+    trainer.add_callback(callbacks.StopWhenDone)
+    with contextlib.suppress(callbacks.AllDone):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 

@@ -1,4 +1,4 @@
-"""One training run from a recipe: preferences, model, trainer, run directory. With `data.prompts` see `online_run`.
+"""One training run from a recipe: preferences, model, trainer, run directory. With `data.prompts` see `on_policy`.
 
 `scripts/train.py` and `alignment train` read argv and call `train`. Every process of a launch runs this; what needs
 doing once is done by the main process while the others wait.
@@ -36,9 +36,10 @@ from alignment.objectives import get_objective
 from alignment.objectives.base import Objective, reads_reference, row_columns
 from alignment.recipes import Recipe
 from alignment.rewards import get_oracle, get_reward
-from alignment.trainers import rundir
+from alignment.runs import directory
+from alignment.trainers import callbacks
 from alignment.trainers.entanglement import GradientProbe
-from alignment.trainers.launching import (
+from alignment.runs.lifecycle import (
     adapter_config,
     begin,
     carry_out,
@@ -53,7 +54,7 @@ from alignment.trainers.launching import (
     trl_config,
 )
 from alignment.trainers.offline import PreferenceTrainer
-from alignment.trainers.opening import dated, open_tokenizer, refuse_unfit
+from alignment.runs.opening import dated, open_tokenizer, refuse_unfit
 
 SAMPLES_FORMAT = "2"  # part of the cache key: raise it when the same settings give other pairs
 
@@ -122,7 +123,7 @@ def begun(recipe: Recipe, world: int) -> dict[str, Any]:
     card = objective_of(recipe).card
     return known(recipe, world) | {
         "objective": {"name": recipe.objective.name, **recipe.objective.hyperparameters},
-        "objective_file_sha256": rundir.objective_digest(recipe),
+        "objective_file_sha256": directory.objective_digest(recipe),
         "method": {"title": card.title, "paper": card.paper},
     }
 
@@ -215,7 +216,7 @@ def build_trainer(
         displacement_alarm=recipe.training.displacement_alarm,
         normalized_gradient=recipe.training.normalized_gradient,
         on_nan=recipe.training.on_nan,
-        callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
+        callbacks=[callbacks.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
     )
     probe = recipe.training.diagnostics
     if probe.every:
@@ -256,9 +257,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         UserError: anything that the user can mend; before the first step it leaves everything as it was.
     """
     if recipe.data.prompts is not None:
-        from alignment.trainers import online_run
+        from alignment.runs import on_policy
 
-        return online_run.train(recipe, resume)
+        return on_policy.train(recipe, resume)
     started = time.perf_counter()
     run = Path(recipe.training.output_dir)
     state = begin(recipe)

@@ -8,7 +8,7 @@ from trl import DPOConfig
 
 from alignment.errors import UserError
 from alignment.recipes import load_recipe
-from alignment.trainers.launching import sharding, trl_config
+from alignment.runs.lifecycle import sharding, trl_config
 from tests.trainers.building import config
 
 

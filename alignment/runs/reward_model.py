@@ -35,10 +35,11 @@ from alignment.models.reward_model import Facts, load_reward_model, settle_paddi
 from alignment.recipes import RewardModelRecipe
 from alignment.rewards.losses import RewardLoss
 from alignment.rewards.oracles import flip_labels
-from alignment.trainers import rundir
+from alignment.runs import directory
+from alignment.trainers import callbacks
 from alignment.trainers.collation import truncated
 from alignment.trainers.frozen import cache_file, frozen_logps, rows_digest
-from alignment.trainers.launching import (
+from alignment.runs.lifecycle import (
     adapter_config,
     begin,
     carry_out,
@@ -52,7 +53,7 @@ from alignment.trainers.launching import (
     setting_up,
     trl_config,
 )
-from alignment.trainers.opening import dated, open_tokenizer, refuse_unfit
+from alignment.runs.opening import dated, open_tokenizer, refuse_unfit
 from alignment.trainers.reward_model import (
     BRANCHES,
     FEATURES,
@@ -106,9 +107,9 @@ def _train_members(
         say(state, f"member {i + 1} of {members}, seed {place['seed']}")
         began = (run / f"member-{i}" / "manifest.json").is_file()
         if began and resume:  # also where it is done: members of two recipes are no ensemble
-            rundir.refuse_other_recipe(run / f"member-{i}", member)
+            directory.refuse_other_recipe(run / f"member-{i}", member)
         if (run / f"member-{i}" / "final").is_dir() and resume:
-            rundir.refuse_other_data(run / f"member-{i}", _digest_of_rows(member, given))
+            directory.refuse_other_data(run / f"member-{i}", _digest_of_rows(member, given))
             say(state, "  is there already")
             continue
         has_checkpoint = any((run / f"member-{i}").glob("checkpoint-*"))
@@ -127,7 +128,7 @@ def _move_members_aside(run: Path) -> Path | None:
     """Make room for a fresh ensemble: its manifest is written last, and its members say whether it is one."""
     if any(run.glob("member-*/manifest.json")) and not (run / "manifest.json").is_file():
         write_json(run / "manifest.json", {"members": len(list(run.glob("member-*")))})
-    return rundir.move_aside(run)
+    return directory.move_aside(run)
 
 
 def _digest_of_rows(recipe: RewardModelRecipe, given: Prepared) -> str:
@@ -334,7 +335,7 @@ def build_trainer(
             peft_config=peft,
             group_by_length=recipe.training.group_by_length,
             on_nan=recipe.training.on_nan,
-            callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
+            callbacks=[callbacks.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
         )
     return compact(trainer)
 

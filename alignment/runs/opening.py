@@ -19,7 +19,7 @@ from alignment.models import load_tokenizer
 from alignment.models.chat import DATE, pin_date, pinned_date
 from alignment.models.limits import Limits, named_limits
 from alignment.recipes import EveryRecipe
-from alignment.trainers.launching import say, tokenizer_arguments
+from alignment.runs.lifecycle import say, tokenizer_arguments
 
 
 def open_tokenizer(recipe: EveryRecipe, state: PartialState, resume: bool) -> PreTrainedTokenizerBase:

@@ -7,7 +7,9 @@ from typing import Any
 
 from alignment.files import write_json_lines
 from alignment.recipes import Recipe, RewardModelRecipe, SftRecipe, load_any
-from alignment.trainers import reward_run, run, sft
+from alignment.runs import preferences as run
+from alignment.runs import reward_model as reward_run
+from alignment.runs import supervised as sft
 from tests.trainers.building import preferences
 
 GIVEN = {

@@ -14,7 +14,7 @@ from transformers import GPT2Config, LlamaConfig
 from alignment.errors import UserError
 from alignment.models.chat import pinned_date
 from alignment.recipes.sections import ModelSection
-from alignment.trainers.opening import dated, open_tokenizer, refuse_unfit
+from alignment.runs.opening import dated, open_tokenizer, refuse_unfit
 from tests.data.building import TEMPLATE, letters
 
 DATED = TEMPLATE + "{{ strftime_now('%Y') }}"

@@ -1,6 +1,6 @@
 """One on-policy training run from a recipe with `data.prompts`: prompts, model, judge, trainer, run directory.
 
-`trainers.run.train` comes here for such a recipe; run directories, resuming and final models are as offline's.
+`preferences.train` comes here for such a recipe; run directories, resuming and final models are as offline's.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from alignment.models import load_model
 from alignment.recipes import Recipe
 from alignment.recipes.on_policy import rollout_settings
 from alignment.rewards import get_oracle, get_reward
-from alignment.trainers import rundir
+from alignment.trainers import callbacks
 from alignment.trainers.drawing import Sampler
-from alignment.trainers.launching import (
+from alignment.runs.lifecycle import (
     adapter_config,
     begin,
     carry_out,
@@ -42,8 +42,8 @@ from alignment.trainers.launching import (
     setting_up,
 )
 from alignment.trainers.online import OnlinePreferenceTrainer, Rollouts
-from alignment.trainers.opening import dated, open_tokenizer, refuse_unfit
-from alignment.trainers.run import begun, frozen_models, objective_of
+from alignment.runs.opening import dated, open_tokenizer, refuse_unfit
+from alignment.runs.preferences import begun, frozen_models, objective_of
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -159,7 +159,7 @@ def build_trainer(
         peft_config=adapter_config(recipe),
         layout=recipe.training.layout,
         on_nan=recipe.training.on_nan,
-        callbacks=[rundir.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
+        callbacks=[callbacks.MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
     )
     return compact(trainer)
 

@@ -13,8 +13,9 @@ from transformers import TrainerState
 from alignment.errors import UserError
 from alignment.files import read_json_object, write_json, write_text
 from alignment.recipes import load_recipe
-from alignment.trainers import rundir
-from alignment.trainers.run import begun
+from alignment.runs import directory
+from alignment.runs.preferences import begun
+from alignment.trainers import checkpoints
 
 RECIPE = "recipes/quickstart/dpo.yaml"
 PLUGIN = """import torch.nn.functional as F
@@ -43,7 +44,7 @@ def begin(run: Path, *overrides: str) -> None:
 def test_changes_without_effect_on_the_result_may_be_resumed_with(run):
     begin(run)
     for change in ("training.logging_steps=3", "training.per_device_train_batch_size=2", "training.cpu_threads=1"):
-        rundir.refuse_other_recipe(run, load_recipe(RECIPE, [change]))
+        directory.refuse_other_recipe(run, load_recipe(RECIPE, [change]))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_changes_without_effect_on_the_result_may_be_resumed_with(run):
 def test_other_changes_are_refused_by_name(run, change, said):
     begin(run)
     with pytest.raises(UserError, match=f"--resume: {said}"):
-        rundir.refuse_other_recipe(run, load_recipe(RECIPE, [change]))
+        directory.refuse_other_recipe(run, load_recipe(RECIPE, [change]))
 
 
 def test_of_several_sources_the_one_that_changed_is_named(run):
@@ -67,13 +68,15 @@ def test_of_several_sources_the_one_that_changed_is_named(run):
     manifest = read_json_object(run / "manifest.json")
     del manifest["recipe"]["data"]["train"][0]["subset"]  # a key that came later is at its default
     write_json(run / "manifest.json", manifest)
-    rundir.refuse_other_recipe(run, load_recipe(RECIPE, [sample, "data.train=[a.jsonl, {name: b.jsonl, limit: 5}]"]))
+    directory.refuse_other_recipe(
+        run, load_recipe(RECIPE, [sample, "data.train=[a.jsonl, {name: b.jsonl, limit: 5}]"])
+    )
     for sources, said in (
         ("[a.jsonl, {name: b.jsonl, limit: 7}]", r"data\.train\[1\]\.limit is 7 but .* began with 5"),
         ("[a.jsonl]", r"data\.train\[1\] is None but .* began with {'name': 'b.jsonl'"),
     ):
         with pytest.raises(UserError, match=f"--resume: {said}"):
-            rundir.refuse_other_recipe(run, load_recipe(RECIPE, [sample, f"data.train={sources}"]))
+            directory.refuse_other_recipe(run, load_recipe(RECIPE, [sample, f"data.train={sources}"]))
 
 
 def test_an_edited_objective_file_is_another_objective(run, tmp_path):
@@ -82,17 +85,17 @@ def test_an_edited_objective_file_is_another_objective(run, tmp_path):
     words = ["objective.name=resumed", f"objective.file={file}"]
     begin(run, *words)
     recipe = load_recipe(RECIPE, words)
-    rundir.refuse_other_recipe(run, recipe)
+    directory.refuse_other_recipe(run, recipe)
     file.write_text(PLUGIN.replace("-batch.margin", "-2 * batch.margin"))
     with pytest.raises(UserError, match=r"resumed\.py is not the file"):
-        rundir.refuse_other_recipe(run, recipe)
+        directory.refuse_other_recipe(run, recipe)
 
 
 def test_other_rows_are_refused(run):
     write_json(run / "manifest.json", {"data_fingerprint": "a"})
-    rundir.refuse_other_data(run, "a")
+    directory.refuse_other_data(run, "a")
     with pytest.raises(UserError, match="the rows are not those"):
-        rundir.refuse_other_data(run, "b")
+        directory.refuse_other_data(run, "b")
 
 
 @pytest.mark.parametrize(
@@ -109,15 +112,15 @@ def test_other_rows_are_refused(run):
 def test_checkpoints_fit_the_sharding_that_wrote_them(run, before, now, refused):
     write_json(run / "manifest.json", {"sharding": before[0], "hardware": {"processes": before[1]}})
     if refused is None:
-        return rundir.refuse_other_sharding(run, *now)
+        return directory.refuse_other_sharding(run, *now)
     with pytest.raises(UserError, match=refused):
-        rundir.refuse_other_sharding(run, *now)
+        directory.refuse_other_sharding(run, *now)
     return None
 
 
 def test_earlier_runs_are_kept_under_the_next_number(run):
     for seed in (1, 2, 3):
-        rundir.move_aside(run)
+        directory.move_aside(run)
         write_json(run / "manifest.json", {"seed": seed})
     kept = {p.name: json.loads((p / "manifest.json").read_text())["seed"] for p in run.parent.glob("run*")}
     assert kept == {"run": 3, "run.1": 1, "run.2": 2}
@@ -129,25 +132,25 @@ def checkpoint(run: Path, step: int) -> Path:
     write_json(folder / "trainer_state.json", {"global_step": step})
     write_text(folder / "optimizer.pt", "moments")
     state = TrainerState(global_step=step, is_world_process_zero=True)
-    rundir.CheckpointFiles().on_save(SimpleNamespace(output_dir=str(run)), state, None)
+    checkpoints.CheckpointFiles().on_save(SimpleNamespace(output_dir=str(run)), state, None)
     return folder
 
 
 def test_newest_whole_checkpoint_is_resumed_from(run, capsys):
     older, newer = checkpoint(run, 9), checkpoint(run, 10)
-    assert rundir.last_checkpoint(run) == newer  # by number, not by name
+    assert checkpoints.last_checkpoint(run) == newer  # by number, not by name
     (run / "checkpoint-12").mkdir()  # killed while it was written
     write_json(run / "checkpoint-12" / "trainer_state.json", {})
-    assert rundir.last_checkpoint(run) == newer
+    assert checkpoints.last_checkpoint(run) == newer
     assert "checkpoint-12 has no files.json" in capsys.readouterr().out
     write_text(newer / "optimizer.pt", "mom")  # a full disk
-    assert rundir.last_checkpoint(run) == older
+    assert checkpoints.last_checkpoint(run) == older
     (older / "optimizer.pt").unlink()  # resuming would begin with a fresh optimizer
     with pytest.raises(UserError, match=r"no checkpoint of .* is whole: checkpoint-12 has no files.json"):
-        rundir.last_checkpoint(run)
+        checkpoints.last_checkpoint(run)
     shutil.rmtree(run / "checkpoint-12")
     with pytest.raises(UserError, match="checkpoint-10 has a damaged optimizer.pt"):
-        rundir.last_checkpoint(run)
+        checkpoints.last_checkpoint(run)
     shutil.rmtree(newer)
     with pytest.raises(UserError, match="checkpoint-9 lacks optimizer.pt"):
-        rundir.last_checkpoint(run)
+        checkpoints.last_checkpoint(run)
