@@ -127,7 +127,7 @@ def measure(
 
 
 def _right(text: str, row: dict[str, Any], marker: str) -> float:
-    from alignment.trainers.chains import sampled_answer
+    from alignment.models.chains import sampled_answer
 
     return float(sampled_answer(text, marker) == str(row["answer"]).strip())
 
@@ -136,9 +136,9 @@ def _scored(
     model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], drawn: Any, marker: str, separator: str, batch: int
 ) -> list[list[tuple[float, int, int] | None]]:
     """Of every sample (log pi(a*|z), tokens of a*, tokens of z); None for a format failure."""
+    from alignment.models.chains import cut_chain, forced_answer
     from alignment.models.sampling import prompt_ids
     from alignment.rewards.implicit import token_logps
-    from alignment.trainers.chains import cut_chain, forced_answer
 
     found: list[list[tuple[float, int, int] | None]] = [[None] * len(group) for group in drawn]
     jobs = []  # where it stands; prompt; chain and answer; tokens of either

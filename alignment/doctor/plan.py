@@ -10,7 +10,7 @@ from alignment.doctor.flops import Flops, flops
 from alignment.doctor.memory import OPTIMIZERS, Memory, memory
 from alignment.doctor.setting import Setting
 from alignment.doctor.shape import Shape, read_shape
-from alignment.trainers.scoring import why_not_shared
+from alignment.models.scoring import why_not_shared
 
 GIB = 2**30
 SHARDING = {

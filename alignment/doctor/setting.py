@@ -44,7 +44,7 @@ class Setting:
         previous: the same of the previous iterate, where training starts at it beside another reference (inpo).
         optimizer: transformers' name.
         gradient_checkpointing: recompute activations, layer by layer.
-        layout: of the rows (`alignment.trainers.scoring`).
+        layout: of the rows (`alignment.models.scoring`).
         pairs: preference pairs per forward pass and device.
         accumulation: passes per optimizer step.
         prompt: tokens of each prompt.

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 
 from alignment.errors import UserError
+from alignment.models.scoring import ROW_KEYS, relative_gap, repaired, sequence_logps
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective
 from alignment.objectives.spo import degree_loss
@@ -25,7 +26,6 @@ from alignment.trainers.checks import losses_and_slopes
 from alignment.trainers.collation import BRANCHES
 from alignment.trainers.degree import cut_copies
 from alignment.trainers.offline import PreferenceTrainer
-from alignment.trainers.scoring import ROW_KEYS, relative_gap, repaired, sequence_logps
 
 # A run's doings beside its steps, none of which belongs into a look at the first batch.
 QUIET = {

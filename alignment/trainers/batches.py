@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 
+from alignment.models.scoring import Layout, build_rows
 from alignment.objectives import GroupLogps, PairLogps, SamplePairs
 from alignment.trainers.rollout import Record
-from alignment.trainers.scoring import Layout, build_rows
 
 Kind = Literal["pairs", "samples", "groups"]
 NEUTRAL = 0.5  # stands in a column of a record that is left out: a number that every objective takes

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from alignment.files import read_json_object, write_json
+from alignment.models.scoring import relative_gap
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective
-from alignment.trainers.scoring import relative_gap
 
 POLICY = ("chosen", "rejected", "calibration")
 

@@ -15,8 +15,8 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
 from alignment.data.preferences import NUMBER_COLUMNS
+from alignment.models.scoring import Layout, build_rows
 from alignment.trainers.degree import degree_columns
-from alignment.trainers.scoring import Layout, build_rows
 
 BRANCHES = ("chosen", "rejected", "calibration")
 FROZEN_COLUMNS = tuple(f"{p}_{b}" for p in ("ref", "prev") for b in BRANCHES)  # log-probs computed before training

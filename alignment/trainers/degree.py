@@ -28,10 +28,7 @@ from trl import DPOTrainer
 
 from alignment.data.degrade import STOP_WORDS_SHA256, with_degree_copies
 from alignment.errors import UserError
-from alignment.objectives import PairLogps
-from alignment.objectives.base import Objective
-from alignment.objectives.spo import degree_loss
-from alignment.trainers.scoring import (
+from alignment.models.scoring import (
     IGNORED,
     ROW_KEYS,
     Layout,
@@ -42,6 +39,9 @@ from alignment.trainers.scoring import (
     repaired,
     unfold,
 )
+from alignment.objectives import PairLogps
+from alignment.objectives.base import Objective
+from alignment.objectives.spo import degree_loss
 
 NAME = "degree_head"
 FILE = f"{NAME}.safetensors"

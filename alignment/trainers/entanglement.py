@@ -34,8 +34,8 @@ from transformers import Trainer, TrainerCallback
 
 from alignment.errors import UserError
 from alignment.files import iterate_json_lines, jsonable, write_json_lines
+from alignment.models.scoring import ROW_KEYS, sequence_logps
 from alignment.trainers.collation import FROZEN_COLUMNS
-from alignment.trainers.scoring import ROW_KEYS, sequence_logps
 
 FILE = "entanglement.jsonl"
 Parameters = Literal["last_layer", "all"]

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from alignment.errors import UserError
 from alignment.files import json_digest
 from alignment.models.gguf import cache_root
-from alignment.trainers.scoring import relative_gap
+from alignment.models.scoring import relative_gap
 
 FORMAT = "1"  # part of the key: raise it when the same inputs give other numbers
 CHECKED_ROWS = 4

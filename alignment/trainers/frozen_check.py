@@ -25,8 +25,8 @@ from transformers import TrainerCallback
 
 from alignment.errors import UserError
 from alignment.models.digest import gathered_parameter
+from alignment.models.scoring import relative_gap
 from alignment.trainers.checks import read_start, write_start
-from alignment.trainers.scoring import relative_gap
 
 CHANGED = 2**22  # weights that are changed at once, at most: their copies are held meanwhile
 NAMES = {"ref": "reference", "prev": "previous iterate"}

@@ -16,9 +16,7 @@ from transformers import PreTrainedModel
 
 from alignment.errors import UserError
 from alignment.models.adapters import kind_of, why_not_merged, why_not_trained
-from alignment.objectives.base import Objective
-from alignment.trainers.card import CardTrainer
-from alignment.trainers.scoring import (
+from alignment.models.scoring import (
     ROW_KEYS,
     Layout,
     build_rows,
@@ -28,6 +26,8 @@ from alignment.trainers.scoring import (
     sequence_logps,
     why_not_shared,
 )
+from alignment.objectives.base import Objective
+from alignment.trainers.card import CardTrainer
 from alignment.trainers.unpadded import Group, allowed, rounding_noise, unpadded_logps, width
 
 # What models raise at arguments that they do not take.

@@ -23,6 +23,7 @@ from alignment.data.pipeline import prepare_rows
 from alignment.data.preferences import ID_COLUMNS, NUMBER_COLUMNS
 from alignment.errors import UserError
 from alignment.models.ends import settle_ends
+from alignment.models.scoring import Layout, scored_tokens
 from alignment.objectives import PairLogps
 from alignment.objectives.base import Objective, reads_reference, row_columns
 from alignment.objectives.batch import NEEDS
@@ -43,7 +44,6 @@ from alignment.trainers.layout import possible_layout
 from alignment.trainers.metrics import DisplacementAlarm, EpochOrder, Totals, agreement
 from alignment.trainers.normalized import NormalizedGradient
 from alignment.trainers.reference import ReferenceTrainer
-from alignment.trainers.scoring import Layout, scored_tokens
 from alignment.trainers.unpadded import Group, column_widths, extremes
 
 JUDGED = ("reward", "preference", "log_odds")  # what a judge has written into the rows

@@ -24,10 +24,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import RLOOConfig
 
 from alignment.errors import UserError
+from alignment.models import chains
 from alignment.models.ends import settle_ends
+from alignment.models.scoring import Layout, branch_tokens, forward_rows, scored_tokens
 from alignment.objectives.base import Objective
 from alignment.rewards.base import PreferenceOracle, RewardFunction
-from alignment.trainers import chains, judging
+from alignment.trainers import judging
 from alignment.trainers.batches import RolloutCollator, group_logps, labelled_pairs, sample_pairs
 from alignment.trainers.collation import order_seed
 from alignment.trainers.drawing import Sampler
@@ -46,7 +48,6 @@ from alignment.trainers.rollout import (
     read_records,
 )
 from alignment.trainers.rollout_log import STAGES, RolloutLogTrainer
-from alignment.trainers.scoring import Layout, branch_tokens, forward_rows, scored_tokens
 
 
 class OnlinePreferenceTrainer(FiniteRolloutTrainer, RolloutLogTrainer):

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from alignment.models.scoring import scored_tokens
 from alignment.trainers.metrics import Totals
 from alignment.trainers.rollout import Record, Rollouts
 from alignment.trainers.rollout_numbers import judgement, rollout_numbers
 from alignment.trainers.rollout_scoring import RolloutScoringTrainer
-from alignment.trainers.scoring import scored_tokens
 
 STAGES = ("sample", "score", "train")
 

@@ -14,11 +14,11 @@ from accelerate.utils import gather_object
 from trl.models.utils import disable_gradient_checkpointing
 
 from alignment.errors import UserError
+from alignment.models.scoring import relative_gap, scored_tokens
 from alignment.trainers.batches import RolloutCollator
 from alignment.trainers.frozen_check import FrozenCheck
 from alignment.trainers.lookahead import LookAheadTrainer
 from alignment.trainers.rollout import Record
-from alignment.trainers.scoring import relative_gap, scored_tokens
 from alignment.trainers.unpadded import extremes, width
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from alignment.trainers.scoring import relative_gap
+from alignment.models.scoring import relative_gap
 
 MULTIPLE = 5  # of the measured noise: rounding errors arise in every layer, and not in the embeddings alone
 FLOOR = 1e-4  # of what is allowed, relative

@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignment.doctor import Setting
+from alignment.models.scoring import build_rows, sequence_logps
 from alignment.objectives import PairLogps, get_objective
 from alignment.trainers.degree import DegreeTrainer, attach_head, degree_columns
-from alignment.trainers.scoring import build_rows, sequence_logps
 
 SIZES = {
     "vocab_size": 512,

@@ -20,8 +20,8 @@ from transformers.models.bert.modeling_bert import BertLMHeadModel
 
 from alignment.errors import UserError
 from alignment.models import load_model
+from alignment.models.scoring import why_not_shared
 from alignment.trainers import layout
-from alignment.trainers.scoring import why_not_shared
 from tests.trainers.building import config, preferences, trainer_for
 from tests.trainers.building_online import Kindness, online
 

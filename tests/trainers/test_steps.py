@@ -153,7 +153,7 @@ def test_resuming_in_a_later_epoch_visits_that_epochs_pairs(tiny, tmp_path, proc
 
 
 def test_what_is_not_a_number_is_infinitely_far_off():
-    from alignment.trainers.scoring import relative_gap
+    from alignment.models.scoring import relative_gap
 
     assert relative_gap(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
     assert relative_gap(torch.tensor([-10.1]), torch.tensor([-10.0])) == pytest.approx(0.01, rel=1e-4)

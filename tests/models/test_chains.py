@@ -7,13 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignment.errors import UserError
-from alignment.trainers import chains
+from alignment.models import chains
+from alignment.models.scoring import branch_sums, branch_tokens, build_rows, forward_rows, repaired
 from alignment.trainers.rollout import PromptOrder, append_rollout
-from alignment.trainers.scoring import branch_sums, branch_tokens, build_rows, forward_rows, repaired
 from tests import tiny_lm
 from tests.trainers.building import logged
 from tests.trainers.building_online import OPENINGS, online, samples, says, scrambled, token_logps
-from tests.trainers.test_scoring import make, pairs, plain
+from tests.models.test_scoring import make, pairs, plain
 
 
 @pytest.mark.parametrize("marker", [" and", "and", " ki", " kind", "nd", "d an", " .", "k"])

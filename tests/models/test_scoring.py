@@ -15,8 +15,8 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
-from alignment.trainers import scoring
-from alignment.trainers.scoring import build_rows, repaired, sequence_logps, why_not_shared
+from alignment.models import scoring
+from alignment.models.scoring import build_rows, repaired, sequence_logps, why_not_shared
 
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
