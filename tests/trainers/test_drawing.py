@@ -25,7 +25,7 @@ from tests.trainers.building_online import (
     scrambled,
     token_logps,
 )
-from tests.models.test_scoring import make
+from tests.trainers.test_scoring import make
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -17,7 +17,8 @@ from alignment.models import load_model, load_tokenizer
 from alignment.models.sampling import sample
 from alignment.objectives import get_objective
 from alignment.recipes import RecipeError
-from alignment.trainers import finite, run
+from alignment.runs import preferences as run
+from alignment.trainers import finite
 from tests.runs.building_runs import recipe, rows, train
 from tests.trainers.building import config, logged, preferences, trainer_for
 from tests.trainers.building_online import Kindness, Preference, online

@@ -13,7 +13,7 @@ from alignment.trainers.rollout import PromptOrder, append_rollout
 from tests import tiny_lm
 from tests.trainers.building import logged
 from tests.trainers.building_online import OPENINGS, online, samples, says, scrambled, token_logps
-from tests.models.test_scoring import make, pairs, plain
+from tests.trainers.test_scoring import make, pairs, plain
 
 
 @pytest.mark.parametrize("marker", [" and", "and", " ki", " kind", "nd", "d an", " .", "k"])
