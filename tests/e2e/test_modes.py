@@ -281,8 +281,8 @@ def assert_same_training(run: Path, plain: Path) -> None:
     assert max(float((trained[name] - wanted[name]).abs().max()) for name in trained) < 1e-4
 
 
-# ZeRO-2 is between two processes and ZeRO-3: for the ten minutes' sake in `make test-all`.
-MODES = [pytest.param(m, marks=[pytest.mark.slow] if m == "zero2" else []) for m in ("one", *LAUNCHES)]
+# ZeRO-3 is two processes as well, and shards most: the other launches are in `make test-all`, for the minutes' sake.
+MODES = [pytest.param(m, marks=[pytest.mark.slow] if m in ("two", "zero2") else []) for m in ("one", *LAUNCHES)]
 
 
 @pytest.mark.parametrize("case", [*FAST.runs, ADAPTER])

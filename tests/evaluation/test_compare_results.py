@@ -113,7 +113,10 @@ def a_cell(rate, low=None, high=None, p=1.0, seeds_p=None, both_p=0.0):
     )
 
 
-@pytest.mark.parametrize(("seeds", "over_prompts"), [(2, 0.0), (5, 0.17), (20, 0.09)])
+@pytest.mark.parametrize(
+    ("seeds", "over_prompts"),
+    [pytest.param(2, 0.0, marks=pytest.mark.slow), (5, 0.17), pytest.param(20, 0.09, marks=pytest.mark.slow)],
+)
 def test_false_claims_are_as_rare_as_they_say_and_true_ones_as_frequent(seeds, over_prompts):
     """Rates that are 1/2 over all seeds and prompts, the drawn ones off by 5 points and by as much on their mean.
 
